@@ -1,0 +1,38 @@
+# Everything a person or CI runs. The environment lives in .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check trials clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## create .venv and install everything the project and its tests need
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Textsweep needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}; name another one: make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python venv is missing; on Debian: apt-get install python3-venv"; exit 1; }
+	@echo "installing into $(VENV): torch, ray, transformers and friends; a few minutes on a fresh machine"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $(STAMP)
+
+demo: install  ## fine-tune a real encoder and score an S3 archive, all on this machine, in minutes
+	@$(BIN)/python -m jobs.demo
+
+test: install  ## the whole test suite, ruff and mypy included
+	@$(BIN)/python -m pytest
+
+check: install  ## ruff and strict mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+trials: install  ## the long runs on real data
+	@$(BIN)/python -m pytest -m trial -s
+
+clean:  ## remove the environment and the demo's files
+	rm -rf $(VENV) demo

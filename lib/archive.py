@@ -1,0 +1,365 @@
+"""The archive: its shards, their footers, and the rows of a chunk, with everything a bad file can do caught here.
+
+A row that cannot be scored keeps its place with a `RowError`. A shard that cannot be read at all is a `BadShardError`.
+Storage that fails is neither: it raises as it is.
+"""
+
+import fnmatch
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lib.errors import UsageError, nearest
+from lib.planning import Chunk, RowGroup
+from lib.schema import RowError
+from lib.storage import Store, explained, open_store, split_pattern, to_listing
+
+READ_BATCH_ROWS = 8_192
+"""Rows decoded at a time; the text of no more than these is in memory beside its tokens."""
+
+SHARD_ENDINGS = (".parquet", ".pq")
+
+
+class BadShardError(Exception):
+    """A shard that cannot be scored as a whole; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of a shard are read."""
+
+    text: tuple[str, ...]
+    """one name, or two for sentence pairs"""
+    keys: pa.Schema
+    """key columns in the types they are written in"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a chunk, in order."""
+
+    texts: tuple[list[str], ...]
+    """for each text column, the texts of the rows without an error"""
+    errors: npt.NDArray[np.uint8]
+    """(N,), a `RowError` for each row"""
+    keys: pa.Table
+    """key columns; N rows"""
+
+
+class WatchedFile(io.RawIOBase):
+    """A file that remembers whether reading its bytes failed: then a decoding error is the storage's, not the file's."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self.handle = handle
+        self.failure: Exception | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self.handle.read(size)
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.handle.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.handle.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.handle.close()
+        super().close()
+
+
+def list_shards(path: str) -> tuple[Store, pa.Table]:
+    """List an archive: its root, and its shards as a listing sorted by path.
+
+    Names that start with `_` or `.` are not part of it; in a folder, shards are the files that end in .parquet or .pq.
+    Raises `UsageError` if there are none.
+    """
+    root, pattern = split_pattern(path)
+    store = open_store(root)
+    if pattern and not any(letter in pattern for letter in "*?["):
+        one = store.info(pattern)
+        listing = to_listing([] if one is None else [one])
+    else:
+        listing = store.list()
+    paths = listing["path"].to_pylist()
+    keep = [is_shard(name, pattern) for name in paths]
+    shards = listing.filter(pa.array(keep, pa.bool_()))
+    if not shards.num_rows:
+        sample = ", ".join(paths[:3]) or "nothing at all"
+        raise UsageError(
+            f"input.path {path}: no Parquet file matches; found {len(paths)} files below {store.url} ({sample})"
+        )
+    return store, shards
+
+
+def is_shard(path: str, pattern: str) -> bool:
+    """Whether a file below the root belongs to the archive. `*` does not cross a slash, `**` does."""
+    parts = path.split("/")
+    if any(part.startswith(("_", ".")) for part in parts):
+        return False
+    if not pattern:
+        return path.lower().endswith(SHARD_ENDINGS)
+    return matches(parts, pattern.split("/"))
+
+
+def matches(parts: list[str], pattern: list[str]) -> bool:
+    """Match a path against a glob, part by part."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(matches(parts[skip:], pattern[1:]) for skip in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
+
+
+def open_parquet(store: Store, path: str) -> tuple[pq.ParquetFile, WatchedFile]:
+    """Open one shard. Raises `BadShardError` if its footer cannot be read, storage errors as they are."""
+    watched = WatchedFile(store.open(path))
+    try:
+        return pq.ParquetFile(watched, pre_buffer=True, page_checksum_verification=True), watched
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if watched.failure is not None:
+            raise watched.failure from error
+        raise BadShardError(f"not a readable Parquet file: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message, short enough for a report."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def read_row_groups(store: Store, path: str, columns: Columns) -> list[RowGroup]:
+    """Read a shard's footer and check its columns. Raises `BadShardError`."""
+    parquet, watched = open_parquet(store, path)
+    with watched:
+        check_columns(parquet.schema_arrow, path, columns)
+        footer = parquet.metadata
+        wanted = [
+            index for index in range(footer.num_columns) if is_below(footer.schema.column(index).path, columns.text)
+        ]
+        return [
+            RowGroup(group.num_rows, sum(max(0, group.column(index).total_uncompressed_size) for index in wanted))
+            for group in map(footer.row_group, range(footer.num_row_groups))
+        ]
+
+
+def is_below(path: str, names: tuple[str, ...]) -> bool:
+    """Whether a Parquet leaf (a.b.list.element) belongs to one of the columns."""
+    return any(path == name or path.startswith(f"{name}.") for name in names)
+
+
+def check_columns(schema: pa.Schema, path: str, columns: Columns) -> None:
+    """Raise `BadShardError` unless the shard has the text and key columns in types that can be read."""
+    for name in columns.text:
+        found = find_type(schema, name)
+        if not is_text(found):
+            raise BadShardError(f"column {name!r} is {found}, expected text (string, or binary that holds UTF-8)")
+    for field in columns.keys:
+        if field.name not in schema.names and field.name not in partition_values(path):
+            raise BadShardError(
+                f"key column {field.name!r} is missing{nearest(field.name, schema.names)} (there are: {', '.join(schema.names)})"
+            )
+        if field.name in schema.names and not is_castable(schema.field(field.name).type, field.type):
+            found = schema.field(field.name).type
+            raise BadShardError(
+                f"key column {field.name!r} is {found}, expected {field.type} as in the archive's first run"
+            )
+
+
+def is_castable(found: pa.DataType, target: pa.DataType) -> bool:
+    """Whether every value of one type fits another, by type alone: equal in plain form, or a wider number."""
+    if key_type(found) == target or pa.types.is_null(found):
+        return True
+    numeric = all(pa.types.is_integer(one) or pa.types.is_floating(one) for one in (found, target))
+    return numeric and bool(np.can_cast(found.to_pandas_dtype(), target.to_pandas_dtype(), "safe"))
+
+
+def find_type(schema: pa.Schema, name: str) -> pa.DataType:
+    """The type of a column or of a nested field `a.b`. Raises `BadShardError` that lists what there is."""
+    if schema.names.count(name) > 1:
+        raise BadShardError(f"column {name!r} is there {schema.names.count(name)} times")
+    if name in schema.names:
+        return schema.field(name).type
+    head, _, rest = name.partition(".")
+    if rest and schema.names.count(head) == 1 and pa.types.is_struct(schema.field(head).type):
+        return find_type(pa.schema(list(schema.field(head).type)), rest)
+    raise BadShardError(
+        f"column {name!r} is missing{nearest(name, schema.names)} (there are: {', '.join(schema.names)})"
+    )
+
+
+def is_text(found: pa.DataType) -> bool:
+    """Whether a column of this type can hold text; an all-null column can."""
+    if pa.types.is_dictionary(found):
+        return is_text(found.value_type)
+    tests = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+    )
+    return any(test(found) for test in (*tests, pa.types.is_binary_view, pa.types.is_null))
+
+
+def partition_values(path: str) -> dict[str, str]:
+    """Hive partition columns of a shard's path: `dt=2026-11-20/part-0.parquet` gives dt."""
+    return dict(part.split("=", 1) for part in path.split("/")[:-1] if "=" in part)
+
+
+def key_type(found: pa.DataType) -> pa.DataType:
+    """The type that a key column is written in: the plain form of what the first shard has."""
+    if pa.types.is_dictionary(found):
+        return key_type(found.value_type)
+    if pa.types.is_large_string(found) or pa.types.is_string_view(found) or pa.types.is_null(found):
+        return pa.string()
+    return found
+
+
+def resolve_columns(
+    store: Store, paths: list[str], text_column: str | tuple[str, ...], key_columns: tuple[str, ...]
+) -> Columns:
+    """Look at the first readable shard: are the columns there, is the text text, which types have the keys?
+
+    Raises `UsageError` that names the columns there are; nothing has been loaded by then.
+    """
+    text = (text_column,) if isinstance(text_column, str) else tuple(text_column)
+    reasons = []
+    for path in paths[:20]:
+        try:
+            with explained(f"{store.url}/{path}", "read"):
+                parquet, watched = open_parquet(store, path)
+        except BadShardError as error:
+            reasons.append(f"{path}: {error}")
+            continue
+        schema = parquet.schema_arrow
+        watched.close()
+        from_path = partition_values(path)
+        keys = pa.schema([(name, key_type(schema.field(name).type)) for name in key_columns if name in schema.names])
+        missing = [name for name in key_columns if name not in schema.names and name not in from_path]
+        try:
+            if missing:
+                raise BadShardError(
+                    f"key column {missing[0]!r} is missing{nearest(missing[0], schema.names)} (there are: {', '.join(schema.names)})"
+                )
+            columns = Columns(text=text, keys=keys)
+            check_columns(schema, path, columns)
+        except BadShardError as error:
+            raise UsageError(f"{store.url}/{path}: {error}; set input.text_column or input.key_columns") from None
+        return columns
+    raise UsageError(f"{store.url}: none of the first {len(reasons)} shards is a readable Parquet file ({reasons[0]})")
+
+
+def read_rows(store: Store, path: str, chunks: list[Chunk], columns: Columns) -> Iterator[tuple[Chunk, Rows]]:
+    """Read chunks of one shard, a batch of rows at a time, in order. Exactly `chunk.rows` rows come for each chunk.
+
+    Rows whose pages cannot be decoded come as `UNREADABLE` with null keys. Storage that fails raises.
+    """
+    parquet, watched = open_parquet(store, path)
+    with watched:
+        footer = parquet.metadata
+        bounds = np.concatenate(
+            [[0], np.cumsum([footer.row_group(index).num_rows for index in range(footer.num_row_groups)])]
+        )
+        for chunk in chunks:
+            end = chunk.start + chunk.rows
+            for index in range(footer.num_row_groups):
+                first, last = max(chunk.start, int(bounds[index])), min(end, int(bounds[index + 1]))
+                if first >= last:
+                    continue
+                for rows in read_group(parquet, watched, index, first - int(bounds[index]), last - first, columns):
+                    yield chunk, rows
+
+
+def read_group(
+    parquet: pq.ParquetFile, watched: WatchedFile, index: int, skip: int, count: int, columns: Columns
+) -> Iterator[Rows]:
+    """Read `count` rows of one row group after `skip`; what cannot be decoded comes as `UNREADABLE` rows."""
+    names = [*columns.text, *(name for name in columns.keys.names if name in parquet.schema_arrow.names)]
+    left = count
+    try:
+        for batch in parquet.iter_batches(READ_BATCH_ROWS, row_groups=[index], columns=names, use_threads=False):
+            part = batch.slice(min(skip, batch.num_rows), left)
+            skip -= min(skip, batch.num_rows)
+            if part.num_rows:
+                rows = decode(part, columns)
+                left -= part.num_rows
+                yield rows
+            if not left:
+                return
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if watched.failure is not None:
+            raise watched.failure from error
+    if left:
+        yield unreadable_rows(left, columns)
+
+
+def unreadable_rows(count: int, columns: Columns) -> Rows:
+    """Rows that keep their places though nothing of them can be read."""
+    keys = pa.table([pa.nulls(count, field.type) for field in columns.keys], schema=columns.keys)
+    return Rows(tuple([] for _ in columns.text), np.full(count, RowError.UNREADABLE, np.uint8), keys)
+
+
+def decode(batch: pa.RecordBatch, columns: Columns) -> Rows:
+    """Turn a record batch into texts, errors and keys."""
+    checked = [check_texts(pick(batch, name)) for name in columns.text]
+    errors = np.maximum.reduce([found for _, found in checked])
+    good = pa.array(errors == RowError.NONE)
+    texts = tuple(values.filter(good).to_pylist() for values, _ in checked)
+    keys = [
+        pick(batch, field.name).cast(field.type)
+        if field.name in batch.schema.names
+        else pa.nulls(batch.num_rows, field.type)
+        for field in columns.keys
+    ]
+    return Rows(texts, errors, pa.table(keys, schema=columns.keys))
+
+
+def pick(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """A column, or a nested field `a.b`, of a record batch."""
+    if name in batch.schema.names:
+        return batch.column(name)
+    head, *rest = name.split(".")
+    return pc.struct_field(batch.column(head), rest)
+
+
+def check_texts(column: pa.Array) -> tuple[pa.Array, npt.NDArray[np.uint8]]:
+    """Return a column as large_string (null where it has an error) and a `RowError` for each row."""
+    raw = (
+        column.cast(pa.large_binary())
+        if not pa.types.is_dictionary(column.type)
+        else column.dictionary_decode().cast(pa.large_binary())
+    )
+    errors = np.where(raw.is_null().to_numpy(zero_copy_only=False), RowError.NULL, RowError.NONE).astype(np.uint8)
+    try:
+        texts = raw.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        decoded = [decode_or_none(value) for value in raw.to_pylist()]
+        texts = pa.array(decoded, pa.large_string())
+        errors[texts.is_null().to_numpy(zero_copy_only=False) & (errors == RowError.NONE)] = RowError.UNDECODABLE
+    blank = pc.fill_null(pc.equal(pc.binary_length(pc.utf8_trim_whitespace(texts)), 0), False)
+    errors[blank.to_numpy(zero_copy_only=False) & (errors == RowError.NONE)] = RowError.EMPTY
+    return texts, errors
+
+
+def decode_or_none(value: bytes | None) -> str | None:
+    """Decode UTF-8, strictly."""
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None

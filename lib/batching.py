@@ -1,0 +1,59 @@
+"""Batching: which rows share a forward pass, and in which order training sees them. Pure functions on lengths.
+
+Letters: B rows of a micro-batch, L its padded length in tokens.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+MEGABATCH_STEPS = 50
+"""Training sorts by length inside so many batches at a time: little padding, and order that stays random."""
+
+
+def cut_by_tokens(lengths: npt.NDArray[np.integer], budget: int) -> list[IntArray]:
+    """Cut rows into micro-batches of neighbours in length order, longest first, with `B * L <= budget`.
+
+    Rows of length 0 are in none. A row longer than the budget is alone. Longest first: memory runs out at once or never.
+    """
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    order = order[: np.count_nonzero(lengths)]
+    batches = []
+    start = 0
+    while start < len(order):
+        rows = max(1, budget // int(lengths[order[start]]))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def epoch_batches(lengths: npt.NDArray[np.integer], batch_size: int, seed: int, epoch: int) -> list[IntArray]:
+    """All of one epoch's batches: every row once, rows of a batch alike in length, order decided by (seed, epoch) alone."""
+    chance = np.random.default_rng([seed, epoch])
+    order = chance.permutation(len(lengths))
+    span = batch_size * MEGABATCH_STEPS
+    pieces = [order[start : start + span] for start in range(0, len(order), span)]
+    ordered = (
+        np.concatenate([piece[np.argsort(lengths[piece], kind="stable")] for piece in pieces]) if pieces else order
+    )
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    return [batches[index] for index in chance.permutation(len(batches))]
+
+
+def share_of(batch: IntArray, rank: int, world_size: int, accumulation_steps: int) -> list[IntArray]:
+    """One worker's rows of a batch, cut into `accumulation_steps` forward passes (some may be empty)."""
+    return list(np.array_split(batch[rank::world_size], accumulation_steps))
+
+
+def pad(
+    ids: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], rows: IntArray, fill: int
+) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+    """Gather rows of a flat token array (row i is `ids[offsets[i]:offsets[i + 1]]`) into `(B, L)` ids and mask."""
+    starts = np.asarray(offsets)[rows].astype(np.int64)
+    lengths = np.asarray(offsets)[rows + 1] - starts
+    columns = np.arange(int(lengths.max()))
+    mask = columns < lengths[:, None]
+    padded = np.full(mask.shape, fill, dtype=np.int64)
+    padded[mask] = ids[(starts[:, None] + columns)[mask]]
+    return padded, mask

@@ -1,0 +1,196 @@
+"""Checkpoints: a trained model as a folder, committed to storage whole, read back with every file checked.
+
+`config.json` is written last: a folder without it is loadable by nobody, so a half-written checkpoint is none.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lib.config import ScoreConfig
+from lib.errors import IncompleteError, UsageError
+from lib.model import ModelFacts, read_facts
+from lib.schema import Task
+from lib.storage import Store, explained, open_store
+
+CARD_NAME = "textsweep.json"
+COMMIT_NAME = "config.json"
+
+SCORING_REVISION = 1
+"""Raised by hand when the code scores differently; part of every version. A test pins scores to it."""
+
+DECIDING_ENDINGS = (".safetensors", ".json", ".model", "vocab.txt", "merges.txt")
+"""Files of a Hugging Face folder that can decide a score: weights, config, tokenizer."""
+
+NEVER_DECIDING = {CARD_NAME, "metrics.json", "trainer_state.json", "training_args.json", "generation_config.json"}
+
+
+class Card(BaseModel):
+    """Our own part of a checkpoint, `textsweep.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    labels: tuple[str, ...]
+    task: Task
+    max_length: int
+    truncation: str = "head"
+    temperature: float = 1.0
+    thresholds: tuple[float, ...] | None = None
+    """for multi-label, one for each label; 0.5 without"""
+    files: dict[str, str] = {}
+    """SHA-256 of every other file of the checkpoint"""
+    metrics: dict[str, Any] = {}
+    trained: dict[str, Any] = {}
+    """what it was made from: configuration, seed, rows, versions of packages"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model folder on this machine, and what decides its scores."""
+
+    url: str
+    """where it came from, as the user named it"""
+    folder: str
+    facts: ModelFacts
+    card: Card
+    digest: str
+    """SHA-256 over the deciding files"""
+
+
+def load(url: str, max_length: int | None = None) -> Checkpoint:
+    """Bring a model folder to this machine, once per machine, and describe it. Loads no weights.
+
+    Raises `UsageError` if it is no classifier, or if a file is not the one that was committed.
+    """
+    folder = fetch(url)
+    facts = read_facts(folder, url)
+    card = read_card(folder, url)
+    digests = {name: digest_of(Path(folder) / name) for name in deciding_files(folder)}
+    if card:
+        for name, expected in card.files.items():
+            found = digests.get(name)
+            if name in digests and found != expected:
+                raise UsageError(
+                    f"model.path {url}: {name} has SHA-256 {found}, {CARD_NAME} says {expected}: the checkpoint is damaged or mixed"
+                )
+    else:
+        card = Card(labels=facts.labels, task=facts.task, max_length=default_max_length(folder, facts))
+    length = min(max_length or card.max_length, facts.max_positions)
+    digest = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return Checkpoint(
+        url=url, folder=folder, facts=facts, card=card.model_copy(update={"max_length": length}), digest=digest
+    )
+
+
+def read_card(folder: str, url: str) -> Card | None:
+    """Read `textsweep.json`, if the folder has one."""
+    path = Path(folder) / CARD_NAME
+    try:
+        return Card.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except ValidationError as error:
+        raise UsageError(
+            f"model.path {url}: {CARD_NAME} is not valid: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
+        ) from None
+
+
+def default_max_length(folder: str, facts: ModelFacts) -> int:
+    """The tokenizer's own limit, where it has one that the model can take."""
+    path = Path(folder) / "tokenizer_config.json"
+    limit = json.loads(path.read_text()).get("model_max_length") if path.is_file() else None
+    return min(int(limit or facts.max_positions), facts.max_positions)
+
+
+def deciding_files(folder: str) -> list[str]:
+    """Names of the files in a folder that can decide a score, sorted."""
+    names = sorted(path.name for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith("."))
+    return [name for name in names if name.endswith(DECIDING_ENDINGS) and name not in NEVER_DECIDING]
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def version_of(checkpoint: Checkpoint, config: ScoreConfig) -> str:
+    """The version: SHA-256 over all that decides a score or an output column, in 16 hex digits, the folder's name."""
+    card = checkpoint.card
+    decides = {
+        "files": checkpoint.digest,
+        "labels": card.labels,
+        "task": card.task,
+        "max_length": card.max_length,
+        "truncation": card.truncation,
+        "temperature": card.temperature,
+        "thresholds": card.thresholds,
+        "precision": config.model.precision,
+        "text_column": config.input.text_column,
+        "key_columns": config.input.key_columns,
+        "prefix": config.output.prefix,
+        "probabilities": config.output.probabilities,
+        "scoring_revision": SCORING_REVISION,
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fetch(url: str) -> str:
+    """Make a model folder available on this machine and return its path: a local one as it is, others from a cache by content."""
+    store = open_store(url)
+    if store.is_local:
+        if not Path(store.root).is_dir():
+            raise UsageError(f"{url}: there is no such model folder")
+        return store.root
+    try:
+        listing = store.list()
+    except FileNotFoundError:
+        raise UsageError(f"{url}: there is no such model folder") from None
+    names = [
+        name
+        for name in listing["path"].to_pylist()
+        if "/" not in name and (name.endswith(DECIDING_ENDINGS) or name == CARD_NAME)
+    ]
+    if COMMIT_NAME not in names:
+        raise UsageError(f"{url}: no {COMMIT_NAME} in it, so it is no model folder, or its training did not finish")
+    key = hashlib.sha256(f"{url}|{listing.to_pylist()}".encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("TEXTSWEEP_CACHE", Path(tempfile.gettempdir()) / f"textsweep-{os.getuid()}")) / "models"
+    final = cache / key
+    if final.is_dir():
+        return str(final)
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = cache / f"{key}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    for name in names:
+        with explained(f"{url}/{name}", "read"):
+            store.fs.get_file(store.full(name), str(temporary / name))
+    try:
+        temporary.rename(final)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not final.is_dir():
+            raise
+    return str(final)
+
+
+def commit(store: Store, folder: str, card: Card) -> None:
+    """Publish a finished model folder: every file with its digest in the card, `config.json` last and created once.
+
+    Raises `IncompleteError` if another checkpoint is there already: nothing that is committed is ever changed.
+    """
+    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+    card = card.model_copy(update={"files": {path.name: digest_of(path) for path in files if path.name != CARD_NAME}})
+    for path in files:
+        if path.name not in (COMMIT_NAME, CARD_NAME):
+            store.replace(path.name, path.read_bytes())
+    store.replace(CARD_NAME, card.model_dump_json(indent=2).encode())
+    if not store.create(COMMIT_NAME, (Path(folder) / COMMIT_NAME).read_bytes()):
+        raise IncompleteError(
+            f"{store.url}: another training run committed a checkpoint here in the meantime; give this one another output.path"
+        )

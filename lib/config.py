@@ -1,0 +1,341 @@
+"""Configuration: one validated, frozen record per job, from a TOML file and `--set` on the command line.
+
+It knows names, types and defaults. It does not know what a path points to: that is checked where it is opened.
+"""
+
+import argparse
+import json
+import re
+import secrets
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lib.errors import UsageError, nearest
+
+Share = Annotated[int | float, Field(ge=0)]
+"""A limit: a whole number counts, a number with a point (0.0 to 1.0) is a fraction."""
+
+
+class Section(BaseModel):
+    """A frozen record that refuses unknown keys; the text under each field is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class InputSection(Section):
+    """What is scored."""
+
+    path: str
+    """the archive: a folder, a glob or one file of Parquet, on any fsspec URL (s3://bucket/folder, /data/archive)"""
+    text_column: str | tuple[str, str] = "text"
+    """the text's column; a.b for a nested one; ["first", "second"] for sentence pairs"""
+    key_columns: tuple[str, ...] = ()
+    """columns copied to the output; with none, `shard` and `row` are added"""
+
+
+class ModelSection(Section):
+    """The classifier."""
+
+    path: str
+    """a checkpoint of jobs.train, or any Hugging Face sequence-classification folder with safetensors weights"""
+    max_length: int | None = Field(default=None, ge=4)
+    """tokens kept of each text, special ones included; default: the checkpoint's, else the most the model can take"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the GPU or processor computes in it, else fp32"""
+
+
+class ScoreOutputSection(Section):
+    """Where predictions go and what they hold."""
+
+    path: str
+    """the folder of all versions and runs"""
+    prefix: str = Field(default="", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$|^$")
+    """put before the names of the columns that scoring adds"""
+    probabilities: bool = False
+    """add every class's probability, in label order"""
+
+
+class PlanningSection(Section):
+    """How the archive is cut into work."""
+
+    chunk_mb: float = Field(default=64, gt=0, le=512)
+    """text in one chunk, in MB: the unit of reading, writing and retrying; 2 on CPUs, so that a chunk takes seconds"""
+
+
+class LimitsSection(Section):
+    """When a run that finished its work is still not published."""
+
+    max_bad_rows: Share = 0.01
+    """rows with an error that a run may add: a count, or a fraction of the rows not published yet"""
+    max_bad_shards: Share = 0.01
+    """shards that cannot be read: a count, or a fraction of the shards not published yet"""
+    stall_seconds: float = Field(default=300, gt=0)
+    """no micro-batch finished for so long ends the run as incomplete"""
+
+
+class ScoreResources(Section):
+    """What the cluster gives."""
+
+    num_actors: int | None = Field(default=None, ge=1)
+    """predictor actors; default: one for each GPU, without GPUs one for each node"""
+    token_budget: int | None = Field(default=None, ge=1)
+    """tokens, padding included, in one forward pass; default: 65,536 on a GPU, 4,096 on a CPU"""
+
+
+class ScoreConfig(Section):
+    """Everything `jobs.score` can be told."""
+
+    input: InputSection
+    model: ModelSection
+    output: ScoreOutputSection
+    planning: PlanningSection = PlanningSection()
+    limits: LimitsSection = LimitsSection()
+    resources: ScoreResources = ScoreResources()
+
+
+class TrainSection(Section):
+    """The labelled rows to learn from."""
+
+    path: str
+    """labelled Parquet: a folder, a glob or one file, on any fsspec URL"""
+    text_column: str | tuple[str, str] = "text"
+    """the text's column in all labelled sets; ["first", "second"] for sentence pairs"""
+    label_column: str = "label"
+    """the label's column in all labelled sets: strings, whole numbers, or lists of them for multi-label"""
+
+
+class ValidSection(Section):
+    """The rows that choose the best checkpoint."""
+
+    path: str | None = None
+    """labelled Parquet; default: a part of the training rows, see fraction"""
+    fraction: float = Field(default=0.1, gt=0, lt=1)
+    """of the training rows, by class, if no path is given"""
+
+
+class TestSection(Section):
+    """The rows that the result is measured on."""
+
+    path: str | None = None
+    """labelled Parquet; none: no test metrics"""
+
+
+class TrainModelSection(Section):
+    """What is fine-tuned."""
+
+    base: str
+    """a pretrained encoder or classifier: a Hugging Face folder with safetensors weights, on any fsspec URL"""
+    max_length: int = Field(default=128, ge=4)
+    """tokens kept of each text, special ones included; scoring uses the same"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the forward and backward pass; the weights stay in fp32"""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """of encoder and head; default: as the base has it"""
+
+
+class OptimSection(Section):
+    """AdamW with warm-up and linear decay."""
+
+    learning_rate: float = Field(default=5e-5, gt=0)
+    """at the end of the warm-up"""
+    epochs: int = Field(default=4, ge=1)
+    """passes over the training rows, at most"""
+    batch_size: int = Field(default=32, ge=1)
+    """rows of one optimizer step, over all workers together"""
+    accumulation_steps: int = Field(default=1, ge=1)
+    """forward passes that one worker's share of a step is cut into"""
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    """of all steps"""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """not applied to biases and norms"""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """gradients are clipped to this norm"""
+    seed: int = 0
+    """of weights of the head, order and dropout"""
+
+
+class StoppingSection(Section):
+    """Which checkpoint is best and when to give up."""
+
+    metric: Literal["accuracy", "macro_f1", "micro_f1", "loss"] = "macro_f1"
+    """on the validation rows; the checkpoint with the best one is kept"""
+    patience: int = Field(default=4, ge=1)
+    """evaluations without a better value before training stops"""
+    evaluations_per_epoch: int = Field(default=1, ge=1)
+    """validation runs in each epoch"""
+
+
+class TrainOutputSection(Section):
+    """Where the checkpoint goes."""
+
+    path: str
+    """the checkpoint's folder: use it as model.path"""
+
+
+class TrainResources(Section):
+    """What the cluster gives."""
+
+    num_workers: int = Field(default=1, ge=1)
+    """training processes"""
+    use_gpu: bool | None = None
+    """one GPU for each worker; default: if the cluster has any"""
+
+
+class TrainConfig(Section):
+    """Everything `jobs.train` can be told."""
+
+    train: TrainSection
+    valid: ValidSection = ValidSection()
+    test: TestSection = TestSection()
+    model: TrainModelSection
+    optim: OptimSection = OptimSection()
+    stopping: StoppingSection = StoppingSection()
+    output: TrainOutputSection
+    resources: TrainResources = TrainResources()
+
+
+class PredictConfig(Section):
+    """Everything `jobs.predict` can be told besides its texts."""
+
+    model: ModelSection
+
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+=-]{0,127}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Generic[ConfigT]):
+    """A parsed command line."""
+
+    config: ConfigT
+    run_id: str
+    arguments: argparse.Namespace
+
+
+def parse_command(
+    schema: type[ConfigT],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    extra: argparse.ArgumentParser | None = None,
+) -> Command[ConfigT]:
+    """Parse `[--config FILE] [--set section.key=value ...] [--run-id ID]` into a validated configuration.
+
+    `extra` adds a job's own arguments. Raises `UsageError` that names the key, the value and what was expected.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {prog}",
+        description=description,
+        epilog=describe_keys(schema),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[extra] if extra else [],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a TOML file with the keys below")
+    parser.add_argument(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        help="one key, as TOML (a bare word is a string); wins over the file; may be repeated",
+    )
+    parser.add_argument(
+        "--run-id", help="name of this run; an orchestrator passes its logical date (default: time and chance)"
+    )
+    arguments = parser.parse_args(argv)
+    values = read_file(arguments.config) if arguments.config else {}
+    for assignment in arguments.set:
+        assign(values, assignment)
+    run_id = arguments.run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    if not RUN_ID.fullmatch(run_id):
+        raise UsageError(
+            f"--run-id {run_id!r}: expected 1 to 128 letters, digits and . _ : + = -, starting with a letter or digit"
+        )
+    return Command(config=validate(schema, values), run_id=run_id, arguments=arguments)
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """Read a TOML configuration file."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"--config {path}: there is no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not valid TOML: {error}") from None
+
+
+def assign(values: dict[str, Any], assignment: str) -> None:
+    """Put one `section.key=value` into `values`, in place."""
+    key, sign, text = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not sign or len(parts) != 2 or not all(parts):
+        raise UsageError(
+            f"--set {assignment!r}: expected section.key=value, such as --set input.path=s3://bucket/archive"
+        )
+    section = values.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise UsageError(f"--set {assignment!r}: {parts[0]!r} is a value in the file, expected a section")
+    try:
+        section[parts[1]] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        section[parts[1]] = text.strip()
+
+
+def validate(schema: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """Turn plain values into the job's record, or raise one `UsageError` that lists every mistake."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        found = {
+            describe_mistake(schema, tuple(map(str, item["loc"])), item["type"], item["msg"], item["input"])
+            for item in error.errors()
+        }
+        raise UsageError("; ".join(sorted(found, key=lambda text: (not text.startswith("unknown"), text)))) from None
+
+
+def describe_mistake(schema: type[Section], where: tuple[str, ...], kind: str, message: str, found: object) -> str:
+    """Say in one sentence what is wrong with one key."""
+    sections = {name: field.annotation for name, field in schema.model_fields.items()}
+    if kind == "extra_forbidden":
+        section = sections.get(where[0])
+        if len(where) == 1 or section is None:
+            return f"unknown section {where[0]!r}{nearest(where[0], sections)} (known: {', '.join(sections)})"
+        names = list(section.model_fields)  # type: ignore[union-attr]
+        return f"unknown key {'.'.join(where)!r}{nearest(where[-1], names)} (known in [{where[0]}]: {', '.join(names)})"
+    if kind == "missing":
+        missing = (
+            [key for key, _, required, _ in keys_of(schema) if required and key.startswith(where[0] + ".")]
+            if len(where) == 1
+            else [".".join(where)]
+        )
+        return "; ".join(f"{key} is required: give it as --set {key}=... or in the --config file" for key in missing)
+    key = ".".join(where[:2])
+    return f"{key} = {json.dumps(found, default=str)}: {message[0].lower()}{message[1:]}"
+
+
+def keys_of(schema: type[Section]) -> Iterator[tuple[str, str, bool, str]]:
+    """Yield `(section.key, default, required, help)` for every key of a job."""
+    for name, field in schema.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type) and issubclass(section, Section)
+        for key, leaf in section.model_fields.items():
+            default = "" if leaf.is_required() or leaf.default is None else json.dumps(leaf.default)
+            yield f"{name}.{key}", default, leaf.is_required(), leaf.description or ""
+
+
+def describe_keys(schema: type[Section]) -> str:
+    """List all keys with their help and defaults, for `--help`."""
+    lines = ["keys:"]
+    for key, default, required, text in keys_of(schema):
+        note = " (required)" if required else f" [{default}]" if default else ""
+        lines.append(f"  {key}{note}\n      {text}")
+    return "\n".join(lines)

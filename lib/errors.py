@@ -1,0 +1,85 @@
+"""Errors that a person acts on, and the exit code each one ends a job with.
+
+Every message names the object, what was found, what was expected and what to do. Anything that is not a
+`TextsweepError` is a bug: it keeps its traceback and ends the process with Python's own exit code 1.
+"""
+
+import enum
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from types import FrameType
+
+
+class ExitCode(enum.IntEnum):
+    """What an orchestrator branches on."""
+
+    DONE = 0
+    BUG = 1
+    USAGE = 2
+    """The command or the configuration is wrong: running it again changes nothing."""
+    OVER_LIMIT = 3
+    """All work is done, but bad rows or shards are over the configured limit; nothing was published."""
+    INCOMPLETE = 4
+    """Infrastructure failed; what is finished stays finished, run the same command again."""
+    STOPPED = 5
+    """Stopped on request (SIGTERM or Ctrl-C); run the same command again to go on."""
+
+
+class TextsweepError(Exception):
+    """Base of all errors with a message for the user."""
+
+    exit_code = ExitCode.BUG
+
+
+class UsageError(TextsweepError):
+    """The command, the configuration or what it points to is wrong."""
+
+    exit_code = ExitCode.USAGE
+
+
+class OverLimitError(TextsweepError):
+    """More bad rows or shards than `limits` allows."""
+
+    exit_code = ExitCode.OVER_LIMIT
+
+
+class IncompleteError(TextsweepError):
+    """Infrastructure failed; the same command can be run again."""
+
+    exit_code = ExitCode.INCOMPLETE
+
+
+class StoppedError(TextsweepError):
+    """The process was asked to stop."""
+
+    exit_code = ExitCode.STOPPED
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `, did you mean 'x'?` for the closest known name, or an empty string."""
+    match = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {match[0]!r}?" if match else ""
+
+
+def stop_on_signals() -> None:
+    """Turn SIGTERM and Ctrl-C into `StoppedError` in the main thread. Call it after `ray.init`, which sets its own."""
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        raise StoppedError(
+            f"stopped by {signal.Signals(signum).name}: finished chunks are kept; run the same command again to go on"
+        )
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def run_job(main: Callable[[Sequence[str]], None]) -> int:
+    """Run a job's `main` on the command line's arguments and return its exit code."""
+    try:
+        main(sys.argv[1:])
+    except TextsweepError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return int(error.exit_code)
+    return int(ExitCode.DONE)

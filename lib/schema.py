@@ -1,0 +1,85 @@
+"""What a prediction looks like: tasks, row errors, and the one Arrow schema that every object of a version has."""
+
+import enum
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+
+class Task(enum.StrEnum):
+    """What the classifier's head means."""
+
+    MULTI_CLASS = "multi_class"
+    """one of the labels; softmax"""
+    MULTI_LABEL = "multi_label"
+    """any of the labels; a sigmoid each"""
+    REGRESSION = "regression"
+    """one number, as the model gives it"""
+
+
+class RowError(enum.IntEnum):
+    """Why a row keeps its place without a score. The number travels, the name is written."""
+
+    NONE = 0
+    NULL = 1
+    EMPTY = 2
+    """no character, or white space only"""
+    UNDECODABLE = 3
+    """not valid UTF-8"""
+    UNREADABLE = 4
+    """its Parquet pages cannot be read"""
+
+
+ROW_ERROR_NAMES = pa.array([None if error is RowError.NONE else error.name.lower() for error in RowError], pa.string())
+"""The `error` column's text, by number."""
+
+DEAD_LETTER_SCHEMA = pa.schema([("shard", pa.string()), ("row", pa.int64()), ("error", pa.string())])
+"""Rows with an error: where they stand in the archive, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionSchema:
+    """The columns of every object of a version."""
+
+    task: Task
+    labels: tuple[str, ...]
+    prefix: str
+    probabilities: bool
+    keys: pa.Schema
+    """key columns in the types that the first run fixed; empty: `shard` and `row` are added"""
+
+    @property
+    def key_fields(self) -> list[pa.Field]:
+        """The columns that say which row it is."""
+        return list(self.keys) or [pa.field("shard", pa.string()), pa.field("row", pa.int64())]
+
+    @property
+    def result_fields(self) -> list[pa.Field]:
+        """The columns that scoring adds, without the prefix."""
+        answers = {
+            Task.MULTI_CLASS: [pa.field("label", pa.string()), pa.field("score", pa.float32())],
+            Task.MULTI_LABEL: [pa.field("labels", pa.list_(pa.string())), pa.field("scores", pa.list_(pa.float32()))],
+            Task.REGRESSION: [pa.field("score", pa.float32())],
+        }[self.task]
+        if self.probabilities and self.task is not Task.REGRESSION:
+            answers.append(pa.field("probabilities", pa.list_(pa.float32(), len(self.labels))))
+        return [
+            *answers,
+            pa.field("num_tokens", pa.int32()),
+            pa.field("truncated", pa.bool_()),
+            pa.field("error", pa.string()),
+        ]
+
+    @property
+    def results(self) -> pa.Schema:
+        """The columns that scoring adds, as they are written."""
+        return pa.schema([field.with_name(self.prefix + field.name) for field in self.result_fields])
+
+    @property
+    def columns(self) -> pa.Schema:
+        """All columns of an object, as they are written."""
+        return pa.schema([*self.key_fields, *self.results])
+
+    def clashes(self) -> list[str]:
+        """Names that are both a key column and a column that scoring adds."""
+        return sorted({field.name for field in self.key_fields} & set(self.results.names))

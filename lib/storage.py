@@ -1,0 +1,358 @@
+"""Files on any fsspec URL: listing, reading, and the two writes that the commit rests on (create once, compare and swap).
+
+The only module that knows s3fs. Credentials, region and endpoint come from the usual AWS environment and profile
+(`AWS_ENDPOINT_URL`, `AWS_PROFILE`, ...); none is ever taken from a configuration or printed.
+"""
+
+import contextlib
+import errno
+import fcntl
+import glob
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import pyarrow as pa
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
+
+from lib.errors import IncompleteError, TextsweepError, UsageError
+
+LISTING_SCHEMA = pa.schema(
+    [("path", pa.string()), ("size", pa.int64()), ("etag", pa.string()), ("mtime_ns", pa.int64())]
+)
+"""One row a file: path relative to the store's root, bytes, ETag (null where there is none), modification time (null if unknown)."""
+
+SINGLE_PUT_BYTES = 5 * 2**30
+"""S3's limit for one PUT. Always one PUT: radosgw 16.2 ignores `If-None-Match` when a multipart upload is completed."""
+
+S3_OPTIONS: dict[str, Any] = {
+    "use_listings_cache": False,
+    "skip_instance_cache": False,
+    "config_kwargs": {
+        "retries": {"mode": "adaptive", "max_attempts": 8},
+        "connect_timeout": 10,
+        "read_timeout": 60,
+        "max_pool_connections": 32,
+    },
+}
+
+LOST_RACE = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One file: path relative to the store's root, size in bytes, and what tells two contents apart."""
+
+    path: str
+    size: int
+    etag: str | None
+    mtime_ns: int | None
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder on some file system. Paths given to its methods are relative to it. Small, and picklable."""
+
+    url: str
+    """the folder, without a slash at the end"""
+
+    @cached_property
+    def fs(self) -> Any:
+        """The fsspec file system behind the folder."""
+        protocol = protocol_of(self.url)
+        if protocol == "s3":
+            return fsspec.filesystem("s3", **S3_OPTIONS)
+        try:
+            return fsspec.filesystem(protocol)
+        except (ValueError, ImportError) as error:
+            raise UsageError(f"{self.url}: {error}") from None
+
+    @cached_property
+    def root(self) -> str:
+        """The folder as the file system spells it."""
+        return str(self.fs._strip_protocol(self.url)).rstrip("/")
+
+    @property
+    def is_s3(self) -> bool:
+        """Whether the folder lies in an S3 bucket."""
+        return protocol_of(self.url) == "s3"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder lies on this machine."""
+        return protocol_of(self.url) == "file"
+
+    def full(self, path: str) -> str:
+        """The path as the file system spells it."""
+        return f"{self.root}/{path}" if path else self.root
+
+    def at(self, path: str) -> "Store":
+        """The store of a folder below this one."""
+        return Store(f"{self.url}/{path}")
+
+    def __getstate__(self) -> dict[str, str]:
+        """Only the URL travels: every process opens its own connections."""
+        return {"url": self.url}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.__dict__.update(state)
+
+    # reading
+
+    def list(self, folder: str = "") -> pa.Table:
+        """List every file below `folder`, sorted by path, as `LISTING_SCHEMA`. A folder that does not exist is empty.
+
+        Pages go into Arrow as they come: a dict per object would cost 715 bytes each.
+        """
+        with explained(self.url, "list"):
+            pages = list(self._pages(folder))
+        return pa.concat_tables([LISTING_SCHEMA.empty_table(), *pages]).sort_by("path")
+
+    def _pages(self, folder: str) -> Iterator[pa.Table]:
+        if self.is_s3:
+            yield from self._s3_pages(folder)
+            return
+        strip = len(self.root) + 1
+        try:
+            found: Iterable[Any] = self.fs.find(self.full(folder), detail=True).values()
+        except FileNotFoundError:
+            return
+        infos = [describe(info, str(info["name"])[strip:]) for info in found]
+        yield to_listing(info for info in infos if not is_temporary(info.path))
+
+    def _s3_pages(self, folder: str) -> Iterator[pa.Table]:
+        bucket, _, key = self.full(folder).partition("/")
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        strip = len(self.root) - len(bucket) if "/" in self.root else 0
+        token: dict[str, str] = {}
+        while True:
+            page = self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **token)
+            yield to_listing(
+                FileInfo(
+                    item["Key"][strip:],
+                    item["Size"],
+                    item["ETag"].strip('"'),
+                    int(item["LastModified"].timestamp() * 1e9),
+                )
+                for item in page.get("Contents", [])
+                if not item["Key"].endswith("/")
+            )
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def info(self, path: str) -> FileInfo | None:
+        """Describe one file, or return None if there is none."""
+        try:
+            with explained(f"{self.url}/{path}", "look at"):
+                return describe(self.fs.info(self.full(path)), path)
+        except FileNotFoundError:
+            return None
+
+    def open(self, path: str) -> BinaryIO:
+        """Open one file for reading at any position. On S3 every range read asks for the ETag seen at opening."""
+        options = {"cache_type": "none"} if self.is_s3 else {}
+        return self.fs.open(self.full(path), "rb", **options)  # type: ignore[no-any-return]
+
+    def read(self, path: str) -> bytes | None:
+        """Read one file, or return None if there is none."""
+        try:
+            with explained(f"{self.url}/{path}", "read"):
+                return bytes(self.fs.cat_file(self.full(path)))
+        except FileNotFoundError:
+            return None
+
+    # writing
+
+    def check_writable(self) -> None:
+        """Raise `UsageError` unless an object can be created and deleted here, before any work is done."""
+        if not (self.is_s3 or self.is_local):
+            raise UsageError(
+                f"output {self.url}: predictions go to s3:// or to a local path, where a file can be created exactly once"
+            )
+        probe = f"_probe-{secrets.token_hex(8)}"
+        with explained(self.url, "write to"):
+            try:
+                self.create(probe, b"")
+                self.delete(probe)
+            except FileNotFoundError:
+                raise UsageError(
+                    f"output {self.url}: the bucket {self.root.partition('/')[0]!r} does not exist; create it first"
+                ) from None
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Make a file visible whole, once. Returns False, and changes nothing, if it is there already."""
+        if self.is_local:
+            return self._link(path, data)
+        assert len(data) < SINGLE_PUT_BYTES, f"{path}: {len(data)} bytes do not fit one PUT"
+        try:
+            self._put(path, data, IfNoneMatch="*")
+        except FileExistsError:
+            return False
+        return True
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a file whole, over the one that is there."""
+        if self.is_local:
+            temporary = self._write_temporary(path, data)
+            temporary.replace(self.full(path))
+        else:
+            self._put(path, data)
+
+    def swap(self, path: str, expected: FileInfo | None, data: bytes) -> bool:
+        """Write a file only if it is still what `expected` describes (None: absent). Returns False if it is not.
+
+        A lost acknowledgement makes our own success look like a lost race, so a refusal is read back before it is believed:
+        `data` must be unique to the caller.
+        """
+        if self.is_local:
+            lock = Path(self.full(f"{path}.lock"))
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with lock.open("w") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                if self.info(path) != expected:
+                    return False
+                self.replace(path, data)
+                return True
+        condition = {"IfMatch": expected.etag} if expected else {"IfNoneMatch": "*"}
+        try:
+            self._put(path, data, **condition)
+        except FileExistsError:
+            return self.read(path) == data
+        return True
+
+    def delete(self, path: str) -> None:
+        """Remove one file; one that is not there is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.full(path))
+
+    def _put(self, path: str, data: bytes, **condition: Any) -> None:
+        bucket, _, key = self.full(path).partition("/")
+        try:
+            self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+        except (OSError, ClientError) as error:
+            if code_of(error) in LOST_RACE:
+                raise FileExistsError(errno.EEXIST, "exists already", path) from error
+            raise
+
+    def _write_temporary(self, path: str, data: bytes) -> Path:
+        final = Path(self.full(path))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f".{final.name[:150]}.{secrets.token_hex(8)}.tmp")
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        return temporary
+
+    def _link(self, path: str, data: bytes) -> bool:
+        temporary = self._write_temporary(path, data)
+        try:
+            os.link(temporary, self.full(path))
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+
+def open_store(url: str) -> Store:
+    """Name a folder by URL; a plain path is made absolute. Keys and passwords in a URL are refused."""
+    protocol = protocol_of(url)
+    if "@" in url.partition("://")[2].partition("/")[0] and protocol != "hf":
+        raise UsageError(
+            f"{protocol}:// address with '@': credentials come from the environment or the AWS profile, never from a URL"
+        )
+    if protocol == "file":
+        url = str(Path(url.removeprefix("file://")).expanduser().absolute())
+    return Store(url.rstrip("/"))
+
+
+def split_pattern(url: str) -> tuple[str, str]:
+    """Split an archive's URL into its root (the longest folder before a wildcard, or the file's folder) and the rest ('' for a folder)."""
+    url = url.rstrip("/")
+    if not glob.has_magic(url):
+        head, _, name = url.rpartition("/")
+        return (head or ".", name) if name.endswith((".parquet", ".pq")) else (url, "")
+    before = url[: next(i for i, letter in enumerate(url) if letter in "*?[")]
+    root = before.rpartition("/")[0]
+    return (root, url[len(root) + 1 :]) if root else (".", url)
+
+
+def protocol_of(url: str) -> str:
+    """The fsspec protocol of a URL: 's3', 'file', 'hf', ..."""
+    head, sign, _ = url.partition("://")
+    return {"s3a": "s3", "local": "file"}.get(head, head) if sign else "file"
+
+
+def is_temporary(path: str) -> bool:
+    """Whether a local path is one of our unfinished writes."""
+    return path.endswith(".tmp") and path.rpartition("/")[2].startswith(".")
+
+
+def describe(info: dict[str, Any], path: str) -> FileInfo:
+    """Turn fsspec's description of a file into ours."""
+    etag = info.get("ETag") or info.get("etag")
+    mtime = info.get("mtime")
+    if isinstance(mtime, float) and info.get("type") == "file" and "ino" in info:
+        mtime_ns: int | None = os.stat(info["name"]).st_mtime_ns
+    else:
+        stamp = mtime or info.get("LastModified") or info.get("last_modified")
+        mtime_ns = int(stamp.timestamp() * 1e9) if hasattr(stamp, "timestamp") else None
+    return FileInfo(path, int(info["size"]), str(etag).strip('"') if etag else None, mtime_ns)
+
+
+def to_listing(infos: Iterable[FileInfo]) -> pa.Table:
+    """Put descriptions of files into one Arrow table."""
+    rows = list(infos)
+    columns = [
+        [row.path for row in rows],
+        [row.size for row in rows],
+        [row.etag for row in rows],
+        [row.mtime_ns for row in rows],
+    ]
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, LISTING_SCHEMA, strict=True)],
+        schema=LISTING_SCHEMA,
+    )
+
+
+def code_of(error: BaseException | None) -> str:
+    """The S3 error code behind an exception, or ''. s3fs turns botocore's errors into `OSError`s and keeps them as the cause."""
+    while error is not None:
+        if isinstance(error, ClientError):
+            return str(error.response.get("Error", {}).get("Code", ""))
+        error = error.__cause__
+    return ""
+
+
+@contextlib.contextmanager
+def explained(url: str, verb: str) -> Iterator[None]:
+    """Turn what storage raises into an error that a person can act on.
+
+    `FileNotFoundError` of an object passes through: whether it may be missing, only the caller knows.
+    """
+    try:
+        yield
+    except TextsweepError:
+        raise
+    except FileNotFoundError as error:
+        if code_of(error) == "NoSuchBucket":
+            raise UsageError(
+                f"{url}: the bucket does not exist at this endpoint; check the name and AWS_ENDPOINT_URL"
+            ) from error
+        raise
+    except PermissionError as error:
+        code = code_of(error) or "permission denied"
+        raise UsageError(
+            f"{url}: not allowed to {verb} it ({code}); check the credentials in the environment and their rights"
+        ) from error
+    except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
+        raise UsageError(f"{url}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE") from error
+    except (OSError, BotoCoreError, ClientError) as error:
+        raise IncompleteError(f"{url}: storage failed to {verb} it: {type(error).__name__}: {error}") from error
