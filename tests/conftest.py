@@ -1,0 +1,72 @@
+"""What all tests share: a real S3 server, a real Ray, and tiny real models, each started or built once a session."""
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+
+# Before the imports, because Ray and huggingface_hub read them when they are imported: nothing is downloaded, no profile
+# and no cluster of this machine is used, and Ray's processes find `lib` and `tests`.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "PYTHONPATH": str(REPOSITORY),
+}
+for variable in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
+    os.environ.pop(variable, None)
+
+import pytest
+import ray
+
+from jobs.demo_store import LoopbackS3
+from tests import fakes
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPatch]:
+    """The session's environment variables, put back at its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEXTSWEEP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield patch
+
+
+@pytest.fixture(scope="session")
+def s3(environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackS3]:
+    """An S3 server on loopback; the environment names it, for this process and for all that it starts."""
+    with LoopbackS3(tmp_path_factory.mktemp("s3") / "server.log") as server:
+        for name, value in server.environment.items():
+            environment.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3: LoopbackS3) -> Iterator[None]:
+    """A local Ray with four CPUs, whatever the machine has, which the jobs' own `lib.runtime.ray_session` finds and uses.
+
+    After `s3`: workers inherit the environment from Ray's processes, not from the driver.
+    """
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=logging.WARNING)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(params=["local", "s3"])
+def any_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder on each kind of storage: the test runs once on a local disk and once on S3."""
+    if request.param == "local":
+        return str(tmp_path / "store")
+    server: LoopbackS3 = request.getfixturevalue("s3")
+    return f"{server.bucket()}/store"
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny BERT classifier with three labels."""
+    folder = tmp_path_factory.mktemp("classifier")
+    fakes.make_classifier(folder, "bert", ("down", "same", "up"))
+    return str(folder)
