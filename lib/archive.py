@@ -6,9 +6,10 @@ Storage that fails is neither: it raises as it is.
 
 import fnmatch
 import io
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.errors import UsageError, nearest
-from lib.planning import Chunk, RowGroup
+from lib.planning import Chunk, RowGroup, identity
 from lib.schema import RowError
-from lib.storage import Store, explained, open_store, split_pattern, to_listing
+from lib.storage import FileInfo, Store, explained, open_store, path_below, split_pattern, to_listing
 
 READ_BATCH_ROWS = 8_192
 """Rows decoded at a time; the text of no more than these is in memory beside its tokens."""
@@ -53,11 +54,16 @@ class Rows:
     """key columns; N rows"""
 
 
+class ChangedShardError(Exception):
+    """A shard that is not the one that was planned: another content, or gone."""
+
+
 class WatchedFile(io.RawIOBase):
     """A file that remembers whether reading its bytes failed: then a decoding error is the storage's, not the file's."""
 
-    def __init__(self, handle: BinaryIO) -> None:
+    def __init__(self, handle: BinaryIO, info: FileInfo) -> None:
         self.handle = handle
+        self.info = info
         self.failure: Exception | None = None
 
     def read(self, size: int = -1) -> bytes:
@@ -84,11 +90,11 @@ class WatchedFile(io.RawIOBase):
         super().close()
 
 
-def list_shards(path: str) -> tuple[Store, pa.Table]:
+def list_shards(path: str, key: str = "input.path") -> tuple[Store, pa.Table]:
     """List an archive: its root, and its shards as a listing sorted by path.
 
     Names that start with `_` or `.` are not part of it; in a folder, shards are the files that end in .parquet or .pq.
-    Raises `UsageError` if there are none.
+    `key` is the configuration's name for the path. Raises `UsageError` if there are none.
     """
     root, pattern = split_pattern(path)
     store = open_store(root)
@@ -103,9 +109,19 @@ def list_shards(path: str) -> tuple[Store, pa.Table]:
     if not shards.num_rows:
         sample = ", ".join(paths[:3]) or "nothing at all"
         raise UsageError(
-            f"input.path {path}: no Parquet file matches; found {len(paths)} files below {store.url} ({sample})"
+            f"{key} {path}: no Parquet file matches; found {len(paths)} files below {store.url} ({sample})"
         )
     return store, shards
+
+
+def refuse_output_inside(path: str, output: Store) -> None:
+    """Raise `UsageError` if predictions written to `output` would be taken for shards of the archive by the next run."""
+    root, pattern = split_pattern(path)
+    below = path_below(open_store(root), output)
+    if below is not None and is_shard("/".join(filter(None, [below, "version", "prediction.parquet"])), pattern):
+        raise UsageError(
+            f"output.path {output.url} lies in the archive {path}: predictions would be scored as shards; choose another folder"
+        )
 
 
 def is_shard(path: str, pattern: str) -> bool:
@@ -129,7 +145,7 @@ def matches(parts: list[str], pattern: list[str]) -> bool:
 
 def open_parquet(store: Store, path: str) -> tuple[pq.ParquetFile, WatchedFile]:
     """Open one shard. Raises `BadShardError` if its footer cannot be read, storage errors as they are."""
-    watched = WatchedFile(store.open(path))
+    watched = WatchedFile(*store.open_described(path))
     try:
         return pq.ParquetFile(watched, pre_buffer=True, page_checksum_verification=True), watched
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -265,25 +281,31 @@ def resolve_columns(
     raise UsageError(f"{store.url}: none of the first {len(reasons)} shards is a readable Parquet file ({reasons[0]})")
 
 
-def read_rows(store: Store, path: str, chunks: list[Chunk], columns: Columns) -> Iterator[tuple[Chunk, Rows]]:
+def read_rows(
+    store: Store, chunks: Sequence[Chunk], columns: Columns, chunk_bytes: int
+) -> Iterator[tuple[Chunk, Rows]]:
     """Read chunks of one shard, a batch of rows at a time, in order. Exactly `chunk.rows` rows come for each chunk.
 
-    Rows whose pages cannot be decoded come as `UNREADABLE` with null keys. Storage that fails raises.
+    Rows whose pages cannot be decoded come as `UNREADABLE` with null keys. Raises `ChangedShardError` if the shard is not
+    the one that was planned; storage that fails raises as it is.
     """
-    parquet, watched = open_parquet(store, path)
+    path, planned = chunks[0].shard, chunks[0].identity
+    try:
+        parquet, watched = open_parquet(store, path)
+    except FileNotFoundError as error:
+        raise ChangedShardError(f"{path}: it was there when the archive was listed, and is gone") from error
     with watched:
-        footer = parquet.metadata
-        bounds = np.concatenate(
-            [[0], np.cumsum([footer.row_group(index).num_rows for index in range(footer.num_row_groups)])]
-        )
+        info = watched.info
+        if identity(info.size, info.etag, info.mtime_ns, chunk_bytes) != planned:
+            raise ChangedShardError(f"{path}: its content is not the one that was listed ({info.size} bytes now)")
+        groups = [parquet.metadata.row_group(index).num_rows for index in range(parquet.metadata.num_row_groups)]
+        bounds = [0, *itertools.accumulate(groups)]
         for chunk in chunks:
-            end = chunk.start + chunk.rows
-            for index in range(footer.num_row_groups):
-                first, last = max(chunk.start, int(bounds[index])), min(end, int(bounds[index + 1]))
-                if first >= last:
-                    continue
-                for rows in read_group(parquet, watched, index, first - int(bounds[index]), last - first, columns):
-                    yield chunk, rows
+            for index, (first, last) in enumerate(itertools.pairwise(bounds)):
+                start, stop = max(chunk.start, first), min(chunk.start + chunk.rows, last)
+                if start < stop:
+                    for rows in read_group(parquet, watched, index, start - first, stop - start, columns):
+                        yield chunk, rows
 
 
 def read_group(

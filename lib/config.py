@@ -309,7 +309,7 @@ def describe_mistake(schema: type[Section], where: tuple[str, ...], kind: str, m
         section = sections.get(where[0])
         if len(where) == 1 or section is None:
             return f"unknown section {where[0]!r}{nearest(where[0], sections)} (known: {', '.join(sections)})"
-        names = list(section.model_fields)  # type: ignore[union-attr]
+        names = list(section.model_fields)
         return f"unknown key {'.'.join(where)!r}{nearest(where[-1], names)} (known in [{where[0]}]: {', '.join(names)})"
     if kind == "missing":
         missing = (

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from lib.errors import UsageError
 from lib.schema import Task
 
-logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 
 OFFSET_POSITIONS = {
     "roberta",
@@ -66,10 +66,11 @@ def read_facts(folder: str, shown: str) -> ModelFacts:
         raise UsageError(
             f"model.path {shown}: no *.safetensors weights in it; other formats can run code when they are loaded"
         )
-    labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    names: dict[Any, str] = dict(config.id2label or {})
+    labels = tuple(str(name) for _, name in sorted(names.items()))
     if config.problem_type == "multi_label_classification":
         task = Task.MULTI_LABEL
-    elif config.problem_type == "regression" or config.num_labels == 1:
+    elif config.problem_type == "regression" or len(labels) == 1:
         task = Task.REGRESSION
     else:
         task = Task.MULTI_CLASS
@@ -84,8 +85,8 @@ def max_positions(config: PreTrainedConfig) -> int:
     return positions - (int(config.pad_token_id or 0) + 1) if config.model_type in OFFSET_POSITIONS else positions
 
 
-def load_classifier(folder: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a classifier in eval mode. Raises `UsageError` if any of its weights is missing."""
+def load_classifier(folder: str) -> nn.Module:
+    """Load a classifier in fp32 and eval mode. Raises `UsageError` if any of its weights is missing."""
     model, info = AutoModelForSequenceClassification.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -99,7 +100,7 @@ def load_classifier(folder: str, dtype: torch.dtype = torch.float32) -> PreTrain
         raise UsageError(
             f"{folder}: {len(missing)} weights are missing ({', '.join(missing[:3])}): it was not trained as a classifier"
         )
-    loaded: PreTrainedModel = model.to(dtype).eval()
+    loaded: nn.Module = model.eval()
     return loaded
 
 

@@ -6,6 +6,7 @@ Pure functions of listings and footers; nothing here opens a file. What is done 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -95,7 +96,7 @@ def cut(row_groups: Sequence[RowGroup], chunk_bytes: int) -> list[tuple[int, int
             close()
             parts = max(-(-group.text_bytes // chunk_bytes), -(-group.rows // MAX_CHUNK_ROWS))
             bounds = [group.rows * part // parts for part in range(parts + 1)]
-            for first, last in zip(bounds, bounds[1:], strict=False):
+            for first, last in pairwise(bounds):
                 rows, size = last - first, group.text_bytes * (last - first) // group.rows
                 close()
             continue

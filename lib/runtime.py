@@ -1,8 +1,8 @@
 """Ray: connect to the cluster or start a local one, and say what it has. Below `training` and `pipeline`, which run on it."""
 
 import contextlib
+import logging
 import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -67,14 +67,11 @@ def ray_session() -> Iterator[Cluster]:
 
 
 def start_ray() -> None:
-    """Connect, or start a local cluster behind a token of its own. `address="local"`: a killed driver leaves an address file that lies."""
+    """Connect, or start a local cluster behind a token. `address="local"`: a killed driver leaves an address file that lies."""
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="warning")
-        return
-    os.environ["RAY_AUTH_MODE"] = "token"
-    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(address="local", include_dashboard=False, logging_level="warning")
+        ray.init(logging_level=logging.WARNING)
+    else:
+        ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
 
 
 def cluster_facts() -> Cluster:

@@ -157,7 +157,13 @@ class Store:
     def open(self, path: str) -> BinaryIO:
         """Open one file for reading at any position. On S3 every range read asks for the ETag seen at opening."""
         options = {"cache_type": "none"} if self.is_s3 else {}
-        return self.fs.open(self.full(path), "rb", **options)  # type: ignore[no-any-return]
+        return self.fs.open(self.full(path), "rb", **options)
+
+    def open_described(self, path: str) -> tuple[BinaryIO, FileInfo]:
+        """Open one file and say which content it is: size, ETag and time belong to the bytes that will be read."""
+        handle = self.open(path)
+        details = getattr(handle, "details", None) if self.is_s3 else None
+        return handle, describe(details or self.fs.info(self.full(path)), path)
 
     def read(self, path: str) -> bytes | None:
         """Read one file, or return None if there is none."""
@@ -273,6 +279,12 @@ def open_store(url: str) -> Store:
     return Store(url.rstrip("/"))
 
 
+def path_below(folder: Store, other: Store) -> str | None:
+    """The path of `other` relative to `folder` ('' if they are the same), or None if it does not lie in it."""
+    inside = protocol_of(folder.url) == protocol_of(other.url) and f"{other.root}/".startswith(f"{folder.root}/")
+    return other.root[len(folder.root) + 1 :] if inside else None
+
+
 def split_pattern(url: str) -> tuple[str, str]:
     """Split an archive's URL into its root (the longest folder before a wildcard, or the file's folder) and the rest ('' for a folder)."""
     url = url.rstrip("/")
@@ -298,11 +310,10 @@ def is_temporary(path: str) -> bool:
 def describe(info: dict[str, Any], path: str) -> FileInfo:
     """Turn fsspec's description of a file into ours."""
     etag = info.get("ETag") or info.get("etag")
-    mtime = info.get("mtime")
-    if isinstance(mtime, float) and info.get("type") == "file" and "ino" in info:
-        mtime_ns: int | None = os.stat(info["name"]).st_mtime_ns
+    if "ino" in info:
+        mtime_ns: int | None = Path(info["name"]).stat().st_mtime_ns
     else:
-        stamp = mtime or info.get("LastModified") or info.get("last_modified")
+        stamp: Any = info.get("mtime") or info.get("LastModified") or info.get("last_modified")
         mtime_ns = int(stamp.timestamp() * 1e9) if hasattr(stamp, "timestamp") else None
     return FileInfo(path, int(info["size"]), str(etag).strip('"') if etag else None, mtime_ns)
 

@@ -1,0 +1,97 @@
+"""Classify a few texts with a checkpoint: the quick look. No cluster, no archive.
+
+Reads   texts from the command line, one a line from standard input, or from a column of a CSV file.
+Writes  CSV to standard output or to --output: the text (or the CSV's own columns), then label, score, tokens and error.
+
+    python -m jobs.predict --set model.path=models/spam "you won a prize" "see you at eight"
+    cat texts.txt | python -m jobs.predict --set model.path=s3://bucket/models/spam
+    python -m jobs.predict --set model.path=models/spam --csv mails.csv --column body --output scored.csv
+
+Exit codes: 0 done; 2 the command or configuration is wrong; 4 storage failed, run it again; 1 a bug.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from lib import checkpoint
+from lib.archive import check_texts
+from lib.config import PredictConfig, parse_command
+from lib.errors import UsageError, nearest, run_job
+from lib.predictor import Predictor, to_results
+from lib.schema import PredictionSchema, RowError
+from lib.tokenization import load_tokenizer
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+"""A cell that starts like this is run as a formula by spreadsheets; written with an apostrophe before it, it is text."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read texts, score them, write CSV."""
+    extra = argparse.ArgumentParser(add_help=False)
+    extra.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="texts to classify; none: one a line from standard input"
+    )
+    extra.add_argument("--csv", metavar="FILE", help="take the texts from this CSV file")
+    extra.add_argument("--column", default="text", help="the CSV file's column of texts (default: text)")
+    extra.add_argument("--output", metavar="FILE", help="write the CSV here (default: standard output)")
+    command = parse_command(PredictConfig, argv, prog="jobs.predict", description=__doc__ or "", extra=extra)
+    arguments, config = command.arguments, command.config
+
+    table = read_texts(arguments.texts, arguments.csv, arguments.column)
+    model = checkpoint.load(config.model.path, config.model.max_length)
+    predictor = Predictor(model, config.model.precision)
+    results = predict(predictor, model, table[arguments.column if arguments.csv else "text"])
+    scored = pd.concat([table, results], axis=1).map(as_plain_text)
+    try:
+        scored.to_csv(arguments.output or sys.stdout, index=False)
+    except OSError as error:
+        raise UsageError(f"--output {arguments.output}: cannot be written: {error}") from error
+
+
+def read_texts(texts: Sequence[str], csv: str | None, column: str) -> pd.DataFrame:
+    """Bring the texts together as one table."""
+    if csv is None:
+        return pd.DataFrame({"text": list(texts) or sys.stdin.read().splitlines()}, dtype="object")
+    if texts:
+        raise UsageError(f"{len(texts)} texts and --csv {csv} were given, expected one of them")
+    try:
+        table = pd.read_csv(csv, dtype=str, keep_default_na=False)
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UsageError(f"--csv {csv}: cannot be read: {error}") from None
+    if column not in table.columns:
+        raise UsageError(
+            f"--csv {csv}: no column {column!r}{nearest(column, table.columns)} (there are: {', '.join(table.columns)})"
+        )
+    return table
+
+
+def predict(predictor: Predictor, model: checkpoint.Checkpoint, texts: "pd.Series[str]") -> pd.DataFrame:
+    """Score texts; the columns are those of `jobs.score`."""
+    checked, errors = check_texts(pa.array(texts, pa.string()))
+    good = errors == RowError.NONE
+    tokens = load_tokenizer(model.folder, model.card.max_length).encode(checked.filter(pa.array(good)).to_pylist())
+    scores = np.full((len(errors), len(model.card.labels)), np.nan, np.float32)
+    scores[good] = predictor.probabilities(tokens.ids, tokens.offsets)
+    lengths, truncated = np.zeros(len(errors), np.int32), np.zeros(len(errors), np.bool_)
+    lengths[good], truncated[good] = tokens.lengths, tokens.truncated
+    schema = PredictionSchema(
+        task=model.facts.task, labels=model.card.labels, prefix="", probabilities=False, keys=pa.schema([])
+    )
+    results: pd.DataFrame = to_results(schema, model.card.thresholds, scores, lengths, truncated, errors).to_pandas(
+        types_mapper=pd.ArrowDtype
+    )
+    return results
+
+
+def as_plain_text(value: object) -> object:
+    """Keep a spreadsheet from running a text as a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

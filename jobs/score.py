@@ -1,0 +1,54 @@
+"""Score a Parquet archive with a fine-tuned classifier, or finish what an earlier run of the same command left.
+
+Reads   the shards below input.path that have no predictions yet, and a model folder.
+Writes  <output.path>/<version>/<shard>-<identity>-<chunk>-of-<chunks>.parquet   predictions, one object a chunk
+        <output.path>/<version>/_dead_letter/...                                 rows with an error: shard, row, reason
+        <output.path>/<version>/_runs/<run-id>/                                  run.json, report.html, manifest.parquet, _SUCCESS
+        <output.path>/_published.json                                            the pointer to the manifest that readers use
+
+On this machine or inside a Ray job:
+    python -m jobs.score --config jobs/configs/score.toml --set input.path=s3://bucket/archive --set output.path=s3://bucket/scores
+As a Ray job:
+    ray job submit --working-dir . -- python -m jobs.score --config jobs/configs/score.toml --run-id 2026-11-20
+
+Exit codes: 0 done; 2 the command or configuration is wrong; 3 done, but over a limit of bad rows or shards, not published;
+4 incomplete, run the same command again; 5 stopped on request; 1 a bug.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from lib import pipeline, scoring
+from lib.config import ScoreConfig, parse_command
+from lib.errors import run_job
+from lib.report import ProgressLine
+from lib.runtime import ray_session
+
+
+def main(argv: Sequence[str]) -> None:
+    """Plan, score, account for every row, publish."""
+    command = parse_command(ScoreConfig, argv, prog="jobs.score", description=__doc__ or "")
+    config = command.config
+
+    # Everything that can be refused is refused here, before Ray starts and before a model is loaded.
+    run = scoring.prepare(config, command.run_id)
+    print(run.plan(), flush=True)
+    if run.is_published:
+        print(run.nothing_to_do())
+        return
+
+    outcome, where = pipeline.Outcome(), "not needed"
+    if run.unfinished.num_rows:
+        with ray_session() as cluster:
+            layout, where = pipeline.plan_layout(cluster, config.resources), str(cluster)
+            print(f"cluster: {cluster}; {layout.num_actors} predictor actors", flush=True)
+            run.start()
+            outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, ProgressLine())
+
+    # Every planned row is accounted for, or the run is no success.
+    manifest = scoring.reconcile(run, outcome)
+    scoring.conclude(run, outcome, manifest, where)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

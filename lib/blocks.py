@@ -1,0 +1,217 @@
+"""What happens to one block: read and tokenize, write, count. No Ray here: the pipeline calls these in its tasks.
+
+A block is one or more whole chunks; which ones travels as its Arrow schema metadata.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lib.archive import BadShardError, ChangedShardError, Columns, Rows, read_row_groups, read_rows
+from lib.checkpoint import fetch
+from lib.errors import TextsweepError
+from lib.planning import Block, Chunk, RowGroup
+from lib.publishing import FOOTER_KEY, read_record
+from lib.schema import DEAD_LETTER_SCHEMA, PredictionSchema, RowError
+from lib.storage import Store, explained
+from lib.tokenization import Tokens, load_tokenizer
+
+IDS, TYPE_IDS, ERROR, TRUNCATED = "__ids", "__type_ids", "__error", "__truncated"
+"""Columns that travel from reader to predictor beside the key columns."""
+
+CHUNKS_KEY = b"textsweep.chunks"
+
+SCORE_BINS = 20
+"""Equal bins of the score from 0 to 1 that every object counts in its footer."""
+
+OnFailure = Callable[[str], None]
+"""Told why something could not be read or written, for the one line that the person on call sees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob:
+    """What every task of a run needs to know. Small: it travels with each of them."""
+
+    archive: Store
+    output: Store
+    """the version's folder"""
+    version: str
+    columns: Columns
+    schema: PredictionSchema
+    model_url: str
+    model_digest: str
+    max_length: int
+    thresholds: tuple[float, ...] | None
+    precision: Literal["auto", "fp32", "bf16"]
+    token_budget: int | None
+    chunk_bytes: int
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What planning learns from one shard's footer."""
+
+    shard: str
+    row_groups: tuple[RowGroup, ...]
+    problem: str | None
+    """why it cannot be scored; None if it can"""
+
+
+def read_block(job: ScoreJob, block: Block, on_failure: OnFailure) -> list[pa.Table]:
+    """Read and tokenize a block's chunks, leaving out those whose objects are there and those whose shards changed."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    todo = [chunk for chunk in block if job.output.info(chunk.name) is None]
+    parts: list[pa.Table] = []
+    done: list[Chunk] = []
+    for shard, members in groupby(todo, key=lambda chunk: chunk.shard):
+        chunks = list(members)
+        try:
+            with explained(f"{job.archive.url}/{shard}", "read"):
+                tables = [
+                    tokenize(job, rows) for _, rows in read_rows(job.archive, chunks, job.columns, job.chunk_bytes)
+                ]
+        except (ChangedShardError, BadShardError) as error:
+            on_failure(str(error))
+            continue
+        except TextsweepError as error:
+            on_failure(str(error))
+            raise
+        parts.extend(tables)
+        done.extend(chunks)
+    if not parts:
+        return []
+    table = pa.concat_tables(parts).combine_chunks()
+    return [table.replace_schema_metadata({CHUNKS_KEY: json.dumps([asdict(chunk) for chunk in done]).encode()})]
+
+
+def tokenize(job: ScoreJob, rows: Rows) -> pa.Table:
+    """Turn rows into the table that travels: ids (an empty list for a row with an error), flags, key columns. The text stays behind."""
+    tokenizer = load_tokenizer(fetch(job.model_url), job.max_length)
+    tokens = tokenizer.encode(*rows.texts)
+    lengths = np.zeros(len(rows.errors), np.int32)
+    truncated = np.zeros(len(rows.errors), np.bool_)
+    good = rows.errors == RowError.NONE
+    lengths[good], truncated[good] = tokens.lengths, tokens.truncated
+    spread = Tokens(tokens.ids, lengths, truncated, tokens.type_ids)
+    columns = {**dict(zip(rows.keys.column_names, rows.keys.columns, strict=True)), IDS: spread.id_lists()}
+    if spread.type_ids is not None:
+        columns[TYPE_IDS] = spread.type_id_lists()
+    return pa.table({**columns, ERROR: pa.array(rows.errors), TRUNCATED: pa.array(truncated)})
+
+
+def write_block(job: ScoreJob, table: pa.Table, on_failure: OnFailure) -> pa.Table:
+    """Cut a block back into its chunks and create one object for each, after checking every count.
+
+    Returns one row a chunk, as JSON: what the object's footer says, and its size.
+    """
+    chunks = [Chunk(**record) for record in json.loads(table.schema.metadata[CHUNKS_KEY])]
+    planned = sum(chunk.rows for chunk in chunks)
+    assert table.num_rows == planned, (
+        f"{[chunk.name for chunk in chunks]}: {table.num_rows} rows, planned were {planned}"
+    )
+    written, start = [], 0
+    for chunk in chunks:
+        try:
+            written.append(write_chunk(job, chunk, table.slice(start, chunk.rows)))
+        except TextsweepError as error:
+            on_failure(str(error))
+            raise
+        start += chunk.rows
+    return pa.table({"result": [json.dumps(one) for one in written]})
+
+
+def write_chunk(job: ScoreJob, chunk: Chunk, rows: pa.Table) -> dict[str, Any]:
+    """Create a chunk's object, its dead letters first; returns what its footer says and its size in bytes."""
+    numbers = pa.array(np.arange(chunk.start, chunk.start + chunk.rows), pa.int64())
+    if not job.schema.keys.names:
+        shards = pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.rows)
+        rows = pa.table([shards, numbers, *rows.columns], names=["shard", "row", *rows.column_names])
+    error = rows[job.schema.prefix + "error"]
+    bad = pc.is_valid(error)
+    if pc.any(bad).as_py():
+        letters = [pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.rows), numbers, error.combine_chunks()]
+        create(job, f"_dead_letter/{chunk.name}", pa.table(letters, schema=DEAD_LETTER_SCHEMA).filter(bad))
+    record = {
+        "version": job.version,
+        "shard": chunk.shard,
+        "identity": chunk.identity,
+        "chunk": chunk.index,
+        "chunks": chunk.count,
+        "start": chunk.start,
+        "rows": chunk.rows,
+        **summarise(job.schema, rows),
+    }
+    footer = {FOOTER_KEY: json.dumps({**record, "label_order": job.schema.labels}).encode()}
+    size = create(job, chunk.name, rows.cast(job.schema.columns.with_metadata(footer)))
+    return {**record, "name": chunk.name, "bytes": size}
+
+
+def create(job: ScoreJob, name: str, table: pa.Table) -> int:
+    """Write a table as one object, once; returns its size. One that is there already is as good: it holds the same rows."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    with explained(f"{job.output.url}/{name}", "write"):
+        job.output.create(name, sink.getvalue())
+    return len(sink.getvalue())
+
+
+def summarise(schema: PredictionSchema, rows: pa.Table) -> dict[str, Any]:
+    """Count what a chunk holds: errors by reason, labels, tokens, truncated rows, a histogram of scores."""
+    prefix = schema.prefix
+    names = rows.column_names
+    labels = (
+        rows[f"{prefix}label"]
+        if f"{prefix}label" in names
+        else pc.list_flatten(rows[f"{prefix}labels"])
+        if f"{prefix}labels" in names
+        else None
+    )
+    scores = rows[f"{prefix}score"] if f"{prefix}score" in names else pc.list_flatten(rows[f"{prefix}scores"])
+    bins, _ = np.histogram(scores.drop_null().to_numpy(), bins=SCORE_BINS, range=(0, 1))
+    return {
+        "errors": count_values(rows[f"{prefix}error"]),
+        "labels": {} if labels is None else count_values(labels),
+        "tokens": int(pc.sum(rows[f"{prefix}num_tokens"]).as_py() or 0),
+        "truncated": int(pc.sum(rows[f"{prefix}truncated"]).as_py() or 0),
+        "score_bins": bins.tolist(),
+    }
+
+
+def count_values(column: pa.ChunkedArray) -> dict[str, int]:
+    """How often each value stands in a column, nulls left out."""
+    counted = column.drop_null().value_counts()
+    return {
+        entry["values"]: entry["counts"]
+        for entry in sorted(counted.to_pylist(), key=lambda entry: str(entry["values"]))
+    }
+
+
+def read_footer(archive: Store, columns: Columns, shard: str) -> Footer:
+    """Read one shard's footer."""
+    try:
+        with explained(f"{archive.url}/{shard}", "read"):
+            return Footer(shard, tuple(read_row_groups(archive, shard, columns)), None)
+    except BadShardError as error:
+        return Footer(shard, (), str(error))
+    except FileNotFoundError:
+        return Footer(shard, (), "it was there when the archive was listed, and is gone")
+
+
+def write_empty(job: ScoreJob, chunk: Chunk) -> dict[str, Any]:
+    """Write the object of a chunk without rows: a block without rows would never reach the writer."""
+    nothing = job.schema.columns.empty_table()
+    return write_chunk(job, chunk, nothing if job.schema.keys.names else nothing.drop_columns(["shard", "row"]))
+
+
+def read_result(job: ScoreJob, name: str) -> dict[str, Any]:
+    """What an object that another attempt wrote says of itself, as `write_chunk` returns it."""
+    return {**read_record(job.output, name), "name": name}

@@ -1,0 +1,245 @@
+"""What people see of a scoring run: the progress line, `run.json` for programs, `report.html` for eyes.
+
+The report is one file without scripts or outside links: it opens from a bucket, a mail or an archive alike.
+"""
+
+import io
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version as package_version
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from lib.blocks import SCORE_BINS
+from lib.config import ScoreConfig
+from lib.errors import ExitCode
+from lib.pipeline import Outcome
+from lib.storage import Store
+
+PACKAGES = ("ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "s3fs")
+
+SHOWN_LABELS = 30
+"""Bars of the label chart; the rest is one bar, and whole in run.json."""
+
+
+@dataclass
+class ProgressLine:
+    """One line about a run: rewritten in place on a terminal, printed every few seconds in a log."""
+
+    every_seconds: float = 10
+    started_at: float = field(default_factory=time.monotonic)
+    shown_at: float = 0
+    first: tuple[float, int, int] | None = None
+    """when the first micro-batch was seen, and the rows and tokens done by then: start-up is left out of the rates"""
+
+    def __call__(self, outcome: Outcome) -> None:
+        """Show how far the run is, if it is time to."""
+        terminal = sys.stderr.isatty()
+        now = time.monotonic()
+        if now - self.shown_at < (0.5 if terminal else self.every_seconds):
+            return
+        self.shown_at = now
+        if outcome.counts.rows and self.first is None:
+            self.first = (now, outcome.counts.rows, outcome.counts.tokens)
+        print(self.text(outcome, now), end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+
+    def text(self, outcome: Outcome, now: float) -> str:
+        """The line itself."""
+        planned, counts = outcome.planned_rows, outcome.counts
+        done = min(planned, max(counts.rows, outcome.finished_rows))
+        elapsed = f"{duration(now - self.started_at)}"
+        if self.first is None or not planned:
+            return f"scoring: {planned:,} rows planned, starting actors and loading the model, {elapsed} so far"
+        since, rows_before, tokens_before = self.first
+        seconds = now - since
+        speed = ""
+        if seconds > 1 and done > rows_before:
+            rate = (done - rows_before) / seconds
+            left = duration((planned - done) / rate)
+            speed = f", {rate:,.0f} rows/s, {(counts.tokens - tokens_before) / seconds:,.0f} tokens/s, {left} left"
+        bad = sum(sum(result["errors"].values()) for result in outcome.results.values())
+        return (
+            f"scoring: {done:,} of {planned:,} rows ({done / planned:.1%}), {bad:,} bad rows, {elapsed} so far{speed}"
+        )
+
+    def close(self) -> None:
+        """Leave the terminal's line."""
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What is known when a run ends."""
+
+    run_id: str
+    version: str
+    config: ScoreConfig
+    exit_code: ExitCode
+    message: str
+    published: bool
+    started_at: datetime
+    outcome: Outcome
+    totals: dict[str, int]
+    """of the manifest: shards, objects, rows, errors, bytes"""
+    cluster: str
+
+
+def run_record(facts: RunFacts) -> dict[str, Any]:
+    """Everything about a run as plain JSON values."""
+    results = list(facts.outcome.results.values())
+    seconds = (datetime.now(UTC) - facts.started_at).total_seconds()
+    rows = sum(int(result["rows"]) for result in results)
+    tokens = sum(int(result["tokens"]) for result in results)
+    return {
+        "run_id": facts.run_id,
+        "version": facts.version,
+        "exit_code": int(facts.exit_code),
+        "status": facts.exit_code.name.lower(),
+        "message": facts.message,
+        "published": facts.published,
+        "started_at": facts.started_at.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "input": facts.config.input.path,
+        "model": facts.config.model.path,
+        "output": facts.config.output.path,
+        "cluster": facts.cluster,
+        "this_run": {
+            "chunks_planned": len(facts.outcome.planned),
+            "chunks_finished": len(results),
+            "rows_planned": facts.outcome.planned_rows,
+            "rows": rows,
+            "errors": add_up(result["errors"] for result in results),
+            "truncated": sum(int(result["truncated"]) for result in results),
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / seconds) if seconds else 0,
+            "labels": add_up(result["labels"] for result in results),
+            "score_bins": np.sum([result["score_bins"] for result in results] or [[0] * SCORE_BINS], axis=0).tolist(),
+        },
+        "published_total": facts.totals,
+        "bad_shards": facts.outcome.bad_shards,
+        "changed_shards": sorted(facts.outcome.changed),
+        "missing_objects": facts.outcome.missing,
+        "failures": list(facts.outcome.counts.failures),
+        "config": facts.config.model_dump(mode="json"),
+        "packages": {name: package_version(name) for name in PACKAGES},
+    }
+
+
+def add_up(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Add counts by name; most frequent first."""
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(total.most_common())
+
+
+def write_report(run: Store, record: dict[str, Any]) -> None:
+    """Write `run.json`, `config.json` and `report.html` of a run."""
+    run.replace("run.json", json.dumps(record, indent=2).encode())
+    run.replace("config.json", json.dumps(record["config"], indent=2).encode())
+    run.replace("report.html", render(record).encode())
+
+
+def render(record: dict[str, Any]) -> str:
+    """The report as one HTML page; every value is escaped, plots are inline SVG."""
+    labels = record["this_run"]["labels"]
+    shown = dict(list(labels.items())[:SHOWN_LABELS])
+    if len(labels) > SHOWN_LABELS:
+        shown[f"{len(labels) - SHOWN_LABELS} more"] = sum(labels.values()) - sum(shown.values())
+    plots = {"Labels": bar_plot(shown)} if shown else {}
+    if any(record["this_run"]["score_bins"]):
+        plots["Scores"] = histogram_plot(record["this_run"]["score_bins"])
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(PAGE).render(record=record, run=record["this_run"], plots=plots, duration=duration)
+
+
+def bar_plot(counts: dict[str, int]) -> str:
+    """Horizontal bars with their counts, as SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 0.6 + 0.27 * len(counts)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(range(len(counts)), list(counts.values()), color="#3b6ea8")
+    axes.set_yticks(range(len(counts)), [name if len(name) < 40 else f"{name[:37]}…" for name in counts])
+    axes.invert_yaxis()
+    axes.bar_label(bars, labels=[f"{value:,}" for value in counts.values()], padding=3, fontsize=8)
+    axes.margins(x=0.15)
+    axes.set_xlabel("rows")
+    return to_svg(figure)
+
+
+def histogram_plot(bins: list[int]) -> str:
+    """A histogram of scores from 0 to 1, as SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    axes = figure.subplots()
+    edges = np.linspace(0, 1, len(bins) + 1)
+    axes.bar(edges[:-1], bins, width=1 / len(bins), align="edge", color="#3b6ea8", edgecolor="white")
+    axes.set_xlabel("score (probability of the label given)")
+    axes.set_ylabel("rows")
+    return to_svg(figure)
+
+
+def to_svg(figure: Any) -> str:
+    """A figure as an SVG element that scales with the page."""
+    figure.axes[0].spines[["top", "right"]].set_visible(False)
+    sink = io.StringIO()
+    figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
+    text = sink.getvalue()
+    return text[text.index("<svg") :]
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Textsweep run {{ record.run_id }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: .75rem; } .tile { border: 1px solid #d4dae1; border-radius: .5rem; padding: .6rem 1rem; }
+.tile b { display: block; font-size: 1.3rem; } .tile span { color: #57606a; font-size: .85rem; }
+.done { color: #1a7f37; } .bad { color: #b42318; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; } td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #e5e9ee; overflow-wrap: anywhere; vertical-align: top; }
+svg { max-width: 100%; height: auto; } pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .8rem; }
+</style></head><body>
+<h1>Textsweep run {{ record.run_id }}: <span class="{{ 'done' if record.exit_code == 0 else 'bad' }}">{{ record.status }}</span></h1>
+<p>{{ record.message }}</p>
+<div class="tiles">
+<div class="tile"><b>{{ "{:,}".format(run.rows) }}</b><span>rows scored in this run</span></div>
+<div class="tile"><b>{{ "{:,}".format(run.errors.values() | sum) }}</b><span>of them with an error</span></div>
+<div class="tile"><b>{{ duration(record.seconds) }}</b><span>start to end</span></div>
+<div class="tile"><b>{{ "{:,}".format(run.tokens_per_second) }}</b><span>tokens/s, start-up included</span></div>
+<div class="tile"><b>{{ "{:,}".format(record.published_total.rows) }}</b><span>rows in the manifest, {{ "{:,}".format(record.published_total.shards) }} shards</span></div>
+</div>
+{% for title, plot in plots.items() %}<h2>{{ title }}</h2>{{ plot | safe }}{% endfor %}
+{% if run.errors %}<h2>Rows with an error</h2><table><tr><th>reason</th><th>rows</th></tr>
+{% for name, count in run.errors.items() %}<tr><td>{{ name }}</td><td>{{ "{:,}".format(count) }}</td></tr>{% endfor %}</table>
+<p>Which rows: the Parquet files below <code>{{ record.version }}/_dead_letter/</code> name shard and row.</p>{% endif %}
+{% if record.bad_shards %}<h2>Bad shards</h2><table><tr><th>shard</th><th>why</th></tr>
+{% for name, why in record.bad_shards.items() %}<tr><td>{{ name }}</td><td>{{ why }}</td></tr>{% endfor %}</table>
+<p>They are tried again by every run.</p>{% endif %}
+{% for title, names in (("Shards that changed while they were scored", record.changed_shards), ("Objects missing after every attempt", record.missing_objects), ("Reported by tasks", record.failures)) %}
+{% if names %}<h2>{{ title }}</h2><ul>{% for name in names %}<li>{{ name }}</li>{% endfor %}</ul>{% endif %}{% endfor %}
+<h2>The run</h2><table>
+{% for name in ("input", "model", "output", "version", "started_at", "cluster", "published") %}<tr><th>{{ name }}</th><td>{{ record[name] }}</td></tr>{% endfor %}
+<tr><th>chunks</th><td>{{ run.chunks_finished }} of {{ run.chunks_planned }} planned</td></tr>
+<tr><th>tokens</th><td>{{ "{:,}".format(run.tokens) }}; {{ "{:,}".format(run.truncated) }} texts were cut at the length limit</td></tr>
+<tr><th>packages</th><td>{% for name, number in record.packages.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}</td></tr></table>
+<h2>Configuration</h2><pre>{{ record.config | tojson(indent=2) }}</pre>
+</body></html>
+"""
