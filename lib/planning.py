@@ -27,7 +27,8 @@ OPENING_COST_BYTES = 256 * 1024
 MAX_WAVE_BLOCKS = 10_000
 """Blocks of one Ray Data execution: the driver grows by 22 kB a block."""
 
-OBJECT_NAME = r"^(?P<shard>.+)-(?P<identity>[0-9a-f]{12})-(?P<chunk>\d{5,})-of-(?P<chunks>\d{5,})\.parquet$"
+OBJECT_NAME = r"^(?s:(?P<shard>.+))-(?P<identity>[0-9a-f]{12})-(?P<chunk>\d{5,12})-of-(?P<chunks>\d{5,12})\.parquet$"
+"""Any character may stand in a shard's name, a line break too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,12 @@ def cut(row_groups: Sequence[RowGroup], chunk_bytes: int) -> list[tuple[int, int
         start, rows, size = start + rows, 0, 0
 
     for group in row_groups:
+        if not group.rows:
+            continue
         if group.text_bytes > WHOLE_ROW_GROUP_CHUNKS * chunk_bytes or group.rows > MAX_CHUNK_ROWS:
             close()
-            parts = max(-(-group.text_bytes // chunk_bytes), -(-group.rows // MAX_CHUNK_ROWS))
+            # Never more parts than rows: a footer that claims petabytes must not fill the driver's memory.
+            parts = min(group.rows, max(-(-group.text_bytes // chunk_bytes), -(-group.rows // MAX_CHUNK_ROWS)))
             bounds = [group.rows * part // parts for part in range(parts + 1)]
             for first, last in pairwise(bounds):
                 rows, size = last - first, group.text_bytes * (last - first) // group.rows

@@ -20,11 +20,15 @@ os.environ |= {
 for variable in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
     os.environ.pop(variable, None)
 
+import hypothesis
 import pytest
 import ray
 
 from jobs.demo_store import LoopbackS3
 from tests import fakes
+
+hypothesis.settings.register_profile("textsweep", deadline=None, max_examples=60)
+hypothesis.settings.load_profile("textsweep")
 
 
 @pytest.fixture(scope="session")
