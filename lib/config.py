@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.errors import UsageError, nearest
 
-Share = Annotated[int | float, Field(ge=0)]
+Share = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
 """A limit: a whole number counts, a number with a point (0.0 to 1.0) is a fraction."""
 
 
@@ -269,6 +269,8 @@ def read_file(path: str) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"--config {path}: there is no such file") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UsageError(f"--config {path}: not a file that can be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not valid TOML: {error}") from None
 

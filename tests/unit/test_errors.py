@@ -1,0 +1,71 @@
+"""Errors: each kind has its exit code, a message without a traceback, and a bug keeps its traceback."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lib.errors import (
+    ExitCode,
+    IncompleteError,
+    OverLimitError,
+    StoppedError,
+    TextsweepError,
+    UsageError,
+    nearest,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run_job(body: str) -> subprocess.CompletedProcess[str]:
+    """Run a job whose `main` has this body in a process of its own."""
+    code = (
+        "import sys\nfrom lib import errors\ndef main(argv):\n"
+        + textwrap.indent(textwrap.dedent(body), "    ")
+        + "\nsys.exit(errors.run_job(main))"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UsageError, 2), (OverLimitError, 3), (IncompleteError, 4), (StoppedError, 5)],
+)
+def test_each_error_ends_a_job_with_its_exit_code_and_one_line(error: type[TextsweepError], code: int) -> None:
+    done = run_job(f"raise errors.{error.__name__}('bucket x: not there')")
+    assert done.returncode == code == error.exit_code
+    assert done.stderr == f"{error.__name__}: bucket x: not there\n"
+
+
+def test_a_job_that_ends_well_ends_with_0() -> None:
+    assert run_job("pass").returncode == ExitCode.DONE
+
+
+def test_a_bug_keeps_its_traceback_and_ends_with_1() -> None:
+    done = run_job("return {}['missing']")
+    assert done.returncode == ExitCode.BUG
+    assert "Traceback" in done.stderr
+    assert "KeyError: 'missing'" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_job_as_stopped(number: signal.Signals) -> None:
+    done = run_job(f"""
+        import os, signal
+        errors.stop_on_signals()
+        os.kill(os.getpid(), {int(number)})
+        signal.pause()
+    """)
+    assert done.returncode == ExitCode.STOPPED
+    assert f"stopped by {number.name}" in done.stderr
+    assert "run the same command again" in done.stderr
+
+
+def test_the_nearest_name_is_offered_only_if_it_is_near() -> None:
+    assert nearest("text_colum", ["path", "text_column"]) == ", did you mean 'text_column'?"
+    assert nearest("zzz", ["path", "text_column"]) == ""
+    assert nearest("x", []) == ""
