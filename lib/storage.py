@@ -186,10 +186,15 @@ class Store:
             try:
                 self.create(probe, b"")
                 self.delete(probe)
-            except FileNotFoundError:
-                raise UsageError(
-                    f"output {self.url}: the bucket {self.root.partition('/')[0]!r} does not exist; create it first"
-                ) from None
+            except OSError as error:
+                if self.is_s3 and isinstance(error, FileNotFoundError):
+                    bucket = self.root.partition("/")[0]
+                    raise UsageError(
+                        f"output {self.url}: the bucket {bucket!r} does not exist; create it first"
+                    ) from None
+                if self.is_local and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EROFS):
+                    raise UsageError(f"output {self.url}: cannot be created: {error.strerror}") from None
+                raise
 
     def create(self, path: str, data: bytes) -> bool:
         """Make a file visible whole, once. Returns False, and changes nothing, if it is there already."""
@@ -228,7 +233,7 @@ class Store:
         condition = {"IfMatch": expected.etag} if expected else {"IfNoneMatch": "*"}
         try:
             self._put(path, data, **condition)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # changed, or deleted
             return self.read(path) == data
         return True
 
