@@ -20,15 +20,24 @@ os.environ |= {
 for variable in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
     os.environ.pop(variable, None)
 
+import fsspec
 import hypothesis
 import pytest
 import ray
+import torch
 
 from jobs.demo_store import LoopbackS3
 from tests import fakes
+from tests.proxy import FaultyProxy
 
 hypothesis.settings.register_profile("textsweep", deadline=None, max_examples=60)
 hypothesis.settings.load_profile("textsweep")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny models on many threads only wait for one another: 200 times slower beside another busy process (measured)."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +66,16 @@ def ray_session(s3: LoopbackS3) -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level=logging.WARNING)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def proxy(s3: LoopbackS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy before the S3 server; stores opened in this test go through it."""
+    with FaultyProxy(s3.url) as faulty:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.url)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield faulty
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @pytest.fixture(params=["local", "s3"])

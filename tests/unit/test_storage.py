@@ -5,11 +5,9 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from jobs.demo_store import LoopbackS3
@@ -24,16 +22,6 @@ RACERS = 16
 @pytest.fixture
 def store(any_url: str) -> Store:
     return open_store(any_url)
-
-
-@pytest.fixture
-def proxy(s3: LoopbackS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    """A proxy before the S3 server, and stores opened in this test go through it."""
-    with FaultyProxy(s3.url) as faulty:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.url)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        yield faulty
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def paths(store: Store) -> list[str]:
