@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import secrets
@@ -75,12 +76,7 @@ def load(url: str, max_length: int | None = None) -> Checkpoint:
     card = read_card(folder, url)
     digests = {name: digest_of(Path(folder) / name) for name in deciding_files(folder)}
     if card:
-        for name, expected in card.files.items():
-            found = digests.get(name)
-            if name in digests and found != expected:
-                raise UsageError(
-                    f"model.path {url}: {name} has SHA-256 {found}, {CARD_NAME} says {expected}: the checkpoint is damaged or mixed"
-                )
+        check_files(url, digests, card.files)
     else:
         card = Card(labels=facts.labels, task=facts.task, max_length=default_max_length(folder, facts))
     length = min(max_length or card.max_length, facts.max_positions)
@@ -88,6 +84,22 @@ def load(url: str, max_length: int | None = None) -> Checkpoint:
     return Checkpoint(
         url=url, folder=folder, facts=facts, card=card.model_copy(update={"max_length": length}), digest=digest
     )
+
+
+def check_files(url: str, found: dict[str, str], committed: dict[str, str]) -> None:
+    """Raise `UsageError` unless the deciding files are exactly those that were committed."""
+    for name in sorted(found.keys() | filter(is_deciding, committed)):
+        if name not in found:
+            raise UsageError(f"model.path {url}: {name} is missing, {CARD_NAME} names it: the checkpoint is damaged")
+        if name not in committed:
+            raise UsageError(
+                f"model.path {url}: {name} is not one of the files that {CARD_NAME} names, and could change scores; remove it"
+            )
+        if found[name] != committed[name]:
+            raise UsageError(
+                f"model.path {url}: {name} has SHA-256 {found[name]}, {CARD_NAME} says {committed[name]}: the checkpoint is"
+                " damaged or mixed"
+            )
 
 
 def read_card(folder: str, url: str) -> Card | None:
@@ -110,8 +122,12 @@ def default_max_length(folder: str, facts: ModelFacts) -> int:
 
 def deciding_files(folder: str) -> list[str]:
     """Names of the files in a folder that can decide a score, sorted."""
-    names = sorted(path.name for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith("."))
-    return [name for name in names if name.endswith(DECIDING_ENDINGS) and name not in NEVER_DECIDING]
+    return sorted(path.name for path in Path(folder).iterdir() if path.is_file() and is_deciding(path.name))
+
+
+def is_deciding(name: str) -> bool:
+    """Whether a file of this name can decide a score."""
+    return name.endswith(DECIDING_ENDINGS) and not name.startswith(".") and name not in NEVER_DECIDING
 
 
 def digest_of(path: Path) -> str:
@@ -142,7 +158,12 @@ def version_of(checkpoint: Checkpoint, config: ScoreConfig) -> str:
 
 
 def fetch(url: str) -> str:
-    """Make a model folder available on this machine and return its path: a local one as it is, others from a cache by content."""
+    """Make a model folder available on this machine and return its path: a local one as it is, others from a cache by content.
+
+    `package:NAME` is the folder `model` inside an installed Python package that carries one.
+    """
+    if url.startswith("package:"):
+        return packaged(url.removeprefix("package:"))
     store = open_store(url)
     if store.is_local:
         if not Path(store.root).is_dir():
@@ -179,11 +200,28 @@ def fetch(url: str) -> str:
     return str(final)
 
 
+def packaged(name: str) -> str:
+    """The model folder that an installed Python package carries. The package's code is not run."""
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise UsageError(f"package:{name}: no such Python package is installed here; install it on every node")
+    folder = Path(spec.origin).parent / "model"
+    if not (folder / COMMIT_NAME).is_file():
+        raise UsageError(f"package:{name}: {folder} holds no {COMMIT_NAME}; the package carries no model there")
+    return str(folder)
+
+
 def commit(store: Store, folder: str, card: Card) -> None:
     """Publish a finished model folder: every file with its digest in the card, `config.json` last and created once.
 
-    Raises `IncompleteError` if another checkpoint is there already: nothing that is committed is ever changed.
+    Raises `IncompleteError` if another checkpoint is there already: nothing that is committed is ever changed. Of two that
+    commit in the same moment one is told so, and a mixture is found by its digests when it is loaded.
     """
+    taken = IncompleteError(
+        f"{store.url}: another training run committed a checkpoint here in the meantime; give this one another output.path"
+    )
+    if store.info(COMMIT_NAME):
+        raise taken
     files = sorted(path for path in Path(folder).iterdir() if path.is_file())
     card = card.model_copy(update={"files": {path.name: digest_of(path) for path in files if path.name != CARD_NAME}})
     for path in files:
@@ -191,6 +229,4 @@ def commit(store: Store, folder: str, card: Card) -> None:
             store.replace(path.name, path.read_bytes())
     store.replace(CARD_NAME, card.model_dump_json(indent=2).encode())
     if not store.create(COMMIT_NAME, (Path(folder) / COMMIT_NAME).read_bytes()):
-        raise IncompleteError(
-            f"{store.url}: another training run committed a checkpoint here in the meantime; give this one another output.path"
-        )
+        raise taken

@@ -1,0 +1,271 @@
+"""Checkpoints: what was committed is what is loaded, and a version changes with what decides a score, with nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib import checkpoint
+from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, Checkpoint, commit, load, version_of
+from lib.config import ScoreConfig, validate
+from lib.errors import IncompleteError, UsageError
+from lib.schema import Task
+from lib.storage import Store, open_store
+from tests import fakes
+
+LABELS = ("down", "same", "up")
+CARD = Card(labels=LABELS, task=Task.MULTI_CLASS, max_length=32, metrics={"accuracy": 0.5})
+
+
+@pytest.fixture
+def folder(classifier: str, tmp_path: Path) -> Path:
+    """A trained model that is not committed yet: a copy, for tests that change it."""
+    return Path(shutil.copytree(classifier, tmp_path / "trained"))
+
+
+@pytest.fixture
+def committed(classifier: str, any_url: str) -> Store:
+    store = open_store(any_url)
+    commit(store, classifier, CARD)
+    return store
+
+
+def config(**changes: Any) -> ScoreConfig:
+    values: dict[str, Any] = {
+        "input": {"path": "s3://b/archive"},
+        "model": {"path": "s3://b/model"},
+        "output": {"path": "s3://b/out"},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        values.setdefault(section, {})[name] = value
+    return validate(ScoreConfig, values)
+
+
+# commit and load
+
+
+def test_what_was_committed_is_loaded(committed: Store, classifier: str) -> None:
+    found = load(committed.url)
+    assert found.card.labels == found.facts.labels == LABELS
+    assert found.card.task is found.facts.task is Task.MULTI_CLASS
+    assert found.card.max_length == 32
+    assert found.card.metrics == {"accuracy": 0.5}
+    assert found.digest == load(classifier).digest
+    for name in checkpoint.deciding_files(classifier):
+        assert (Path(found.folder) / name).read_bytes() == (Path(classifier) / name).read_bytes()
+
+
+def test_a_checkpoint_is_brought_to_a_machine_once(committed: Store) -> None:
+    assert load(committed.url).folder == load(committed.url).folder
+
+
+def test_a_second_commit_to_the_same_place_is_refused_and_changes_no_weights(committed: Store, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    fakes.make_classifier(other, "bert", LABELS, seed=1)
+    before = load(committed.url)
+    with pytest.raises(IncompleteError, match="another training run committed a checkpoint here"):
+        commit(committed, str(other), CARD)
+    assert load(committed.url).digest == before.digest
+
+
+@pytest.mark.parametrize("missing", [COMMIT_NAME])
+def test_a_half_written_checkpoint_is_none(committed: Store, missing: str) -> None:
+    committed.delete(missing)
+    with pytest.raises(UsageError, match=f"no {COMMIT_NAME} in it"):
+        load(committed.url)
+
+
+def test_a_folder_that_is_not_there_is_named(any_url: str) -> None:
+    with pytest.raises(UsageError, match=any_url):
+        load(any_url)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_damaged_file_is_found(committed: Store, name: str) -> None:
+    content = bytearray(committed.read(name) or b"")
+    position = content.rindex(b"}") if name.endswith(".json") else len(content) // 2
+    content[position:position] = b" "
+    committed.replace(name, bytes(content))
+    with pytest.raises(UsageError, match=f"{name} has SHA-256 .* damaged or mixed"):
+        load(committed.url)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_file_that_is_gone_is_missed(committed: Store, name: str) -> None:
+    committed.delete(name)
+    with pytest.raises(UsageError, match=f"{name} is missing"):
+        load(committed.url)
+
+
+def test_a_file_from_elsewhere_is_noticed(committed: Store) -> None:
+    committed.replace("added_tokens.json", b"{}")
+    with pytest.raises(UsageError, match=r"added_tokens\.json is not one of the files"):
+        load(committed.url)
+
+
+# folders that are no checkpoints of ours
+
+
+def test_a_plain_hugging_face_folder_is_taken(classifier: str) -> None:
+    found = load(classifier)
+    assert found.card == Card(labels=LABELS, task=Task.MULTI_CLASS, max_length=fakes.MAX_TOKENS)
+
+
+@pytest.mark.parametrize(("asked", "kept"), [(None, fakes.MAX_TOKENS), (16, 16), (9999, fakes.MAX_TOKENS)])
+def test_the_length_is_never_more_than_the_model_can_take(asked: int | None, kept: int, classifier: str) -> None:
+    assert load(classifier, asked).card.max_length == kept
+
+
+@pytest.mark.parametrize("family", ["roberta", "mpnet", "xlm-roberta", "deberta-v2", "modernbert"])
+def test_positions_that_the_padding_takes_are_not_counted(family: str, tmp_path: Path) -> None:
+    fakes.make_classifier(tmp_path, family, LABELS)
+    assert load(str(tmp_path)).facts.max_positions == fakes.MAX_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem", "task"),
+    [
+        (LABELS, None, Task.MULTI_CLASS),
+        (LABELS, "multi_label_classification", Task.MULTI_LABEL),
+        (("value",), None, Task.REGRESSION),
+        (("value",), "regression", Task.REGRESSION),
+        (("value",), "multi_label_classification", Task.MULTI_LABEL),
+    ],
+)
+def test_the_task_is_read_from_the_model(
+    labels: tuple[str, ...], problem: str | None, task: Task, tmp_path: Path
+) -> None:
+    fakes.make_classifier(tmp_path, "bert", labels, problem)
+    assert load(str(tmp_path)).facts.task is task
+
+
+def test_an_encoder_is_no_classifier(tmp_path: Path) -> None:
+    fakes.make_encoder(tmp_path, "bert")
+    with pytest.raises(
+        UsageError, match=r"holds BertModel, expected one that ends in ForSequenceClassification.*jobs\.train"
+    ):
+        load(str(tmp_path))
+
+
+def test_weights_that_can_run_code_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"no \*\.safetensors weights"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model_type": "no-such-model"}', "[]"])
+def test_a_configuration_that_cannot_be_loaded_is_named(content: str, folder: Path) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=str(folder)):
+        load(str(folder))
+
+
+def test_a_card_that_is_not_valid_is_named(folder: Path) -> None:
+    (folder / CARD_NAME).write_text('{"labels": ["a"], "task": "guessing", "max_length": 5}')
+    with pytest.raises(UsageError, match=f"{CARD_NAME} is not valid: .*task"):
+        load(str(folder))
+
+
+# versions
+
+
+def changed(found: Checkpoint, **changes: Any) -> Checkpoint:
+    return Checkpoint(
+        url=found.url,
+        folder=found.folder,
+        facts=found.facts,
+        digest=found.digest,
+        card=found.card.model_copy(update=changes),
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__precision": "bf16"},
+        {"input__text_column": "body"},
+        {"input__text_column": ["first", "second"]},
+        {"input__key_columns": ["id"]},
+        {"output__prefix": "my_"},
+        {"output__probabilities": True},
+    ],
+    ids=str,
+)
+def test_a_version_changes_with_what_decides_the_output(changes: dict[str, Any], classifier: str) -> None:
+    found = load(classifier)
+    assert version_of(found, config(**changes)) != version_of(found, config())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": ("down", "up", "same")},
+        {"max_length": 16},
+        {"truncation": "tail"},
+        {"temperature": 1.5},
+        {"thresholds": (0.5, 0.4, 0.3)},
+        {"task": Task.MULTI_LABEL},
+    ],
+    ids=str,
+)
+def test_a_version_changes_with_what_decides_a_score(changes: dict[str, Any], classifier: str) -> None:
+    found = load(classifier)
+    assert version_of(changed(found, **changes), config()) != version_of(found, config())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_version_changes_with_every_deciding_file(name: str, classifier: str, folder: Path) -> None:
+    path = folder / name
+    if name == "model.safetensors":
+        fakes.make_classifier(folder, "bert", LABELS, seed=1)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"note": 1}))
+    assert version_of(load(str(folder)), config()) != version_of(load(classifier), config())
+
+
+def test_a_version_changes_with_the_scoring_revision(classifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = load(classifier)
+    before = version_of(found, config())
+    monkeypatch.setattr(checkpoint, "SCORING_REVISION", checkpoint.SCORING_REVISION + 1)
+    assert version_of(found, config()) != before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input__path": "s3://b/other"},
+        {"model__path": "s3://b/other"},
+        {"output__path": "s3://b/other"},
+        {"planning__chunk_mb": 2},
+        {"limits__max_bad_rows": 5},
+        {"resources__num_actors": 3},
+        {"resources__token_budget": 100},
+    ],
+    ids=str,
+)
+def test_a_version_does_not_change_with_the_rest(changes: dict[str, Any], classifier: str) -> None:
+    found = load(classifier)
+    assert version_of(found, config(**changes)) == version_of(found, config())
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "metrics.json", "generation_config.json", ".gitattributes", "optimizer.pt"]
+)
+def test_a_version_does_not_change_with_other_files(name: str, classifier: str, folder: Path) -> None:
+    (folder / name).write_text("{}")
+    assert version_of(load(str(folder)), config()) == version_of(load(classifier), config())
+
+
+def test_a_version_does_not_change_with_metrics_or_place(classifier: str, committed: Store) -> None:
+    found = load(classifier, 32)
+    assert version_of(load(committed.url), config()) == version_of(found, config())
+    assert version_of(changed(found, metrics={"f1": 1.0}, trained={"seed": 1}), config()) == version_of(found, config())
+
+
+def test_a_version_is_a_folder_name(classifier: str) -> None:
+    version = version_of(load(classifier), config())
+    assert len(version) == 16
+    assert set(version) <= set("0123456789abcdef")
