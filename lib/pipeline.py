@@ -11,7 +11,6 @@ import os
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +28,7 @@ from lib.blocks import ERROR, IDS, TRUNCATED, TYPE_IDS, Footer, ScoreJob
 from lib.config import LimitsSection, ScoreResources
 from lib.errors import IncompleteError, TextsweepError, UsageError
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity
+from lib.progress import Counts, Progress, Reporter, read_progress
 from lib.runtime import Cluster
 from lib.storage import Store
 
@@ -83,66 +83,6 @@ def plan_layout(cluster: Cluster, wanted: ScoreResources) -> Layout:
     actor_cpus = math.floor(share * 100) / 100
     task_cpus = TASK_CPUS_WITHOUT_GPU if actor_cpus != TASK_CPUS_WITHOUT_GPU else TASK_CPUS_WITHOUT_GPU - 0.05
     return Layout(num_actors=actors, actor_gpus=0, actor_cpus=actor_cpus, task_cpus=task_cpus, threads=threads)
-
-
-# Progress
-
-
-@dataclass
-class Counts:
-    """What has been scored so far, and what went wrong on the way."""
-
-    rows: int = 0
-    tokens: int = 0
-    batches: int = 0
-    last_batch_at: float = 0.0
-    failures: tuple[str, ...] = ()
-
-
-@ray.remote(num_cpus=0)
-class Progress:
-    """Counts finished micro-batches of all actors, for the line that people watch and the stall check."""
-
-    def __init__(self) -> None:
-        self.counts = Counts()
-        self.failures: Counter[str] = Counter()
-
-    def add(self, rows: int, tokens: int, batches: int) -> None:
-        self.counts.rows += rows
-        self.counts.tokens += tokens
-        self.counts.batches += batches
-        self.counts.last_batch_at = time.time()
-
-    def fail(self, reason: str) -> None:
-        self.failures[reason] += 1
-
-    def read(self) -> Counts:
-        self.counts.failures = tuple(
-            f"{reason} ({times}x)" if times > 1 else reason for reason, times in self.failures.most_common(5)
-        )
-        return self.counts
-
-
-class Reporter:
-    """Sends an actor's progress at most twice a second."""
-
-    def __init__(self, progress: Any) -> None:
-        self.progress = progress
-        self.rows = self.tokens = self.batches = 0
-        self.sent_at = time.monotonic()
-
-    def __call__(self, rows: int, tokens: int) -> None:
-        self.rows, self.tokens, self.batches = self.rows + rows, self.tokens + tokens, self.batches + 1
-        if time.monotonic() - self.sent_at > 0.5:
-            self.flush()
-
-    def flush(self) -> None:
-        self.progress.add.remote(self.rows, self.tokens, self.batches)
-        self.rows = self.tokens = self.batches = 0
-        self.sent_at = time.monotonic()
-
-
-# The three steps
 
 
 class ChunkSource(Datasource):
@@ -214,9 +154,6 @@ class PredictBlock:
         return named.replace_schema_metadata(table.schema.metadata)
 
 
-# Running it
-
-
 @ray.remote(num_cpus=0.25)
 def read_footer_batch(archive: Store, columns: Columns, shards: list[str]) -> list[Footer]:
     """Read the footers of some shards; one that cannot be read says why."""
@@ -240,7 +177,8 @@ def build_dataset(job: ScoreJob, blocks: Sequence[Block], layout: Layout, progre
         override_num_blocks=len(blocks),
         num_cpus=layout.task_cpus,
     )
-    dataset = dataset.map_batches(
+    # `map_batches` refuses whole blocks as batches on GPUs, and any batch size cuts or mixes chunks; this is what it calls.
+    dataset = dataset.map_batches_internal(
         PredictBlock,
         fn_constructor_args=(job, layout.threads, progress),
         batch_size=None,
@@ -322,15 +260,6 @@ def consume(dataset: Dataset, inbox: "queue.Queue[dict[str, Any] | Exception | N
         inbox.put(None)
 
 
-def read_progress(progress: Any) -> Counts | None:
-    """Ask the progress actor; None if it does not answer."""
-    try:
-        counts: Counts = ray.get(progress.read.remote(), timeout=5)
-    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
-        return None
-    return counts
-
-
 def explain_ray_error(error: ray.exceptions.RayError, failures: tuple[str, ...]) -> TextsweepError:
     """Turn what Ray raises when a run cannot go on into our error; a bug in our own code stays what it is."""
     cause: BaseException | None = error
@@ -367,8 +296,6 @@ class Outcome:
     """shards whose content was not the planned one any more"""
     missing: list[str] = field(default_factory=list)
     """objects that are not there after every attempt"""
-    failures: tuple[str, ...] = ()
-    """the most frequent reasons that tasks gave"""
     counts: Counts = field(default_factory=Counts)
 
     @property

@@ -54,13 +54,24 @@ class Predictor:
         self.checkpoint = checkpoint
         self.task = checkpoint.facts.task
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = choose_dtype(precision, self.device)
         self.token_budget = token_budget or TOKEN_BUDGET[self.device.type]
         self.model: nn.Module = load_classifier(checkpoint.folder)
         tokens = load_tokenizer(checkpoint.folder, checkpoint.card.max_length).encode(CHECK_TEXTS)
         expected = self._score_singly(tokens)
-        self.model = self.model.to(self.device).to(self.dtype)
-        self._check(expected, self.probabilities(tokens.ids, tokens.offsets))
+        self.dtype = choose_dtype(precision, self.device)
+        worst = self._convert(expected, tokens)
+        if precision == "auto" and self.dtype != torch.float32 and not worst <= TOLERANCE[self.dtype]:
+            print(
+                f"{checkpoint.url}: bf16 moves a probability by {worst:.2g}, more than {TOLERANCE[self.dtype]:g}: scoring in fp32",
+                flush=True,
+            )
+            self.dtype, self.model = torch.float32, load_classifier(checkpoint.folder)
+            worst = self._convert(expected, tokens)
+        if not worst <= TOLERANCE[self.dtype]:
+            raise UsageError(
+                f"model.path {checkpoint.url}: on {len(CHECK_TEXTS)} fixed texts the engine ({self.dtype}, {self.device}) is {worst:.2g} away from"
+                f" plain fp32 transformers, expected at most {TOLERANCE[self.dtype]:g}; try --set model.precision=fp32"
+            )
 
     def probabilities(
         self,
@@ -118,14 +129,11 @@ class Predictor:
             logits = [logits_of(self.model, row, torch.ones_like(row), None) for row in rows]
             return self._activate(torch.cat(logits)).numpy()
 
-    def _check(self, expected: FloatArray, found: FloatArray) -> None:
+    def _convert(self, expected: FloatArray, tokens: Tokens) -> float:
+        """Bring the model to the device in `self.dtype`; returns the largest difference from the expected scores."""
+        self.model = self.model.to(self.device).to(self.dtype)
         scale = np.maximum(1.0, np.abs(expected)) if self.task is Task.REGRESSION else 1.0
-        worst = float(np.max(np.abs(expected - found) / scale))
-        if not worst <= TOLERANCE[self.dtype]:
-            raise UsageError(
-                f"model.path {self.checkpoint.url}: on {len(expected)} fixed texts the engine ({self.dtype}, {self.device}) is {worst:.2g} away from plain"
-                f" fp32 transformers, expected at most {TOLERANCE[self.dtype]:g}; try --set model.precision=fp32"
-            )
+        return float(np.max(np.abs(expected - self.probabilities(tokens.ids, tokens.offsets)) / scale))
 
 
 def to_results(

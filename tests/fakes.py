@@ -25,8 +25,8 @@ MAX_TOKENS = 64
 
 VOCABULARY_SIZE = 600
 HIDDEN_SIZE = 32
-WEIGHT_STD = 0.25
-HEAD_STD = 0.5
+WEIGHT_STD = 0.12
+HEAD_STD = 0.4
 
 PROSE = """
 The harbour was quiet when the first boats came home. Nobody on the pier spoke, because everyone could count: seven had

@@ -1,0 +1,70 @@
+"""Progress of a run across its actors: rows and tokens of finished micro-batches, and what tasks report as failing."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+
+@dataclass
+class Counts:
+    """What has been scored so far, and what went wrong on the way."""
+
+    rows: int = 0
+    tokens: int = 0
+    batches: int = 0
+    failures: tuple[str, ...] = ()
+    """the most frequent reasons that tasks gave"""
+
+
+@ray.remote(num_cpus=0)
+class Progress:
+    """Counts finished micro-batches of all actors, for the line that people watch and the stall check."""
+
+    def __init__(self) -> None:
+        self.counts = Counts()
+        self.failures: Counter[str] = Counter()
+
+    def add(self, rows: int, tokens: int, batches: int) -> None:
+        self.counts.rows += rows
+        self.counts.tokens += tokens
+        self.counts.batches += batches
+
+    def fail(self, reason: str) -> None:
+        self.failures[reason] += 1
+
+    def read(self) -> Counts:
+        self.counts.failures = tuple(
+            f"{reason} ({times}x)" if times > 1 else reason for reason, times in self.failures.most_common(5)
+        )
+        return self.counts
+
+
+class Reporter:
+    """Sends an actor's progress at most twice a second."""
+
+    def __init__(self, progress: Any) -> None:
+        self.progress = progress
+        self.rows = self.tokens = self.batches = 0
+        self.sent_at = time.monotonic()
+
+    def __call__(self, rows: int, tokens: int) -> None:
+        self.rows, self.tokens, self.batches = self.rows + rows, self.tokens + tokens, self.batches + 1
+        if time.monotonic() - self.sent_at > 0.5:
+            self.flush()
+
+    def flush(self) -> None:
+        self.progress.add.remote(self.rows, self.tokens, self.batches)
+        self.rows = self.tokens = self.batches = 0
+        self.sent_at = time.monotonic()
+
+
+def read_progress(progress: Any) -> Counts | None:
+    """Ask the progress actor; None if it does not answer."""
+    try:
+        counts: Counts = ray.get(progress.read.remote(), timeout=5)
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+        return None
+    return counts

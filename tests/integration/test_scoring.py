@@ -1,0 +1,315 @@
+"""`jobs.score` on a real S3 server and a real Ray: every row there, in order, once; a second run does nothing; bad data costs only itself."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import score
+from jobs.demo_store import LoopbackS3
+from lib import checkpoint, pipeline
+from lib.blocks import ScoreJob
+from lib.config import ScoreConfig, ScoreResources, validate
+from lib.errors import OverLimitError, UsageError
+from lib.planning import Chunk
+from lib.runtime import Cluster, Node
+from lib.schema import Task
+from lib.scoring import prepare
+from lib.storage import Store, open_store
+from tests import fakes
+from tests.integration.test_equality import real_texts, score_singly
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def run_score(archive: str, model: str, output: str, *settings: str, run_id: str = "run") -> None:
+    """Run the job as its command line would."""
+    values = [
+        f"input.path={archive}",
+        f"model.path={model}",
+        f"output.path={output}",
+        "planning.chunk_mb=0.02",
+        "model.precision=fp32",
+        *settings,
+    ]
+    score.main([*(word for value in values for word in ("--set", value)), "--run-id", run_id])
+
+
+def read_json(store: Store, path: str) -> Any:
+    raw = store.read(path)
+    assert raw is not None, f"{store.url}/{path} is missing"
+    return json.loads(raw)
+
+
+def read_predictions(output: str) -> pa.Table:
+    """What a reader sees: the objects that the pointer's manifest names, in its order."""
+    store = open_store(output)
+    manifest = pq.read_table(io.BytesIO(store.read(read_json(store, "_published.json")["manifest"]) or b""))
+    tables = []
+    for row in manifest.to_pylist():
+        table = pq.read_table(io.BytesIO(store.read(row["path"]) or b""), page_checksum_verification=True)
+        assert table.num_rows == row["rows"]
+        tables.append(table.replace_schema_metadata())
+    return pa.concat_tables(tables)
+
+
+def writes(requests: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    return [request for request in requests if request[0] in ("PUT", "POST", "DELETE")]
+
+
+def texts_table(count: int, offset: int = 0) -> pa.Table:
+    texts = real_texts(500)
+    return pa.table(
+        {"id": range(offset, offset + count), "text": [texts[(offset + index) % 500] for index in range(count)]}
+    )
+
+
+def test_every_row_is_scored_once_in_order_and_like_transformers(s3: LoopbackS3, classifier: str) -> None:
+    archive, output = f"{s3.bucket()}/archive", f"{s3.bucket()}/scores"
+    shards = {
+        "a/one.parquet": texts_table(400),
+        "b-1-of-2.parquet": texts_table(150, 400),
+        "c/two words.parquet": texts_table(30, 550),
+    }
+    fakes.write_archive(archive, shards, row_group_size=60)
+    run_score(archive, classifier, output, "output.probabilities=true")
+
+    found = read_predictions(output).to_pandas()
+    assert found.columns.tolist() == [
+        "shard",
+        "row",
+        "label",
+        "score",
+        "probabilities",
+        "num_tokens",
+        "truncated",
+        "error",
+    ]
+    assert found["error"].isna().all()
+    model = checkpoint.load(classifier)
+    for name, table in shards.items():
+        mine = found[found["shard"] == name]
+        assert mine["row"].tolist() == list(range(table.num_rows))
+        expected = score_singly(classifier, table["text"].to_pylist(), model.card.max_length)
+        assert np.abs(np.stack(mine["probabilities"].to_list()) - expected).max() <= 1e-5
+        assert mine["label"].tolist() == [model.card.labels[best] for best in expected.argmax(axis=1)]
+        assert np.abs(mine["score"] - expected.max(axis=1)).max() <= 1e-5
+
+    version = read_json(open_store(output), "_published.json")["version"]
+    run = open_store(output).at(f"{version}/_runs/run")
+    record = read_json(run, "run.json")
+    assert (record["exit_code"], record["this_run"]["rows"], record["published"]) == (0, 580, True)
+    assert sum(record["this_run"]["labels"].values()) == 580
+    assert run.read("_SUCCESS") == b""
+    assert b"<svg" in (run.read("report.html") or b"")
+
+
+def test_the_same_command_again_writes_nothing_and_a_new_shard_is_all_that_is_scored(
+    s3: LoopbackS3, classifier: str
+) -> None:
+    archive, output = f"{s3.bucket()}/archive", f"{s3.bucket()}/scores"
+    fakes.write_archive(archive, {"one.parquet": texts_table(90), "two.parquet": texts_table(80, 90)})
+    run_score(archive, classifier, output, run_id="first")
+    before = len(s3.requests())
+    run_score(archive, classifier, output, run_id="second")
+    assert writes(s3.requests()[before:]) == []
+
+    fakes.write_archive(archive, {"three.parquet": texts_table(70, 170)})
+    before = len(s3.requests())
+    run_score(archive, classifier, output, run_id="third")
+    requests = s3.requests()[before:]
+    assert [path for method, path, _ in requests if method == "GET" and "two.parquet" in path] == []
+    objects = [path for method, path, _ in writes(requests) if method == "PUT" and "-of-" in path]
+    assert len(objects) > 0
+    assert all("three.parquet" in path for path in objects)
+    assert read_predictions(output).num_rows == 240
+
+
+def test_a_changed_shard_is_scored_again(s3: LoopbackS3, classifier: str) -> None:
+    archive, output = f"{s3.bucket()}/archive", f"{s3.bucket()}/scores"
+    fakes.write_archive(archive, {"one.parquet": texts_table(50), "two.parquet": texts_table(40, 50)})
+    run_score(archive, classifier, output, run_id="first")
+    fakes.write_archive(archive, {"one.parquet": texts_table(60, 200)})
+    run_score(archive, classifier, output, run_id="second")
+    found = read_predictions(output).to_pandas()
+    assert found.groupby("shard").size().to_dict() == {"one.parquet": 60, "two.parquet": 40}
+
+
+def test_bad_rows_and_shards_cost_only_themselves(any_url: str, classifier: str) -> None:
+    archive, output = f"{any_url}/archive", f"{any_url}/scores"
+    texts = ["good one", None, "", " \n\t", "good two"]
+    broken = pa.array([b"fine", b"\xff\xfe", b"\xed\xa0\x80"], pa.binary())
+    shards = {
+        "rows.parquet": pa.table({"key": ["a", "b", "c", "d", "e"], "text": texts}),
+        "bytes.parquet": pa.table({"key": pa.array(["f", "g", "h"]).dictionary_encode(), "text": broken}),
+        "nulls.parquet": pa.table({"key": ["i"], "text": pa.nulls(1)}),
+        "empty.parquet": pa.table({"key": pa.array([], pa.string()), "text": pa.array([], pa.string())}),
+        "broken.parquet": b"PAR1 this is not Parquet PAR1",
+        "other.parquet": pa.table({"key": ["j"], "txt": ["no such column"]}),
+    }
+    fakes.write_archive(archive, shards)
+    settings = ('input.key_columns=["key"]', "limits.max_bad_rows=6", "limits.max_bad_shards=2")
+    run_score(archive, classifier, output, *settings)
+    found = read_predictions(output)
+    by_key = {row["key"]: row["error"] for row in found.to_pylist()}
+    assert by_key == {
+        "a": None, "b": "null", "c": "empty", "d": "empty", "e": None, "f": None, "g": "undecodable", "h": "undecodable", "i": "null",
+    }  # fmt: skip
+    assert [row["label"] is None for row in found.to_pylist()] == [
+        row["error"] is not None for row in found.to_pylist()
+    ]
+    store = open_store(output)
+    version = read_json(store, "_published.json")["version"]
+    record = read_json(store, f"{version}/_runs/run/run.json")
+    assert set(record["bad_shards"]) == {"broken.parquet", "other.parquet"}
+    assert "'txt'" in record["bad_shards"]["other.parquet"] or "txt" in record["bad_shards"]["other.parquet"]
+    letters = store.list(f"{version}/_dead_letter")["path"].to_pylist()
+    rows = pa.concat_tables([pq.read_table(io.BytesIO(store.read(path) or b"")) for path in letters]).to_pylist()
+    assert {(row["shard"], row["row"], row["error"]) for row in rows} == {
+        ("rows.parquet", 1, "null"), ("rows.parquet", 2, "empty"), ("rows.parquet", 3, "empty"),
+        ("bytes.parquet", 1, "undecodable"), ("bytes.parquet", 2, "undecodable"), ("nulls.parquet", 0, "null"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [("limits.max_bad_rows=1", "2 of 4 new rows"), ("limits.max_bad_shards=0", "1 of 2 new shards")],
+)
+def test_over_a_limit_everything_is_finished_but_nothing_published(
+    setting: str, what: str, tmp_path: Path, classifier: str
+) -> None:
+    archive, output = str(tmp_path / "archive"), str(tmp_path / "scores")
+    fakes.write_archive(
+        archive, {"rows.parquet": pa.table({"text": ["a", None, "", "b"]}), "broken.parquet": b"nothing"}
+    )
+    limits = ["limits.max_bad_rows=9", "limits.max_bad_shards=9", setting]
+    with pytest.raises(OverLimitError, match=what):
+        run_score(archive, classifier, output, *limits)
+    store = open_store(output)
+    assert store.read("_published.json") is None
+    records = [path for path in store.list()["path"].to_pylist() if path.endswith("run.json")]
+    assert read_json(store, records[0])["exit_code"] == 3
+    assert not [path for path in store.list()["path"].to_pylist() if path.endswith("_SUCCESS")]
+    run_score(archive, classifier, output, "limits.max_bad_rows=9", "limits.max_bad_shards=9", run_id="again")
+    assert read_predictions(output).num_rows == 4
+
+
+def test_multi_label_regression_and_pairs(tmp_path: Path) -> None:
+    pairs = pa.table({"text": ["the harbour", "the market"], "second": ["was quiet", "is loud"]})
+    fakes.write_archive(str(tmp_path / "archive"), {"one.parquet": pairs})
+    fakes.make_classifier(tmp_path / "multi", "bert", ("joy", "anger", "fear"), "multi_label_classification")
+    run_score(str(tmp_path / "archive"), str(tmp_path / "multi"), str(tmp_path / "out1"), "output.prefix=pred_")
+    found = read_predictions(str(tmp_path / "out1")).to_pylist()
+    assert all(
+        len(row["pred_labels"]) == len(row["pred_scores"]) and all(value >= 0.5 for value in row["pred_scores"])
+        for row in found
+    )
+    assert any(row["pred_labels"] for row in found)
+
+    fakes.make_classifier(tmp_path / "one", "bert", ("value",))
+    run_score(
+        str(tmp_path / "archive"), str(tmp_path / "one"), str(tmp_path / "out2"), 'input.text_column=["text", "second"]'
+    )
+    predictions = read_predictions(str(tmp_path / "out2"))
+    assert checkpoint.load(str(tmp_path / "one")).facts.task is Task.REGRESSION
+    assert predictions.column_names == ["shard", "row", "score", "num_tokens", "truncated", "error"]
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "one").eval()
+    with torch.inference_mode():
+        expected = [
+            float(model(**tokenizer(row["text"], row["second"], return_tensors="pt")).logits)
+            for row in pairs.to_pylist()
+        ]
+    assert predictions["score"].to_pylist() == pytest.approx(expected, abs=1e-5)
+
+
+# What a user gets wrong: one message, before any model is loaded
+
+
+@pytest.fixture(scope="module")
+def small_archive(tmp_path_factory: pytest.TempPathFactory) -> str:
+    archive = str(tmp_path_factory.mktemp("small") / "archive")
+    fakes.write_archive(archive, {"one.parquet": pa.table({"id": [1, 2], "text": ["a", "b"], "num_tokens": [1, 2]})})
+    return archive
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["input.text_column=txt"], r"'txt' is missing, did you mean 'text'\? \(there are: id, text, num_tokens\)"),
+        (["input.text_column=id"], r"'id' is int64, expected text"),
+        (['input.key_columns=["ID"]'], r"key column 'ID' is missing"),
+        (
+            ['input.key_columns=["num_tokens"]'],
+            r"num_tokens: a key column and a column that scoring adds; set output\.prefix",
+        ),
+        (["input.path={tmp}/nowhere"], r"no Parquet file matches"),
+        (["output.path={archive}/scores"], r"lies in the archive"),
+        (["model.path={tmp}/nothing"], r"no such model folder"),
+        (["model.path={encoder}"], r"BertModel, expected one that ends in ForSequenceClassification"),
+        (["resources.num_actors=99"], r"num_actors = 99 leaves .* CPUs for each, but the cluster has 1 nodes, 4 CPUs"),
+        (["input.path=s3://no-such-bucket-here/archive"], r"the bucket does not exist"),
+        (["output.path=s3://no-such-bucket-here/scores"], r"bucket .*does not exist"),
+        (["output.path=/proc/scores"], r"not allowed to|No such file"),
+    ],
+)
+def test_mistakes_get_one_clear_message(
+    settings: list[str],
+    message: str,
+    small_archive: str,
+    classifier: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fakes.make_encoder(tmp_path / "encoder", "bert")
+    names = {"{tmp}": str(tmp_path), "{archive}": small_archive, "{encoder}": str(tmp_path / "encoder")}
+    for placeholder, value in names.items():
+        settings = [setting.replace(placeholder, value) for setting in settings]
+    monkeypatch.setattr(pipeline, "score", lambda *_: pytest.fail("work was started"))
+    with pytest.raises(UsageError, match=message):
+        run_score(small_archive, classifier, str(tmp_path / "scores"), *settings)
+
+
+def test_another_archive_under_the_same_version_is_refused(small_archive: str, classifier: str, tmp_path: Path) -> None:
+    run_score(small_archive, classifier, str(tmp_path / "scores"))
+    fakes.write_archive(str(tmp_path / "other"), {"one.parquet": pa.table({"text": ["c"]})})
+    with pytest.raises(UsageError, match=r"holds scores of the archive .*give each archive its own output\.path"):
+        run_score(str(tmp_path / "other"), classifier, str(tmp_path / "scores"))
+
+
+# The pipeline's shape
+
+
+def job_for(archive: str, classifier: str, output: str) -> ScoreJob:
+    values = {"input": {"path": archive}, "model": {"path": classifier}, "output": {"path": output}}
+    return prepare(validate(ScoreConfig, values), "run").job
+
+
+def test_ray_keeps_three_operators_apart(small_archive: str, classifier: str, tmp_path: Path) -> None:
+    job = job_for(small_archive, classifier, str(tmp_path / "scores"))
+    chunk = Chunk("one.parquet", "0" * 12, 0, 1, 0, 2, 10)
+    for cluster in (Cluster((Node(4, 0),)), Cluster((Node(1, 0),)), Cluster((Node(16, 2),))):
+        layout = pipeline.plan_layout(cluster, ScoreResources())
+        progress = pipeline.Progress.remote()  # type: ignore[attr-defined]
+        names = pipeline.operator_names(pipeline.build_dataset(job, [(chunk,)], layout, progress))
+        assert [name.split("(")[0].removesuffix("Chunks") for name in names] == ["Read", "MapBatches", "MapBatches"]
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [(Node(2, 0),), (Node(1, 0),), (Node(0, 0), Node(8, 0), Node(8, 0)), (Node(16, 2), Node(16, 2)), (Node(4, 1),)],
+)
+def test_a_layout_always_leaves_cpus_to_read_and_write(nodes: tuple[Node, ...]) -> None:
+    cluster = Cluster(nodes)
+    layout = pipeline.plan_layout(cluster, ScoreResources())
+    assert layout.num_actors * layout.actor_cpus + layout.task_cpus <= cluster.cpus
+    assert layout.num_actors * layout.actor_gpus <= cluster.gpus
+    assert layout.actor_cpus != layout.task_cpus
