@@ -1,0 +1,353 @@
+"""Fitting: what every worker of a training run does, from mapped rows to the best checkpoint, committed.
+
+Which rows a step sees and in which order is decided by (seed, step) alone, so a run that was killed goes on exactly where
+its last evaluation left it. Knows Ray Train's worker side, not the cluster.
+"""
+
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from lib.batching import epoch_batches
+from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, commit, fetch
+from lib.config import TrainConfig
+from lib.errors import UsageError
+from lib.labelled import LabelledIndex
+from lib.learning import Learner, Team
+from lib.mapped import Subset, local_copy, map_set, split_rows
+from lib.metrics import describe, is_better, summarize
+from lib.model import choose_dtype, new_classifier
+from lib.storage import Store
+from lib.tokenization import load_tokenizer
+
+METRICS_NAME = "metrics.json"
+
+PROGRESS_SECONDS = 5.0
+
+STATE_NAME = "state.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker is told."""
+
+    config: TrainConfig
+    run_id: str
+    base: str
+    """model.base, made absolute: Ray Train moves workers to another working directory"""
+    max_length: int
+    pad_token_id: int
+    index: LabelledIndex
+    output: Store
+    folder: Store
+    """of this run: tokenized data and Ray Train's checkpoints; removed at the end"""
+    cpus_per_worker: int
+
+
+@dataclass
+class Progress:
+    """How far a run is; plain types, saved with every evaluation, the same on all workers."""
+
+    step: int = 0
+    """optimizer steps done"""
+    best_step: int | None = None
+    best_value: float | None = None
+    stale: int = 0
+    """evaluations since the best one"""
+    stopped: bool = False
+    failure: str | None = None
+    """why going on makes no sense, for the user"""
+    seconds: float = 0.0
+    """of training, attempts that were killed left out"""
+    resumed_after: list[int] = field(default_factory=list)
+    """steps after which the run went on because workers had died"""
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def join_team(job: Job) -> Team:
+    """Say who this worker is, and set up its device and threads."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # else a line of Ray's for every report
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    assert isinstance(device, torch.device)
+    cores = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+    torch.set_num_threads(min(job.cpus_per_worker, cores))
+    return Team(
+        rank=context.get_world_rank(),
+        size=context.get_world_size(),
+        device=device,
+        dtype=choose_dtype(job.config.model.precision, device),
+        control=dist.new_group(backend="gloo"),
+    )
+
+
+def open_sets(job: Job) -> dict[str, Subset]:
+    """Map all sets; without one for validation a part of the training rows is set aside, the same on every worker."""
+    index, data = job.index, job.folder.at("data")
+    mapped = {
+        name: map_set(data, files, index.labels, index.task, job.pad_token_id) for name, files in index.files.items()
+    }
+    sets = {name: Subset(one, np.arange(len(one))) for name, one in mapped.items()}
+    if "valid" not in sets:
+        train = mapped["train"]
+        parts = split_rows(train.targets, job.config.valid.fraction, job.config.optim.seed)
+        sets["train"], sets["valid"] = (Subset(train, part) for part in parts)
+    return sets
+
+
+class Fit:
+    """One attempt at a run, on one worker."""
+
+    def __init__(self, job: Job, team: Team) -> None:
+        self.job = job
+        self.team = team
+        self.sets = open_sets(job)
+        self.steps_per_epoch = math.ceil(len(self.sets["train"]) / job.config.optim.batch_size)
+        optim, index = job.config.optim, job.index
+        model: Any = new_classifier(fetch(job.base), index.labels, index.task, job.config.model.dropout, optim.seed)
+        self.learner = Learner(model.to(team.device), optim, index.task, team, self.steps_per_epoch * optim.epochs)
+        self.progress = Progress()
+        self.best_weights: dict[str, torch.Tensor] = {}
+        """on rank 0"""
+        self.resume()
+        self.begun = time.monotonic() - self.progress.seconds
+        self.printed = (time.monotonic(), self.progress.step)
+
+    def run(self) -> None:
+        """Train to the end or until stopping is due, and leave the best weights in the model of every worker."""
+        config, learner, progress, train = self.job.config, self.learner, self.progress, self.sets["train"]
+        lengths = train.lengths
+        places = evaluation_places(self.steps_per_epoch, config.stopping.evaluations_per_epoch)
+        loaded, batches = -1, []
+        while progress.step < learner.total_steps and not progress.stopped:
+            epoch, place = divmod(progress.step, self.steps_per_epoch)
+            if epoch != loaded:
+                loaded, batches = epoch, epoch_batches(lengths, config.optim.batch_size, config.optim.seed, epoch)
+            learner.step(progress.step, train.data, train.chosen[batches[place]])
+            progress.step += 1
+            self.print_progress()
+            if place + 1 in places:
+                self.assess()
+                self.save()
+        if progress.failure is None:
+            self.restore_best()
+
+    def assess(self) -> None:
+        """Evaluate on the validation rows, and decide what is best and whether to stop: on rank 0, for all."""
+        progress, stopping = self.progress, self.job.config.stopping
+        valid = self.sets["valid"]
+        train_loss, grad_norm = self.learner.means()
+        found = self.learner.evaluate(valid)
+        entry: dict[str, float] = {}
+        if found is not None:
+            summary = summarize(valid.targets, *found, self.job.index.task, len(self.job.index.labels))
+            entry = {
+                "step": progress.step,
+                "epoch": round(progress.step / self.steps_per_epoch, 4),
+                "seconds": round(time.monotonic() - self.begun, 3),
+                "train_loss": train_loss,
+                "grad_norm": grad_norm,
+                **summary,
+            }
+        entry = self.team.broadcast(entry)
+        progress.history.append(entry)
+        progress.seconds = entry["seconds"]
+        if not math.isfinite(entry["train_loss"]):
+            progress.failure = f"the training loss is {entry['train_loss']} at step {progress.step}"
+            progress.stopped = True
+        elif is_better(entry[stopping.metric], progress.best_value, stopping.metric):
+            progress.best_value, progress.best_step, progress.stale = entry[stopping.metric], progress.step, 0
+            if self.team.rank == 0:
+                self.best_weights = {
+                    name: one.detach().cpu().clone() for name, one in self.learner.model.state_dict().items()
+                }
+        else:
+            progress.stale += 1
+            progress.stopped = progress.stale >= stopping.patience
+        self.print_evaluation(entry)
+
+    def print_progress(self) -> None:
+        """On rank 0, every few seconds."""
+        now, (last, last_step) = time.monotonic(), self.printed
+        if self.team.rank or now - last < PROGRESS_SECONDS:
+            return
+        progress, total = self.progress, self.learner.total_steps
+        steps = progress.step - last_step
+        loss = float(self.learner.loss_sum) * self.team.size / max(1, self.learner.num_steps)
+        print(
+            f"epoch {(progress.step - 1) // self.steps_per_epoch + 1}/{self.job.config.optim.epochs},"
+            f" step {progress.step}/{total}: loss {loss:.4f},"
+            f" {steps * self.job.config.optim.batch_size / (now - last):.0f} rows/s,"
+            f" {(total - progress.step) * (now - last) / steps:.0f} s left",
+            flush=True,
+        )
+        self.printed = (now, progress.step)
+
+    def print_evaluation(self, entry: dict[str, float]) -> None:
+        """On rank 0, one line for each evaluation."""
+        if self.team.rank:
+            return
+        progress, metric = self.progress, self.job.config.stopping.metric
+        note = (
+            "the best so far"
+            if progress.best_step == progress.step
+            else f"best: {progress.best_value} at step {progress.best_step}"
+        )
+        print(
+            f"validation at step {progress.step}: accuracy {entry['accuracy']:.4f}, macro-F1 {entry['macro_f1']:.4f},"
+            f" loss {entry['loss']:.4f}; {metric}: {note}{'; stopping here' if progress.stopped else ''}",
+            flush=True,
+        )
+
+    def save(self) -> None:
+        """Report a Ray Train checkpoint that `resume` goes on from."""
+        metric = self.job.config.stopping.metric
+        metrics = {"step": self.progress.step, metric: self.progress.history[-1][metric]}
+        if self.team.rank:
+            ray.train.report(metrics, checkpoint=None)
+            return
+        is_best = self.progress.best_step == self.progress.step
+        state = {
+            "model": self.learner.model.state_dict(),
+            "optimizer": self.learner.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+            "best": None if is_best else self.best_weights,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(state, Path(folder) / STATE_NAME)
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint that Ray Train committed, if there is one."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / STATE_NAME, map_location="cpu", weights_only=True)
+        self.learner.model.load_state_dict(state["model"])
+        self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        self.progress.resumed_after.append(self.progress.step)
+        if self.team.rank == 0:
+            self.best_weights = state["best"] or state["model"]
+            print(f"resuming after step {self.progress.step} of {self.learner.total_steps}", flush=True)
+
+    def restore_best(self) -> None:
+        """Put the best weights, which rank 0 keeps, into every worker's model."""
+        if self.team.rank == 0:
+            self.learner.model.load_state_dict(self.best_weights)
+        for one in self.learner.model.state_dict().values():
+            dist.broadcast(one, src=0)
+
+
+def evaluation_places(steps_per_epoch: int, evaluations: int) -> set[int]:
+    """After which steps of an epoch (1 is the first) validation runs; always after the last one."""
+    return {math.ceil(steps_per_epoch * part / evaluations) for part in range(1, evaluations + 1)}
+
+
+def work(settings: dict[str, Any]) -> str | None:
+    """What each worker runs: train, evaluate on the test rows, commit. Returns why the run is hopeless, if it is."""
+    job: Job = settings["job"]
+    team = join_team(job)
+    done = team.rank == 0 and find_committed(job.output, job.config, job.run_id) is not None
+    if team.broadcast(done):  # killed between the commit and the end
+        return None
+    fit = Fit(job, team)
+    fit.run()
+    if fit.progress.failure is None:
+        test = fit.sets.get("test")
+        found = None if test is None else fit.learner.evaluate(test)
+        if team.rank == 0:
+            labels, task = job.index.labels, job.index.task
+            tested = None if test is None or found is None else describe(test.targets, *found, task, labels)
+            publish(fit, tested)
+    dist.barrier(group=team.control)
+    if not job.folder.is_local and ray.train.get_context().get_local_rank() == 0:
+        shutil.rmtree(local_copy(job.folder.at("data")), ignore_errors=True)
+    return fit.progress.failure
+
+
+def publish(fit: Fit, tested: dict[str, Any] | None) -> None:
+    """Write the model's folder with its metrics and commit it."""
+    job, progress = fit.job, fit.progress
+    best = next(entry for entry in progress.history if entry["step"] == progress.best_step)
+    rows = {name: len(one) for name, one in fit.sets.items()}
+    metrics = {
+        "run_id": job.run_id,
+        "seconds": progress.seconds,
+        "rows": rows,
+        "dropped": job.index.dropped,
+        "labels": list(job.index.labels),
+        "metric": job.config.stopping.metric,
+        "best": best,
+        "resumed_after": progress.resumed_after,
+        "history": progress.history,
+        "test": tested,
+    }
+    trained = {
+        "run_id": job.run_id,
+        "config": deciding(job.config),
+        "seed": job.config.optim.seed,
+        "data": job.index.fingerprint,
+        "rows": rows,
+        "label_counts": job.index.label_counts,
+        "precision": str(fit.team.dtype).removeprefix("torch."),
+        "workers": fit.team.size,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "ray")},
+        },
+    }
+    brief = {key: value for key, value in (tested or {}).items() if key not in ("per_class", "confusion")}
+    card = Card(
+        labels=job.index.labels,
+        task=job.index.task,
+        max_length=job.max_length,
+        metrics={"valid": best, "test": brief or None},
+        trained=trained,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        fit.learner.model.save_pretrained(folder)
+        load_tokenizer(fetch(job.base), job.max_length).reference.save_pretrained(folder)
+        (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        commit(job.output, folder, card)
+    print(f"committed the weights of step {progress.best_step} to {job.output.url}", flush=True)
+
+
+def find_committed(output: Store, config: TrainConfig, run_id: str) -> dict[str, Any] | None:
+    """What `metrics.json` of a checkpoint that this very run committed holds, or None if there is no checkpoint.
+
+    Raises `UsageError` if the checkpoint there is another run's.
+    """
+    if output.info(COMMIT_NAME) is None:
+        return None
+    raw = output.read(CARD_NAME)
+    trained = Card.model_validate_json(raw).trained if raw else {}
+    if trained.get("run_id") != run_id or trained.get("config") != deciding(config):
+        same = trained.get("run_id") == run_id
+        raise UsageError(
+            f"output.path {output.url}: holds the checkpoint of run {trained.get('run_id', 'unknown')!r}"
+            f"{' with another configuration' if same else ''}, this is run {run_id!r}; a committed checkpoint is never"
+            " changed: give this run another output.path"
+        )
+    return json.loads(output.read(METRICS_NAME) or b"{}")
+
+
+def deciding(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain JSON, without `resources`: a run may go on with another number of workers."""
+    return config.model_dump(mode="json", exclude={"resources"})

@@ -1,0 +1,319 @@
+"""Labelled rows: from Parquet to a memory-mapped set of token ids and labels that every training worker maps.
+
+Text is tokenized once, by Ray Data tasks over blocks of chunks, with the code that scoring uses. Each block becomes
+one uncompressed Arrow file beside the run's checkpoints. Rows without a usable text or label are left out and counted.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from lib.archive import (
+    BadShardError,
+    ChangedShardError,
+    Columns,
+    Rows,
+    check_columns,
+    find_type,
+    key_type,
+    list_shards,
+    open_parquet,
+    read_row_groups,
+    read_rows,
+)
+from lib.checkpoint import fetch
+from lib.config import TrainConfig
+from lib.errors import IncompleteError, TextsweepError, UsageError, nearest
+from lib.planning import Chunk, bundle, chunks_of, with_identities
+from lib.schema import RowError, Task
+from lib.storage import Store, explained
+from lib.tokenization import load_tokenizer
+
+IntArray = npt.NDArray[np.int64]
+
+BLOCK_BYTES = 16 * 2**20
+"""Text of one tokenizing task: seconds of work, and no more than a few hundred tasks for gigabytes."""
+
+SETS = ("train", "valid", "test")
+
+INDEX_NAME = "index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The shards of one labelled set, and how to read them."""
+
+    name: str
+    """train, valid or test"""
+    store: Store
+    blocks: tuple[tuple[Chunk, ...], ...]
+    columns: Columns
+    """the text, and the label as the one key column"""
+    task: Task
+    fingerprint: str
+    """of the listing: path and identity of every shard"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledIndex:
+    """What the tokenized sets hold; small, kept as JSON beside the data."""
+
+    fingerprint: str
+    task: Task
+    labels: tuple[str, ...]
+    files: dict[str, list[str]]
+    """Arrow files of each set, in row order, relative to the data's folder"""
+    rows: dict[str, int]
+    dropped: dict[str, dict[str, int]]
+    """rows left out of each set, by reason"""
+    label_counts: dict[str, dict[str, int]]
+
+
+def find_sources(config: TrainConfig) -> list[Source]:
+    """List the labelled sets and check every shard's columns. Raises `UsageError`; reads footers only."""
+    paths = {"train": config.train.path, "valid": config.valid.path, "test": config.test.path}
+    sources = [find_source(name, path, config) for name, path in paths.items() if path is not None]
+    for source in sources[1:]:
+        if source.task is not sources[0].task:
+            raise UsageError(
+                f"{source.name}.path {paths[source.name]}: column {config.train.label_column!r} is {source.task.value},"
+                f" in train.path it is {sources[0].task.value}; expected the same kind of labels in all sets"
+            )
+    return sources
+
+
+def find_source(name: str, path: str, config: TrainConfig) -> Source:
+    """List one labelled set and cut it into blocks for tokenizing."""
+    store, shards = list_shards(path, key=f"{name}.path")
+    text = config.train.text_column
+    label = config.train.label_column
+    shards = with_identities(shards, BLOCK_BYTES)
+    chunks: list[Chunk] = []
+    columns: Columns | None = None
+    for shard, shard_identity in zip(shards["path"].to_pylist(), shards["identity"].to_pylist(), strict=True):
+        try:
+            with explained(f"{store.url}/{shard}", "read"):
+                columns = columns or labelled_columns(store, shard, (text,) if isinstance(text, str) else text, label)
+                groups = read_row_groups(store, shard, columns)
+        except BadShardError as error:
+            raise UsageError(
+                f"{name}.path: {store.url}/{shard}: {error}; set train.text_column or train.label_column, or mend the file"
+            ) from None
+        chunks += [chunk for chunk in chunks_of(shard, shard_identity, groups, BLOCK_BYTES) if chunk.rows]
+    assert columns is not None
+    listing = shards.select(["path", "identity"]).to_pylist()
+    return Source(
+        name=name,
+        store=store,
+        blocks=tuple(bundle(chunks, BLOCK_BYTES)),
+        columns=columns,
+        task=Task.MULTI_LABEL if is_list(columns.keys.field(label).type) else Task.MULTI_CLASS,
+        fingerprint=hashlib.sha256(json.dumps([store.url, listing]).encode()).hexdigest()[:16],
+    )
+
+
+def labelled_columns(store: Store, shard: str, text: tuple[str, ...], label: str) -> Columns:
+    """Look at a shard's columns: is there text, and a label of a kind to learn? Raises `BadShardError`."""
+    parquet, watched = open_parquet(store, shard)
+    schema = parquet.schema_arrow
+    watched.close()
+    check_columns(schema, shard, Columns(text=text, keys=pa.schema([])))
+    if label not in schema.names:
+        raise BadShardError(
+            f"label column {label!r} is missing{nearest(label, schema.names)} (there are: {', '.join(schema.names)})"
+        )
+    found = find_type(schema, label)
+    kind = value_kind(found)
+    if pa.types.is_null(found) or not (pa.types.is_integer(kind) or pa.types.is_string(kind)):
+        raise BadShardError(
+            f"label column {label!r} is {found}, expected strings, whole numbers, or lists of them (multi-label)"
+        )
+    target = found if is_list(found) else pa.int64() if pa.types.is_integer(kind) else kind
+    return Columns(text=text, keys=pa.schema([(label, target)]))
+
+
+def is_list(found: pa.DataType) -> bool:
+    """Whether a column's values are lists, of whatever kind."""
+    return any(test(found) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
+
+
+def value_kind(found: pa.DataType) -> pa.DataType:
+    """The plain type of one label."""
+    return key_type(found.value_type if is_list(found) else found)
+
+
+def prepare(config: TrainConfig, sources: Sequence[Source], base: str, max_length: int, folder: Store) -> LabelledIndex:
+    """Tokenize all sets into `folder`, or take what an earlier attempt of this run left there.
+
+    Raises `UsageError` if labels do not fit together, or if the rows have changed since the earlier attempt.
+    """
+    fingerprint = hashlib.sha256("|".join(source.fingerprint for source in sources).encode()).hexdigest()[:16]
+    kept = folder.read(INDEX_NAME)
+    if kept is not None:
+        index = LabelledIndex(**json.loads(kept))
+        if index.fingerprint != fingerprint:
+            raise UsageError(
+                f"{folder.url}: this run was started with other labelled files than there are now (fingerprint"
+                f" {index.fingerprint}, now {fingerprint}); give the run another --run-id"
+            )
+        return index
+    items = [
+        {"set": source.name, "number": number, "chunks": json.dumps([asdict(chunk) for chunk in block])}
+        for source in sources
+        for number, block in enumerate(source.blocks)
+    ]
+    reports = (
+        tokenize_all(items, {source.name: source for source in sources}, base, max_length, folder) if items else []
+    )
+    index = build_index(fingerprint, sources, reports, config)
+    folder.replace(INDEX_NAME, json.dumps(asdict(index)).encode())
+    return index
+
+
+def tokenize_all(
+    items: list[dict[str, Any]], sources: dict[str, Source], base: str, max_length: int, folder: Store
+) -> list[dict[str, Any]]:
+    """Run one Ray Data task for each item; the tasks write files, what comes back is a report for each."""
+
+    def tokenize(batch: pa.Table) -> pa.Table:
+        reports = []
+        for item in batch.to_pylist():
+            try:
+                reports.append(tokenize_block(item, sources[item["set"]], base, max_length, folder))
+            except TextsweepError as error:  # as a report: what a task raises comes back wrapped, its type lost
+                reports.append({"failure": str(error), "is_usage": isinstance(error, UsageError)})
+        return pa.table({"report": [json.dumps(report) for report in reports]})
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    blocks = ray.data.from_items(items, override_num_blocks=len(items))
+    found = blocks.map_batches(tokenize, batch_size=None, batch_format="pyarrow").take_all()
+    reports = [json.loads(row["report"]) for row in found]
+    for report in reports:
+        if "failure" in report:
+            raise (UsageError if report["is_usage"] else IncompleteError)(report["failure"])
+    assert len(reports) == len(items), f"{len(items)} blocks were to be tokenized, {len(reports)} came back"
+    return sorted(reports, key=lambda one: (one["set"], one["number"]))
+
+
+def tokenize_block(item: dict[str, Any], source: Source, base: str, max_length: int, folder: Store) -> dict[str, Any]:
+    """Read and tokenize one block of chunks into one Arrow file; running it again writes the same file."""
+    tokenizer = load_tokenizer(fetch(base), max_length)
+    counts: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    batches: list[pa.RecordBatch] = []
+    chunks = [Chunk(**chunk) for chunk in json.loads(item["chunks"])]
+    for rows in read_block(source, chunks):
+        texts, labels = usable_rows(rows, dropped)
+        if not len(labels):
+            continue
+        tokens = tokenizer.encode(*texts)
+        arrays = {"ids": tokens.id_lists(), "label": labels}
+        segments = tokens.type_id_lists()
+        batches.append(pa.RecordBatch.from_pydict(arrays if segments is None else {**arrays, "type_ids": segments}))
+        flat = labels.flatten() if source.task is Task.MULTI_LABEL else labels
+        counts.update({one["values"]: one["counts"] for one in pc.value_counts(flat).to_pylist()})
+    name = f"{source.name}-{item['number']:05d}.arrow"
+    if batches:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, batches[0].schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        folder.replace(name, sink.getvalue().to_pybytes())
+    return {
+        "set": source.name,
+        "number": item["number"],
+        "file": name if batches else None,
+        "rows": sum(batch.num_rows for batch in batches),
+        "read": sum(chunk.rows for chunk in chunks),
+        "dropped": dropped,
+        "labels": counts,
+    }
+
+
+def read_block(source: Source, chunks: list[Chunk]) -> Iterator[Rows]:
+    """Read chunks, shard by shard. Raises `IncompleteError` if a shard is not the one that was listed."""
+    for shard, group in itertools.groupby(chunks, key=lambda chunk: chunk.shard):
+        where = f"{source.store.url}/{shard}"
+        try:
+            with explained(where, "read"):
+                for _, rows in read_rows(source.store, list(group), source.columns, BLOCK_BYTES):
+                    yield rows
+        except (ChangedShardError, BadShardError) as error:
+            raise IncompleteError(f"{source.name}.path: {where} changed while it was read: {error}") from error
+
+
+def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[list[str]], pa.Array]:
+    """Leave out rows without a text or a label, count them by reason, and give labels as strings (or lists of them)."""
+    labels = rows.keys.column(0).combine_chunks()
+    labels = labels.cast(pa.list_(pa.string()) if is_list(labels.type) else pa.string())
+    for error in RowError:
+        if error is not RowError.NONE and (count := int((rows.errors == error).sum())):
+            dropped[f"{error.name.lower()} text"] += count
+    labels = labels.filter(pa.array(rows.errors == RowError.NONE))
+    valid = labels.is_valid().to_numpy(zero_copy_only=False)
+    if pa.types.is_list(labels.type):
+        parents = pc.list_parent_indices(labels)
+        valid[np.unique(parents.filter(labels.flatten().is_null()).to_numpy(zero_copy_only=False))] = False
+    if count := int((~valid).sum()):
+        dropped["null label"] += count
+    keep = np.flatnonzero(valid)
+    texts = [[column[index] for index in keep] for column in rows.texts]
+    return texts, labels.take(pa.array(keep))
+
+
+def build_index(
+    fingerprint: str, sources: Sequence[Source], reports: list[dict[str, Any]], config: TrainConfig
+) -> LabelledIndex:
+    """Put the reports of all blocks together; the label map is what the training rows hold, sorted."""
+    counts: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
+    dropped: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
+    for report in reports:
+        assert report["rows"] + sum(report["dropped"].values()) == report["read"], f"rows lost in {report}"
+        counts[report["set"]].update(report["labels"])
+        dropped[report["set"]].update(report["dropped"])
+    numeric = pa.types.is_integer(value_kind(sources[0].columns.keys.types[0]))
+    labels = tuple(sorted(counts["train"], key=int if numeric else str))
+    index = LabelledIndex(
+        fingerprint=fingerprint,
+        task=sources[0].task,
+        labels=labels,
+        files={name: [one["file"] for one in reports if one["set"] == name and one["file"]] for name in counts},
+        rows={name: sum(one["rows"] for one in reports if one["set"] == name) for name in counts},
+        dropped={name: dict(found) for name, found in dropped.items()},
+        label_counts={name: dict(sorted(found.items())) for name, found in counts.items()},
+    )
+    check_labels(index, config)
+    return index
+
+
+def check_labels(index: LabelledIndex, config: TrainConfig) -> None:
+    """Raise `UsageError` unless there are rows in all sets and every label was seen in training."""
+    for name, rows in index.rows.items():
+        if not rows:
+            raise UsageError(f"{name}.path: no row with a text and a label is left (dropped: {index.dropped[name]})")
+    least = 1 if index.task is Task.MULTI_LABEL else 2
+    if len(index.labels) < least:
+        raise UsageError(
+            f"train.path: column {config.train.label_column!r} holds {len(index.labels)} different labels"
+            f" ({', '.join(map(repr, index.labels))}), expected at least {least}"
+        )
+    for name in index.rows:
+        unseen = {label: count for label, count in index.label_counts[name].items() if label not in index.labels}
+        if unseen:
+            shown = ", ".join(f"{label!r} ({count} rows)" for label, count in list(unseen.items())[:10])
+            raise UsageError(
+                f"{name}.path: {len(unseen)} labels do not occur in the training rows: {shown}"
+                f"{nearest(next(iter(unseen)), index.labels)}; add rows with them to train.path or remove them"
+            )

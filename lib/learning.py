@@ -1,0 +1,200 @@
+"""Learning: one optimizer step and one evaluation, exact for any number of workers and forward passes.
+
+A step is decided by (seed, step) and its rows alone: the learning rate, and with the worker's rank the dropout.
+Knows torch and its collectives, not Ray. Letters: B rows of a forward pass, L padded length, C classes, N rows of a set.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from lib.batching import IntArray, cut_by_tokens, share_of
+from lib.config import OptimSection
+from lib.mapped import LabelledSet, Subset
+from lib.metrics import decide
+from lib.model import logits_of
+from lib.schema import Task
+
+EVALUATION_TOKENS = {"cpu": 4_096, "cuda": 65_536}
+"""Tokens, padding included, of one forward pass without gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """This worker among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+    """of matrix products in forward and backward pass; weights, gradients and losses are fp32"""
+    control: Any = None
+    """a gloo group for small Python objects, whatever the gradients travel through"""
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16)
+
+    def gather(self, mine: Any) -> list[Any] | None:
+        """Every worker's object in rank order on rank 0, None on the others."""
+        found: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(mine, found, dst=0, group=self.control)
+        return found
+
+    def broadcast(self, mine: Any) -> Any:
+        """Rank 0's object, on every worker."""
+        box = [mine]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+
+class Learner:
+    """The model in training: its weights, its optimizer, and one step of it."""
+
+    def __init__(self, model: PreTrainedModel, optim: OptimSection, task: Task, team: Team, total_steps: int) -> None:
+        self.optim = optim
+        self.task = task
+        self.team = team
+        self.total_steps = total_steps
+        self.model = model
+        self.wrapped: nn.Module = (
+            DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            if team.size > 1
+            else self.model
+        )
+        self.optimizer = new_optimizer(self.model, self.optim)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=team.device)
+        """this worker's share of the steps' losses since the last evaluation"""
+        self.norm_sum = torch.zeros((), dtype=torch.float64, device=team.device)
+        self.num_steps = 0
+        """since the last evaluation"""
+
+    def step(self, number: int, data: LabelledSet, batch: IntArray) -> None:
+        """Make optimizer step `number` with the rows `batch`, of which this worker computes its share."""
+        self.wrapped.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(number, self.total_steps, self.optim)
+        torch.manual_seed(dropout_seed(self.optim.seed, number, self.team.rank))
+        self.optimizer.zero_grad()
+        shares = share_of(batch, self.team.rank, self.team.size, self.optim.accumulation_steps)
+        self.loss_sum += accumulate(self.wrapped, data, shares, len(batch), self.task, self.team)
+        self.norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
+        self.optimizer.step()
+        self.num_steps += 1
+
+    def evaluate(self, rows: Subset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] | None:
+        """Answers and loss of every row, in row order, on rank 0; None on the others. Every row is computed once."""
+        mine = rows.chosen[self.team.rank :: self.team.size]
+        parts = self.team.gather(answer(self.model, rows.data, mine, self.task, self.team))
+        if parts is None:
+            return None
+        answers = np.empty((len(rows), *parts[0][0].shape[1:]), dtype=np.int64)
+        losses = np.empty(len(rows), dtype=np.float64)
+        for rank, (part, part_losses) in enumerate(parts):
+            answers[rank :: self.team.size], losses[rank :: self.team.size] = part, part_losses
+        return answers, losses
+
+    def means(self) -> tuple[float, float]:
+        """Mean loss and gradient norm of the steps since the last call, over all workers (on rank 0)."""
+        found = self.team.gather(float(self.loss_sum))
+        steps = max(1, self.num_steps)
+        norm = float(self.norm_sum) / steps
+        self.loss_sum.zero_()
+        self.norm_sum.zero_()
+        self.num_steps = 0
+        return sum(found or []) / steps, norm
+
+
+def new_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
+    """AdamW; biases and norms, the parameters with one dimension, do not decay."""
+    parameters = [one for one in model.parameters() if one.requires_grad]
+    groups = [
+        {"params": [one for one in parameters if one.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [one for one in parameters if one.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=optim.learning_rate, fused=True)
+
+
+def learning_rate(step: int, total_steps: int, optim: OptimSection) -> float:
+    """The rate of step 0, 1, ...: linear up to the configured one at the end of the warm-up, then linear down to zero."""
+    warmup = math.ceil(total_steps * optim.warmup_fraction)
+    if step < warmup:
+        return optim.learning_rate * (step + 1) / warmup
+    return optim.learning_rate * (total_steps - step) / max(1, total_steps - warmup)
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for one worker's step, so that what is dropped does not depend on what ran before."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def row_losses(logits: torch.Tensor, targets: torch.Tensor, task: Task) -> torch.Tensor:
+    """Loss of each row (B,), in fp32: cross entropy, or for multi-label the labels' mean binary cross entropy."""
+    if task is Task.MULTI_LABEL:
+        losses = functional.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
+        return losses.mean(dim=1)
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def forward(
+    model: nn.Module, data: LabelledSet, rows: IntArray, task: Task, team: Team
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, C) and losses (B,) of some rows."""
+    ids, mask, type_ids = data.gather(rows)
+    ids_tensor, mask_tensor = (torch.from_numpy(one).to(team.device) for one in (ids, mask.astype(np.int64)))
+    segments = None if type_ids is None else torch.from_numpy(type_ids).to(team.device)
+    targets = torch.from_numpy(data.targets[rows]).to(team.device)
+    with team.autocast:
+        logits = logits_of(model, ids_tensor, mask_tensor, segments)
+    return logits, row_losses(logits, targets, task)
+
+
+def accumulate(
+    model: nn.Module, data: LabelledSet, shares: Sequence[IntArray], num_rows: int, task: Task, team: Team
+) -> torch.Tensor:
+    """Add the gradient of a step's mean loss to the parameters, and return this worker's part of that mean.
+
+    `shares` are this worker's forward passes, `num_rows` the rows of all workers: DDP averages gradients over workers,
+    so each one's is taken times their number. A worker without rows takes part with a row that weighs nothing.
+    """
+    passes = [share for share in shares if len(share)]
+    weight = team.size / num_rows if passes else 0.0
+    total = torch.zeros((), device=team.device)
+    for index, rows in enumerate(passes or [np.zeros(1, dtype=np.int64)]):
+        waits = index + 1 < len(passes) and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            _, losses = forward(model, data, rows, task, team)
+            loss = losses.sum() * weight
+            loss.backward()
+        total += loss.detach() / team.size
+    return total
+
+
+def answer(
+    model: nn.Module, data: LabelledSet, rows: IntArray, task: Task, team: Team
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Answers and losses of some rows, in their order."""
+    model.eval()
+    width = data.targets.shape[1:]
+    answers = np.empty((len(rows), *width), dtype=np.int64)
+    losses = np.empty(len(rows), dtype=np.float64)
+    with torch.no_grad():
+        for places in cut_by_tokens(data.lengths[rows], EVALUATION_TOKENS[team.device.type]):
+            logits, found = forward(model, data, rows[places], task, team)
+            logits = logits.float()
+            probabilities = logits.sigmoid() if task is Task.MULTI_LABEL else logits.softmax(dim=-1)
+            answers[places] = decide(probabilities.cpu().numpy(), task)
+            losses[places] = found.cpu().numpy()
+    return answers, losses

@@ -1,0 +1,146 @@
+"""A tokenized labelled set, memory-mapped: what a training worker reads its rows from. Knows no Ray and no torch.
+
+Letters: B rows of a forward pass, L padded length, C classes, N rows of a set.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lib.batching import IntArray
+from lib.schema import Task
+from lib.storage import Store, explained
+
+
+@dataclass(frozen=True)
+class Part:
+    """One record batch of a tokenized file, memory-mapped."""
+
+    ids: npt.NDArray[np.integer]
+    offsets: npt.NDArray[np.int32]
+    type_ids: npt.NDArray[np.uint8] | None
+
+
+class LabelledSet:
+    """The rows of one or more tokenized files: token ids stay in the files, lengths and labels are in memory."""
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[str], task: Task, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+        self.parts: list[Part] = []
+        targets = []
+        for path in paths:
+            table = pa.ipc.open_file(pa.memory_map(path))
+            for batch in map(table.get_batch, range(table.num_record_batches)):
+                lists = batch.column("ids")
+                segments = batch.column("type_ids").values.to_numpy() if "type_ids" in batch.schema.names else None
+                self.parts.append(Part(lists.values.to_numpy(), lists.offsets.to_numpy(), segments))
+                targets.append(encode_labels(batch.column("label"), labels, task))
+        self.lengths: npt.NDArray[np.int32] = np.concatenate([np.diff(part.offsets) for part in self.parts])
+        self.starts = np.cumsum([0, *(len(part.offsets) - 1 for part in self.parts)])
+        self.targets: npt.NDArray[np.integer] = np.concatenate(targets)
+        """(N,) class numbers as int64, or (N, C) zeros and ones as uint8"""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def gather(self, rows: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_], IntArray | None]:
+        """Pad rows into `(B, L)` ids, mask and, for pairs, segment ids."""
+        lengths = self.lengths[rows]
+        mask = np.arange(int(lengths.max())) < lengths[:, None]
+        ids = np.full(mask.shape, self.pad_token_id, dtype=np.int64)
+        type_ids = None if self.parts[0].type_ids is None else np.zeros(mask.shape, dtype=np.int64)
+        owners = np.searchsorted(self.starts, rows, side="right") - 1
+        for place, (row, owner) in enumerate(zip(rows, owners, strict=True)):
+            part = self.parts[owner]
+            first, last = part.offsets[row - self.starts[owner]], part.offsets[row - self.starts[owner] + 1]
+            ids[place, : last - first] = part.ids[first:last]
+            if type_ids is not None and part.type_ids is not None:
+                type_ids[place, : last - first] = part.type_ids[first:last]
+        return ids, mask, type_ids
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some rows of a mapped set, in order: the whole set, or one side of a split."""
+
+    data: LabelledSet
+    chosen: IntArray
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """(N,) tokens of each row."""
+        return self.data.lengths[self.chosen]
+
+    @property
+    def targets(self) -> npt.NDArray[np.integer]:
+        """(N,) class numbers, or (N, C) zeros and ones."""
+        return self.data.targets[self.chosen]
+
+
+def encode_labels(column: pa.Array, labels: Sequence[str], task: Task) -> npt.NDArray[np.integer]:
+    """Turn label names into class numbers (N,), or for multi-label into zeros and ones (N, C)."""
+    known = pa.array(labels, pa.string())
+    if task is not Task.MULTI_LABEL:
+        return pc.index_in(column, known).to_numpy().astype(np.int64)
+    hot = np.zeros((len(column), len(labels)), dtype=np.uint8)
+    hot[pc.list_parent_indices(column).to_numpy(), pc.index_in(column.flatten(), known).to_numpy()] = 1
+    return hot
+
+
+def split_rows(targets: npt.NDArray[np.integer], fraction: float, seed: int) -> tuple[IntArray, IntArray]:
+    """Split rows into training and validation rows, the same for the same seed: by class, at random for multi-label.
+
+    Every class keeps at least one training row. Both are sorted.
+    """
+    chance = np.random.default_rng([seed, len(targets)])
+    groups = (
+        [np.flatnonzero(targets == index) for index in np.unique(targets)]
+        if targets.ndim == 1
+        else [np.arange(len(targets))]
+    )
+    taken = [chance.permutation(group)[: min(round(len(group) * fraction), len(group) - 1)] for group in groups]
+    valid = np.sort(np.concatenate(taken))
+    return np.setdiff1d(np.arange(len(targets)), valid), valid
+
+
+def map_set(folder: Store, files: Sequence[str], labels: Sequence[str], task: Task, pad_token_id: int) -> LabelledSet:
+    """Memory-map the files of one set, brought to this machine first if they are not here."""
+    if folder.is_local:
+        return LabelledSet([folder.full(name) for name in files], labels, task, pad_token_id)
+    local = local_copy(folder)
+    local.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with node_lock(local):
+        for name in files:
+            if not (local / name).is_file():
+                temporary = local / f".{name}.tmp"
+                with explained(f"{folder.url}/{name}", "read"):
+                    folder.fs.get_file(folder.full(name), str(temporary))
+                temporary.replace(local / name)
+    return LabelledSet([str(local / name) for name in files], labels, task, pad_token_id)
+
+
+def local_copy(folder: Store) -> Path:
+    """Where this machine keeps its copy of a run's data."""
+    cache = Path(os.environ.get("TEXTSWEEP_CACHE", Path(tempfile.gettempdir()) / f"textsweep-{os.getuid()}"))
+    return cache / "labelled" / hashlib.sha256(folder.url.encode()).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def node_lock(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time."""
+    with (folder / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

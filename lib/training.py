@@ -1,0 +1,259 @@
+"""Training on the cluster: check everything that can be wrong, tokenize, run the workers, commit the best checkpoint.
+
+Run it again with the same run id and configuration and it goes on from the last evaluation, or, if the checkpoint is
+committed, returns its metrics at once.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray.train
+from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
+
+from lib.checkpoint import fetch
+from lib.config import TrainConfig
+from lib.errors import IncompleteError, TextsweepError, UsageError
+from lib.fitting import Job, deciding, find_committed, work
+from lib.labelled import LabelledIndex, Source, find_sources, prepare
+from lib.model import max_positions, read_config
+from lib.runtime import Cluster
+from lib.storage import Store, explained, open_store
+from lib.tokenization import load_tokenizer
+
+RUNS_FOLDER = "_train"
+
+MAX_FAILURES = 3
+"""Restarts of the workers in one execution of the job."""
+
+RAY_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for one look of the controller: 2 s as Ray ships
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it shows every line that a worker prints twice
+}
+
+
+def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
+    """Fine-tune, commit the best checkpoint to `output.path`, and return what its `metrics.json` holds.
+
+    Raises `UsageError` before any weights are loaded, `IncompleteError` if the same command can finish the run later.
+    """
+    output = open_store(config.output.path)
+    found = find_committed(output, config, run_id)
+    if found is not None:
+        print(f"{output.url}: run {run_id} committed this checkpoint already", flush=True)
+        return found
+    output.check_writable()
+    use_gpu, cpus_per_worker = place_workers(config, cluster)
+    base = config.model.base if config.model.base.startswith("package:") else open_store(config.model.base).url
+    max_length, pad_token_id = check_base(base, config.model.max_length)
+    sources = find_sources(config)
+    folder = output.at(f"{RUNS_FOLDER}/{run_id}")
+    claim(folder, config, run_id)
+    begun = time.monotonic()
+    index = prepare(config, sources, base, max_length, folder.at("data"))
+    print_sets(index, sources, max_length, time.monotonic() - begun)
+    job = Job(
+        config=config,
+        run_id=run_id,
+        base=base,
+        max_length=max_length,
+        pad_token_id=pad_token_id,
+        index=index,
+        output=output,
+        folder=folder,
+        cpus_per_worker=cpus_per_worker,
+    )
+    run_workers(job, use_gpu)
+    metrics = find_committed(output, config, run_id)
+    assert metrics is not None, f"{output.url}: the workers ended without an error and without a checkpoint"
+    remove_run(output, folder)
+    return metrics
+
+
+# before any work
+
+
+def place_workers(config: TrainConfig, cluster: Cluster) -> tuple[bool, int]:
+    """Whether workers use GPUs, and how many CPUs each gets. Raises `UsageError` if the cluster cannot hold them."""
+    wanted = config.resources.num_workers
+    use_gpu = cluster.gpus >= 1 if config.resources.use_gpu is None else config.resources.use_gpu
+    if use_gpu:
+        room = sum(int(min(node.gpus, node.cpus)) for node in cluster.nodes)
+        if wanted > room:
+            raise UsageError(
+                f"resources.num_workers = {wanted} with a GPU and a CPU each, the cluster has room for {room} ({cluster});"
+                " lower resources.num_workers, set resources.use_gpu = false, or add GPU nodes"
+            )
+        return True, 1
+    most = int(max((node.cpus for node in cluster.nodes), default=0))
+    for cpus in range(most, 0, -1):
+        if sum(int(node.cpus // cpus) for node in cluster.nodes) >= wanted:
+            return False, cpus
+    raise UsageError(
+        f"resources.num_workers = {wanted} with a CPU each, the cluster has {cluster};"
+        f" lower resources.num_workers to at most {int(cluster.cpus)}, or add nodes"
+    )
+
+
+def check_base(base: str, max_length: int) -> tuple[int, int]:
+    """The most tokens of a text that the base can take, up to `max_length`, and its padding id; loads no weights."""
+    folder = fetch(base)
+    config = read_config(folder)
+    if not any(Path(folder).glob("*.safetensors")):
+        names = ", ".join(sorted(path.name for path in Path(folder).iterdir())[:5])
+        raise UsageError(
+            f"model.base {base}: no *.safetensors weights in it (there are: {names}); other formats can run code when they"
+            " are loaded: convert it once with transformers' save_pretrained"
+        )
+    length = min(max_length, max_positions(config))
+    try:
+        load_tokenizer(folder, length)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model.base {base}: its tokenizer cannot be loaded: {error}") from None
+    return length, config.pad_token_id or 0
+
+
+def claim(folder: Store, config: TrainConfig, run_id: str) -> None:
+    """Start this run, or go on with it. Raises `UsageError` if an unfinished run of this name has another configuration."""
+    mine = deciding(config)
+    if folder.create("run.json", json.dumps(mine).encode()):
+        return
+    theirs = json.loads(folder.read("run.json") or b"{}")
+    differing = [
+        f"{section}.{key} = {mine[section].get(key)!r}, it was {values.get(key)!r}"
+        for section, values in theirs.items()
+        for key in values
+        if mine.get(section, {}).get(key) != values[key]
+    ]
+    if theirs != mine:
+        raise UsageError(
+            f"{folder.url}: run {run_id!r} was started with another configuration ({'; '.join(differing)}); give this one"
+            " another --run-id, or the old configuration to go on"
+        )
+    print(f"going on with run {run_id}", flush=True)
+
+
+def print_sets(index: LabelledIndex, sources: list[Source], max_length: int, seconds: float) -> None:
+    """Say what is learned from, and what was left out."""
+    for source in sources:
+        dropped = index.dropped[source.name]
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        note = f"; left out {sum(dropped.values())} ({reasons})" if dropped else ""
+        print(f"{source.name}: {index.rows[source.name]} rows from {source.store.url}{note}", flush=True)
+    kind = index.task.value.replace("_", "-")
+    print(
+        f"{len(index.labels)} labels, {kind}, at most {max_length} tokens a text; ready in {seconds:.1f} s", flush=True
+    )
+
+
+# running the workers
+
+
+class QuietTrainer(TorchTrainer):
+    """Without the actor that waits for the controller's death to free its placement group: the job's end frees it, too.
+
+    Ray 2.60: without a dashboard, as in a local Ray, that actor prints a warning every second.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        found: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        return [one for one in found if type(one).__name__ != "PlacementGroupCleanerCallback"]
+
+
+def run_workers(job: Job, use_gpu: bool) -> None:
+    """Run `work` on all workers, restarting them from their last checkpoint if some die."""
+    for name, value in RAY_TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    where: dict[str, Any] = {"storage_path": job.folder.root}
+    if not job.folder.is_local:
+        where["storage_filesystem"] = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(job.folder.fs))
+    trainer = QuietTrainer(
+        work,  # type: ignore[arg-type]
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.config.resources.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": job.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name="checkpoints",
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
+            **where,
+        ),
+    )
+    try:
+        result = run_interruptibly(trainer.fit)
+    except TrainingFailedError as error:
+        explain(error, job)
+        raise
+    except (RayActorError, WorkerCrashedError, OutOfMemoryError) as error:
+        raise IncompleteError(
+            f"Ray Train's controller died: {str(error).splitlines()[0]}; run the same command again to go on after the last"
+            " evaluation"
+        ) from error
+    failure = getattr(result, "return_value", None)
+    if failure:
+        raise UsageError(f"{failure}; lower optim.learning_rate or raise optim.warmup_fraction, under another --run-id")
+
+
+def run_interruptibly(function: Callable[[], Any]) -> Any:
+    """Call a function that waits inside Ray so that SIGTERM ends the wait.
+
+    Ray 2.60 waits in C++, where the exception of a signal handler is lost, and `fit` puts its own handler on Ctrl-C: seen
+    as a driver that trained on for eight minutes after SIGTERM. A thread of its own leaves the main one to the signals.
+    """
+    executor = ThreadPoolExecutor(max_workers=1)
+    try:
+        return executor.submit(function).result()
+    finally:
+        executor.shutdown(wait=False)
+
+
+def explain(error: TrainingFailedError, job: Job) -> None:
+    """Raise what a person can act on, if that is what ended the workers; return if it looks like a bug."""
+    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+    causes = [cause for failure in failures for cause in chain_of(failure)]
+    for cause in causes:
+        if isinstance(cause, GpuOutOfMemoryError):
+            raise UsageError(
+                f"a worker ran out of GPU memory with {job.config.optim.batch_size} rows a step on"
+                f" {job.config.resources.num_workers} workers and model.max_length = {job.max_length}; raise"
+                " optim.accumulation_steps (the result is the same), under another --run-id"
+            ) from error
+        if isinstance(cause, TextsweepError):
+            raise cause from error
+    if any(isinstance(cause, (RayActorError, WorkerCrashedError, OutOfMemoryError)) for cause in causes):
+        raise IncompleteError(
+            f"workers died more than {MAX_FAILURES} times: {failures[0]}; run the same command again to go on after the"
+            " last evaluation"
+        ) from error
+
+
+def chain_of(error: BaseException | None) -> list[BaseException]:
+    """An exception and its causes."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = getattr(error, "cause", None) or error.__cause__
+    return chain
+
+
+def remove_run(output: Store, folder: Store) -> None:
+    """Remove tokenized data and training states of a committed run."""
+    with contextlib.suppress(FileNotFoundError), explained(folder.url, "remove"):
+        folder.fs.rm(folder.root, recursive=True)
+    if output.is_local:
+        with contextlib.suppress(OSError):
+            Path(output.full(RUNS_FOLDER)).rmdir()
