@@ -28,6 +28,7 @@ from lib.blocks import ERROR, IDS, TRUNCATED, TYPE_IDS, Footer, ScoreJob
 from lib.config import LimitsSection, ScoreResources
 from lib.errors import IncompleteError, TextsweepError, UsageError
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity
+from lib.predictor import Predictor, to_results
 from lib.progress import Counts, Progress, Reporter, read_progress
 from lib.runtime import Cluster
 from lib.storage import Store
@@ -118,25 +119,17 @@ class PredictBlock:
     """The actor: a model loaded once, then blocks of token ids in, blocks of predictions out."""
 
     def __init__(self, job: ScoreJob, threads: int, progress: Any) -> None:
-        import torch
-
-        from lib.predictor import Predictor
-
-        if not torch.cuda.is_available():
-            torch.set_num_threads(threads)
         loaded = checkpoints.load(job.model_url, job.max_length)
         if loaded.digest != job.model_digest:
             raise UsageError(
                 f"model.path {job.model_url}: on this node it is not the model that the run was planned with; do not change a model in place"
             )
         self.job = job
-        self.predictor = Predictor(loaded, job.precision, job.token_budget)
+        self.predictor = Predictor(loaded, job.precision, job.token_budget, threads)
         self.report = Reporter(progress)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Score a block: key columns and the columns that scoring adds, rows in the order they came."""
-        from lib.predictor import to_results
-
         ids = table[IDS].combine_chunks()
         errors = table[ERROR].to_numpy()
         offsets = ids.offsets.to_numpy()

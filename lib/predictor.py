@@ -50,10 +50,13 @@ class Predictor:
         checkpoint: Checkpoint,
         precision: Literal["auto", "fp32", "bf16"] = "auto",
         token_budget: int | None = None,
+        threads: int | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.task = checkpoint.facts.task
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if threads is not None and self.device.type == "cpu":
+            torch.set_num_threads(threads)
         self.token_budget = token_budget or TOKEN_BUDGET[self.device.type]
         self.model: nn.Module = load_classifier(checkpoint.folder)
         tokens = load_tokenizer(checkpoint.folder, checkpoint.card.max_length).encode(CHECK_TEXTS)

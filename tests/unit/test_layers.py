@@ -13,7 +13,18 @@ ORDER = (
     # the world outside
     *("config", "storage"),
     # one thing each
-    *("planning", "archive", "tokenization", "batching", "metrics", "model", "runtime", "mapped", "publishing"),
+    *(
+        "planning",
+        "archive",
+        "tokenization",
+        "batching",
+        "metrics",
+        "model",
+        "runtime",
+        "progress",
+        "mapped",
+        "publishing",
+    ),
     "checkpoint",
     # the work of one process
     *("labelled", "blocks", "predictor", "learning", "fitting"),
@@ -22,7 +33,7 @@ ORDER = (
 )
 """From the lowest to the highest; each may import those before it."""
 
-MAY_IMPORT_RAY = {"runtime", "labelled", "fitting", "training", "pipeline"}
+MAY_IMPORT_RAY = {"runtime", "progress", "labelled", "fitting", "training", "pipeline"}
 MAY_IMPORT_TORCH = {"model", "checkpoint", "predictor", "learning", "fitting", "training"}
 
 MODULES = sorted(path.stem for path in (REPOSITORY / "lib").glob("*.py") if path.stem != "__init__")
