@@ -81,7 +81,7 @@ class Progress:
 
 def join_team(job: Job) -> Team:
     """Say who this worker is, and set up its device and threads."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # else a line of Ray's for every report
+    logging.getLogger().setLevel(logging.WARNING)  # else a line of Ray's for every report
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     assert isinstance(device, torch.device)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
+from pydantic import BaseModel, ConfigDict
 
 from lib.archive import (
     BadShardError,
@@ -65,9 +66,10 @@ class Source:
     """of the listing: path and identity of every shard"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelledIndex:
+class LabelledIndex(BaseModel):
     """What the tokenized sets hold; small, kept as JSON beside the data."""
+
+    model_config = ConfigDict(frozen=True)
 
     fingerprint: str
     task: Task
@@ -161,7 +163,7 @@ def prepare(config: TrainConfig, sources: Sequence[Source], base: str, max_lengt
     fingerprint = hashlib.sha256("|".join(source.fingerprint for source in sources).encode()).hexdigest()[:16]
     kept = folder.read(INDEX_NAME)
     if kept is not None:
-        index = LabelledIndex(**json.loads(kept))
+        index = LabelledIndex.model_validate_json(kept)
         if index.fingerprint != fingerprint:
             raise UsageError(
                 f"{folder.url}: this run was started with other labelled files than there are now (fingerprint"
@@ -177,7 +179,7 @@ def prepare(config: TrainConfig, sources: Sequence[Source], base: str, max_lengt
         tokenize_all(items, {source.name: source for source in sources}, base, max_length, folder) if items else []
     )
     index = build_index(fingerprint, sources, reports, config)
-    folder.replace(INDEX_NAME, json.dumps(asdict(index)).encode())
+    folder.replace(INDEX_NAME, index.model_dump_json().encode())
     return index
 
 

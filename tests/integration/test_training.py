@@ -384,7 +384,7 @@ def test_an_unfinished_run_goes_on_only_as_it_was_started(
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    config = configure(data, base, str(tmp_path / "checkpoint"))
+    config = configure(data, base, str(tmp_path / "checkpoint"), optim={"epochs": 1})
     with monkeypatch.context() as patch:
         patch.setattr("lib.training.run_workers", die)
         with pytest.raises(KeyboardInterrupt):
@@ -392,6 +392,8 @@ def test_an_unfinished_run_goes_on_only_as_it_was_started(
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"learning_rate": 0.5})})
     with pytest.raises(UsageError, match=r"optim.learning_rate = 0.5, it was 0.0005"):
         train(other, "night-1", cluster_facts())
+    monkeypatch.setattr("lib.labelled.tokenize_all", None)  # nothing is tokenized again
+    assert len(train(config, "night-1", cluster_facts())["history"]) == 1
 
 
 # mistakes
@@ -523,6 +525,15 @@ def test_the_gradient_is_that_of_the_mean_loss(base: str, small_set: LabelledSet
     for (name, left), right in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert left.grad is not None and right.grad is not None, name
         assert torch.allclose(left.grad, right.grad, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("family", fakes.FAMILIES)
+def test_every_weight_of_every_family_learns(family: str, small_set: LabelledSet, tmp_path: Path) -> None:
+    """Workers would wait for the gradient of a weight that takes no part."""
+    fakes.make_encoder(tmp_path / family, family)
+    model = new_classifier(str(tmp_path / family), LABELS, Task.MULTI_CLASS, None, 7)
+    accumulate(model, small_set, [np.arange(4)], 4, Task.MULTI_CLASS, ALONE)
+    assert [name for name, one in model.named_parameters() if one.grad is None] == []
 
 
 def test_steps_are_those_of_a_plain_torch_loop(base: str, small_set: LabelledSet) -> None:

@@ -1,0 +1,71 @@
+"""Trials: a real encoder fine-tuned on real data reaches the accuracy that it should. Minutes each; `make trials` runs them.
+
+Learning rates and epochs in jobs/configs were chosen on the validation rows. The test rows are looked at here alone.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from sklearn.model_selection import train_test_split
+
+from lib.config import TrainConfig, read_file, validate
+from lib.runtime import cluster_facts
+from lib.training import train
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+
+pytestmark = [
+    pytest.mark.trial,
+    pytest.mark.timeout(3_600),
+    pytest.mark.skipif(not DATA.is_dir(), reason=f"the labelled data sets are not in {DATA}"),
+]
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configurations' paths start at the project's root."""
+    monkeypatch.chdir(ROOT)
+
+
+def run_trial(name: str, tmp_path: Path, **paths: str) -> dict[str, Any]:
+    """Train with a configuration of jobs/configs, say how it went, and return the test metrics."""
+    values = read_file(f"jobs/configs/train_{name}.toml")
+    values["output"]["path"] = str(tmp_path / "checkpoint")
+    for section, path in paths.items():
+        values[section]["path"] = path
+    config = validate(TrainConfig, values)
+    found = train(config, "trial", cluster_facts())
+    best, test = found["best"], found["test"]
+    print(
+        f"\n{name}: seed {config.optim.seed}, {found['seconds']:.0f} s, best of {len(found['history'])} evaluations at step"
+        f" {best['step']}: validation accuracy {best['accuracy']:.4f}, test accuracy {test['accuracy']:.4f},"
+        f" macro-F1 {test['macro_f1']:.4f} on {test['rows']} rows"
+    )
+    return test
+
+
+def test_sst2_reaches_89_percent(tmp_path: Path, ray_session: None) -> None:
+    assert run_trial("sst2", tmp_path)["accuracy"] >= 0.89
+
+
+def test_banking77_reaches_91_percent(tmp_path: Path, ray_session: None) -> None:
+    assert run_trial("banking77", tmp_path)["accuracy"] >= 0.91
+
+
+def test_spam_is_found_with_an_f1_of_96_percent(tmp_path: Path, ray_session: None) -> None:
+    """Without duplicates, so that no test message was seen in training; 70/15/15 by class."""
+    rows = pd.read_parquet(DATA / "sms_spam" / "sms_spam.parquet").drop_duplicates("text")
+    learned, rest = train_test_split(rows, test_size=0.3, stratify=rows["label"], random_state=0)
+    chosen, measured = train_test_split(rest, test_size=0.5, stratify=rest["label"], random_state=0)
+    paths = {name: str(tmp_path / f"{name}.parquet") for name in ("train", "valid", "test")}
+    for path, part in zip(paths.values(), (learned, chosen, measured), strict=True):
+        part.to_parquet(path)
+    test = run_trial("sms_spam", tmp_path, **paths)
+    spam = next(one for one in test["per_class"] if one["label"] == "spam")
+    print(
+        f"spam: precision {spam['precision']:.4f}, recall {spam['recall']:.4f}, F1 {spam['f1']:.4f} on {spam['support']} messages"
+    )
+    assert spam["f1"] >= 0.96
