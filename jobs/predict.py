@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lib import checkpoint
 from lib.archive import check_texts
@@ -82,10 +83,13 @@ def predict(predictor: Predictor, model: checkpoint.Checkpoint, texts: "pd.Serie
     schema = PredictionSchema(
         task=model.facts.task, labels=model.card.labels, prefix="", probabilities=False, keys=pa.schema([])
     )
-    results: pd.DataFrame = to_results(schema, model.card.thresholds, scores, lengths, truncated, errors).to_pandas(
-        types_mapper=pd.ArrowDtype
-    )
-    return results
+    results = to_results(schema, model.card.thresholds, scores, lengths, truncated, errors)
+    for index, field in enumerate(results.schema):
+        if pa.types.is_list(field.type):  # several labels: one cell, "joy; fear"
+            joined = pc.binary_join(results[field.name].cast(pa.list_(pa.string())), "; ")
+            results = results.set_column(index, field.name, joined)
+    frame: pd.DataFrame = results.to_pandas(types_mapper=pd.ArrowDtype)
+    return frame
 
 
 def as_plain_text(value: object) -> object:

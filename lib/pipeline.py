@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -119,13 +120,18 @@ class PredictBlock:
     """The actor: a model loaded once, then blocks of token ids in, blocks of predictions out."""
 
     def __init__(self, job: ScoreJob, threads: int, progress: Any) -> None:
-        loaded = checkpoints.load(job.model_url, job.max_length)
-        if loaded.digest != job.model_digest:
-            raise UsageError(
-                f"model.path {job.model_url}: on this node it is not the model that the run was planned with; do not change a model in place"
-            )
+        try:
+            loaded = checkpoints.load(job.model_url, job.max_length)
+            if loaded.digest != job.model_digest:
+                raise UsageError(
+                    f"model.path {job.model_url}: on this node it is not the model that the run was planned with;"
+                    " give every node the same folder, and do not change a model in place"
+                )
+            self.predictor = Predictor(loaded, job.precision, job.token_budget, threads)
+        except TextsweepError as error:
+            ray.get(progress.fail.remote(str(error), isinstance(error, UsageError)))
+            raise
         self.job = job
-        self.predictor = Predictor(loaded, job.precision, job.token_budget, threads)
         self.report = Reporter(progress)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -202,79 +208,6 @@ def operator_names(dataset: Dataset) -> list[str]:
     return names[::-1]
 
 
-def score_wave(
-    job: ScoreJob, blocks: Sequence[Block], layout: Layout, progress: Any, stall_seconds: float
-) -> Iterator[dict[str, Any] | None]:
-    """Run blocks through the pipeline; yields each chunk's result as its object appears, and None at least once a second.
-
-    Raises `IncompleteError` if no micro-batch and no chunk was finished for `stall_seconds`.
-    """
-    context = DataContext.get_current()
-    context.target_max_block_size = None  # otherwise Ray cuts blocks in mid-chunk
-    context.max_errored_blocks = MAX_FAILED_BLOCKS
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # one progress line is ours; Ray's go to its log files
-    context.print_on_execution_start = False
-    dataset = build_dataset(job, blocks, layout, progress)
-    operators = operator_names(dataset)
-    # With equal remote arguments Ray fuses the read into the actor, which then reads S3 while the GPU waits.
-    assert len(operators) == 3, f"expected reader, predictor and writer, Ray planned {operators}"
-    inbox: queue.Queue[dict[str, Any] | Exception | None] = queue.Queue()
-    threading.Thread(target=consume, args=(dataset, inbox), daemon=True).start()
-    moved_at, batches = time.monotonic(), -1
-    while True:
-        try:
-            item = inbox.get(timeout=1)
-        except queue.Empty:
-            counts = read_progress(progress)
-            if counts and counts.batches != batches:
-                moved_at, batches = time.monotonic(), counts.batches
-            if time.monotonic() - moved_at > stall_seconds:
-                raise IncompleteError(describe_stall(stall_seconds, counts, layout)) from None
-            yield None
-            continue
-        if item is None:
-            return
-        if isinstance(item, Exception):
-            raise item
-        moved_at = time.monotonic()
-        yield item
-
-
-def consume(dataset: Dataset, inbox: "queue.Queue[dict[str, Any] | Exception | None]") -> None:
-    """Pull results off the pipeline until it ends, in a thread of its own, so that the main thread can print and be stopped."""
-    try:
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for text in pa.table(table)["result"].to_pylist():
-                inbox.put(json.loads(text))
-    except Exception as error:  # noqa: BLE001 - handed to the main thread, which raises it
-        inbox.put(error)
-    else:
-        inbox.put(None)
-
-
-def explain_ray_error(error: ray.exceptions.RayError, failures: tuple[str, ...]) -> TextsweepError:
-    """Turn what Ray raises when a run cannot go on into our error; a bug in our own code stays what it is."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, TextsweepError):
-            return cause
-        cause = cause.__cause__
-    reported = f"; reported: {'; '.join(failures)}" if failures else ""
-    last = (str(error).strip().splitlines() or [""])[-1]
-    return IncompleteError(
-        f"Ray gave up: {type(error).__name__}: {last}{reported}; finished chunks are kept, run the same command again"
-    )
-
-
-def describe_stall(stall_seconds: float, counts: Counts | None, layout: Layout) -> str:
-    """Say what the run sees when nothing moves."""
-    free = ray.available_resources()
-    seen = f"{free.get('CPU', 0):g} of {ray.cluster_resources().get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"
-    causes = f"; reported: {'; '.join(counts.failures)}" if counts and counts.failures else ""
-    return f"no micro-batch was finished for {stall_seconds:g} s (limits.stall_seconds); {seen}, {layout.num_actors} actors were asked for{causes}; run the same command again"
-
-
 @dataclass
 class Outcome:
     """What a run did, kept up to date while it goes on."""
@@ -306,24 +239,107 @@ Show = Callable[[Outcome], None]
 """Called about once a second, and after every chunk."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A run that is going on."""
+
+    job: ScoreJob
+    layout: Layout
+    stall_seconds: float
+    progress: Any
+    """handle of the `Progress` actor"""
+    outcome: Outcome
+    show: Show
+
+
+def score_wave(run: Running, blocks: Sequence[Block], max_failed: int) -> Iterator[dict[str, Any] | None]:
+    """Run blocks through the pipeline; yields each chunk's result as its object appears, and None at least once a second.
+
+    Raises `IncompleteError` if no micro-batch and no chunk was finished for `stall_seconds`, and what Ray raises if more
+    than `max_failed` blocks fail.
+    """
+    context = DataContext.get_current()
+    context.target_max_block_size = None  # otherwise Ray cuts blocks in mid-chunk
+    context.max_errored_blocks = max_failed
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # one progress line is ours; Ray's go to its log files
+    context.print_on_execution_start = False
+    dataset = build_dataset(run.job, blocks, run.layout, run.progress)
+    operators = operator_names(dataset)
+    # With equal remote arguments Ray fuses the read into the actor, which then reads S3 while the GPU waits.
+    assert len(operators) == 3, f"expected reader, predictor and writer, Ray planned {operators}"
+    inbox: queue.Queue[dict[str, Any] | Exception | None] = queue.Queue()
+    threading.Thread(target=consume, args=(dataset, inbox), daemon=True).start()
+    moved_at, batches = time.monotonic(), -1
+    while True:
+        try:
+            item = inbox.get(timeout=1)
+        except queue.Empty:
+            counts = read_progress(run.progress)
+            if counts and counts.batches != batches:
+                moved_at, batches = time.monotonic(), counts.batches
+            if time.monotonic() - moved_at > run.stall_seconds:
+                raise IncompleteError(describe_stall(run.stall_seconds, counts, run.layout)) from None
+            yield None
+            continue
+        if item is None:
+            return
+        if isinstance(item, Exception):
+            raise item
+        moved_at = time.monotonic()
+        yield item
+
+
+def consume(dataset: Dataset, inbox: "queue.Queue[dict[str, Any] | Exception | None]") -> None:
+    """Pull results off the pipeline until it ends, in a thread of its own, so that the main thread can print and be stopped."""
+    try:
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for text in pa.table(table)["result"].to_pylist():
+                inbox.put(json.loads(text))
+    except Exception as error:  # noqa: BLE001 - handed to the main thread, which raises it
+        inbox.put(error)
+    else:
+        inbox.put(None)
+
+
+def explain_ray_error(error: ray.exceptions.RayError, counts: Counts) -> Exception:
+    """Turn what Ray raises when a run cannot go on into our error; Ray keeps causes as text only, so tasks report theirs.
+
+    An error in a task that reported nothing is a bug and comes back as it is.
+    """
+    if counts.mistake is not None:
+        return UsageError(counts.mistake)
+    again = "finished chunks are kept, run the same command again"
+    if counts.failures:
+        return IncompleteError(f"{'; '.join(counts.failures)}; {again}")
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return error
+    return IncompleteError(f"Ray gave up: {type(error).__name__}: {str(error).strip()[-500:]}; {again}")
+
+
+def describe_stall(stall_seconds: float, counts: Counts | None, layout: Layout) -> str:
+    """Say what the run sees when nothing moves."""
+    free = ray.available_resources()
+    seen = f"{free.get('CPU', 0):g} of {ray.cluster_resources().get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"
+    causes = f"; reported: {'; '.join(counts.failures)}" if counts and counts.failures else ""
+    return f"no micro-batch was finished for {stall_seconds:g} s (limits.stall_seconds); {seen}, {layout.num_actors} actors were asked for{causes}; run the same command again"
+
+
 def score(job: ScoreJob, shards: pa.Table, layout: Layout, limits: LimitsSection, show: Show) -> Outcome:
     """Score all chunks of unfinished shards (columns path, identity), wave by wave; returns what came of it.
 
     What is missing after a wave is tried once more, a block for each chunk. Raises `IncompleteError` when the cluster
     or the storage fails for good; whatever was finished by then stays finished.
     """
-    outcome = Outcome()
     progress = Progress.remote()  # type: ignore[attr-defined]
+    run = Running(
+        job=job, layout=layout, stall_seconds=limits.stall_seconds, progress=progress, outcome=Outcome(), show=show
+    )
     identities = dict(zip(shards["path"].to_pylist(), shards["identity"].to_pylist(), strict=True))
-    pending: list[Block] = []
-    for block in bundle(plan_chunks(job, identities, outcome), job.chunk_bytes):
-        pending.append(block)
-        if len(pending) == MAX_WAVE_BLOCKS:
-            run_wave(job, pending, layout, limits, progress, outcome, show)
-            pending = []
-    if pending:
-        run_wave(job, pending, layout, limits, progress, outcome, show)
-    return outcome
+    blocks = bundle(plan_chunks(job, identities, run.outcome), job.chunk_bytes)
+    while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
+        run_wave(run, wave)
+    return run.outcome
 
 
 def plan_chunks(job: ScoreJob, identities: dict[str, str], outcome: Outcome) -> Iterator[Chunk]:
@@ -340,47 +356,36 @@ def plan_chunks(job: ScoreJob, identities: dict[str, str], outcome: Outcome) -> 
                 outcome.results[chunk.name] = work.write_empty(job, chunk)
 
 
-def run_wave(
-    job: ScoreJob,
-    blocks: Sequence[Block],
-    layout: Layout,
-    limits: LimitsSection,
-    progress: Any,
-    outcome: Outcome,
-    show: Show,
-) -> None:
-    """Run one wave, then whatever is missing of it once more, and settle every chunk: there, changed, or missing."""
-    collect(job, blocks, layout, limits, progress, outcome, show)
-    missing = unsettled(job, blocks, outcome)
+def run_wave(run: Running, blocks: Sequence[Block]) -> None:
+    """Run one wave, then whatever is missing of it once more, and settle every chunk: there, changed, or missing.
+
+    The second time the first failure is raised: what fails twice is no fluke.
+    """
+    collect(run, blocks, MAX_FAILED_BLOCKS)
+    missing = unsettled(run, blocks)
     if missing:
-        collect(job, [(chunk,) for chunk in missing], layout, limits, progress, outcome, show)
-        outcome.missing.extend(chunk.name for chunk in unsettled(job, [tuple(missing)], outcome))
+        alone = [(chunk,) for chunk in missing]
+        collect(run, alone, max_failed=0)
+        run.outcome.missing.extend(chunk.name for chunk in unsettled(run, alone))
 
 
-def collect(
-    job: ScoreJob,
-    blocks: Sequence[Block],
-    layout: Layout,
-    limits: LimitsSection,
-    progress: Any,
-    outcome: Outcome,
-    show: Show,
-) -> None:
+def collect(run: Running, blocks: Sequence[Block], max_failed: int) -> None:
     """Run blocks and note their results as they come."""
+    outcome = run.outcome
     try:
-        for result in score_wave(job, blocks, layout, progress, limits.stall_seconds):
+        for result in score_wave(run, blocks, max_failed):
             if result is not None:
                 outcome.results[result["name"]] = result
-            outcome.counts = read_progress(progress) or outcome.counts
-            show(outcome)
+            outcome.counts = read_progress(run.progress) or outcome.counts
+            run.show(outcome)
     except ray.exceptions.RayError as error:
-        outcome.counts = read_progress(progress) or outcome.counts
-        raise explain_ray_error(error, outcome.counts.failures) from error
+        outcome.counts = read_progress(run.progress) or outcome.counts
+        raise explain_ray_error(error, outcome.counts) from error
 
 
-def unsettled(job: ScoreJob, blocks: Sequence[Block], outcome: Outcome) -> list[Chunk]:
+def unsettled(run: Running, blocks: Sequence[Block]) -> list[Chunk]:
     """Chunks without a result that are still to do: their object is not there, and their shard is what it was."""
-    left = []
+    job, outcome, left = run.job, run.outcome, []
     for chunk in (chunk for block in blocks for chunk in block if chunk.name not in outcome.results):
         if job.output.info(chunk.name) is not None:
             outcome.results[chunk.name] = work.read_result(job, chunk.name)

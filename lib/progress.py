@@ -7,6 +7,8 @@ from typing import Any
 
 import ray
 
+SHOWN_FAILURES = 3
+
 
 @dataclass
 class Counts:
@@ -17,6 +19,8 @@ class Counts:
     batches: int = 0
     failures: tuple[str, ...] = ()
     """the most frequent reasons that tasks gave"""
+    mistake: str | None = None
+    """the first reason that no further attempt would change: the model, not the infrastructure"""
 
 
 @ray.remote(num_cpus=0)
@@ -32,12 +36,15 @@ class Progress:
         self.counts.tokens += tokens
         self.counts.batches += batches
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, is_mistake: bool = False) -> None:
         self.failures[reason] += 1
+        if is_mistake and self.counts.mistake is None:
+            self.counts.mistake = reason
 
     def read(self) -> Counts:
         self.counts.failures = tuple(
-            f"{reason} ({times}x)" if times > 1 else reason for reason, times in self.failures.most_common(5)
+            f"{reason} ({times}x)" if times > 1 else reason
+            for reason, times in self.failures.most_common(SHOWN_FAILURES)
         )
         return self.counts
 

@@ -1,5 +1,6 @@
 """`jobs.score` on a real S3 server and a real Ray: every row there, in order, once; a second run does nothing; bad data costs only itself."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.exceptions import RayTaskError
 
 from jobs import score
 from jobs.demo_store import LoopbackS3
@@ -283,6 +285,34 @@ def test_another_archive_under_the_same_version_is_refused(small_archive: str, c
     fakes.write_archive(str(tmp_path / "other"), {"one.parquet": pa.table({"text": ["c"]})})
     with pytest.raises(UsageError, match=r"holds scores of the archive .*give each archive its own output\.path"):
         run_score(str(tmp_path / "other"), classifier, str(tmp_path / "scores"))
+
+
+def test_a_model_that_changed_since_planning_ends_the_run_as_a_mistake(
+    small_archive: str, classifier: str, tmp_path: Path
+) -> None:
+    values = {
+        "input": {"path": small_archive},
+        "model": {"path": classifier},
+        "output": {"path": str(tmp_path / "scores")},
+    }
+    run = prepare(validate(ScoreConfig, values), "run")
+    job = dataclasses.replace(run.job, model_digest="of another model")
+    layout = pipeline.plan_layout(Cluster((Node(4, 0),)), ScoreResources())
+    with pytest.raises(UsageError, match="not the model that the run was planned with"):
+        pipeline.score(job, run.unfinished, layout, run.config.limits, lambda _: None)
+
+
+def test_a_bug_in_a_task_keeps_its_traceback(small_archive: str, classifier: str, tmp_path: Path) -> None:
+    values = {
+        "input": {"path": small_archive},
+        "model": {"path": classifier},
+        "output": {"path": str(tmp_path / "scores")},
+    }
+    run = prepare(validate(ScoreConfig, values), "run")
+    job = dataclasses.replace(run.job, schema=dataclasses.replace(run.job.schema, labels=("too", "few")))
+    layout = pipeline.plan_layout(Cluster((Node(4, 0),)), ScoreResources())
+    with pytest.raises(RayTaskError, match="to_results"):
+        pipeline.score(job, run.unfinished, layout, run.config.limits, lambda _: None)
 
 
 # The pipeline's shape

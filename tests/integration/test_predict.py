@@ -1,0 +1,72 @@
+"""`jobs.predict`: texts from arguments, standard input or CSV; CSV out, the same scores as everywhere."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jobs import predict
+from lib import checkpoint
+from lib.errors import UsageError
+from tests import fakes
+from tests.integration.test_equality import real_texts, score_singly
+
+
+def run_predict(model: str, *arguments: str) -> None:
+    predict.main(["--set", f"model.path={model}", "--set", "model.precision=fp32", *arguments])
+
+
+def test_texts_from_arguments(classifier: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = list(real_texts(5))
+    run_predict(classifier, "--", *texts)
+    found = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    model = checkpoint.load(classifier)
+    expected = score_singly(classifier, texts, model.card.max_length)
+    assert found["label"].tolist() == [model.card.labels[best] for best in expected.argmax(axis=1)]
+    assert np.abs(found["score"] - expected.max(axis=1)).max() <= 1e-5
+
+
+def test_texts_from_standard_input(
+    classifier: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one line\nanother line\n"))
+    run_predict(classifier)
+    assert pd.read_csv(io.StringIO(capsys.readouterr().out))["text"].tolist() == ["one line", "another line"]
+
+
+def test_a_csv_column_keeps_its_rows_and_the_other_columns(classifier: str, tmp_path: Path) -> None:
+    pd.DataFrame({"id": ["7", "8", "9"], "body": ["good", "", "=1+1"], "note": ["@cmd", "-", "x"]}).to_csv(
+        tmp_path / "in.csv", index=False
+    )
+    run_predict(
+        classifier, "--csv", str(tmp_path / "in.csv"), "--column", "body", "--output", str(tmp_path / "out.csv")
+    )
+    found = pd.read_csv(tmp_path / "out.csv", dtype=str, keep_default_na=False)
+    assert found["id"].tolist() == ["7", "8", "9"]
+    assert found["error"].tolist() == ["", "empty", ""]
+    assert found["label"].tolist()[1] == ""
+    assert found["body"].tolist()[2] == "'=1+1", "a spreadsheet must not run it"
+    assert found["note"].tolist() == ["'@cmd", "'-", "x"]
+
+
+def test_several_labels_are_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fakes.make_classifier(tmp_path, "bert", ("joy", "anger", "fear"), "multi_label_classification")
+    run_predict(str(tmp_path), "the harbour was quiet", "bread costs 3.20")
+    found = pd.read_csv(io.StringIO(capsys.readouterr().out), keep_default_na=False)
+    counts = [len(cell.split("; ")) if cell else 0 for cell in found["labels"]]
+    assert counts == [len(str(cell).split("; ")) if str(cell) else 0 for cell in found["scores"]]
+    assert sum(counts) > 0
+
+
+def test_mistakes(classifier: str, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("id,body\n1,x\n")
+    with pytest.raises(UsageError, match=r"no column 'bdy', did you mean 'body'\? \(there are: id, body\)"):
+        run_predict(classifier, "--csv", str(tmp_path / "in.csv"), "--column", "bdy")
+    with pytest.raises(UsageError, match="1 texts and --csv"):
+        run_predict(classifier, "--csv", str(tmp_path / "in.csv"), "a text")
+    with pytest.raises(UsageError, match=r"none\.csv: cannot be read"):
+        run_predict(classifier, "--csv", str(tmp_path / "none.csv"))
+    with pytest.raises(UsageError, match="there is no such model folder"):
+        run_predict(str(tmp_path / "nothing"), "a text")
