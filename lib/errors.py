@@ -63,16 +63,30 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f", did you mean {match[0]!r}?" if match else ""
 
 
+received: list[signal.Signals] = []
+"""Requests to stop, in the order they came."""
+
+
 def stop_on_signals() -> None:
     """Turn SIGTERM and Ctrl-C into `StoppedError` in the main thread. Call it after `ray.init`, which sets its own."""
 
     def stop(signum: int, _frame: FrameType | None) -> None:
-        raise StoppedError(
-            f"stopped by {signal.Signals(signum).name}: finished chunks are kept; run the same command again to go on"
-        )
+        received.append(signal.Signals(signum))
+        raise_if_stopped()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+
+
+def raise_if_stopped() -> None:
+    """Raise `StoppedError` if the process was asked to stop.
+
+    For loops around Ray's calls: Ray 2.60 waits in C++, where an exception that a signal handler raises is lost.
+    """
+    if received:
+        raise StoppedError(
+            f"stopped by {received[0].name}: what is finished is kept; run the same command again to go on"
+        )
 
 
 def run_job(main: Callable[[Sequence[str]], None]) -> int:

@@ -27,7 +27,7 @@ from lib import checkpoint as checkpoints
 from lib.archive import Columns
 from lib.blocks import ERROR, IDS, TRUNCATED, TYPE_IDS, Footer, ScoreJob
 from lib.config import LimitsSection, ScoreResources
-from lib.errors import IncompleteError, TextsweepError, UsageError
+from lib.errors import IncompleteError, TextsweepError, UsageError, raise_if_stopped
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity
 from lib.predictor import Predictor, to_results
 from lib.progress import Counts, Progress, Reporter, read_progress
@@ -166,6 +166,8 @@ def read_footers(job: ScoreJob, shards: Sequence[str], batch: int = 64) -> Itera
         for start in range(0, len(shards), batch)
     ]
     for reference in pending:
+        while not ray.wait([reference], timeout=1)[0]:
+            raise_if_stopped()
         yield from ray.get(reference)
 
 
@@ -378,6 +380,7 @@ def collect(run: Running, blocks: Sequence[Block], max_failed: int) -> None:
                 outcome.results[result["name"]] = result
             outcome.counts = read_progress(run.progress) or outcome.counts
             run.show(outcome)
+            raise_if_stopped()
     except ray.exceptions.RayError as error:
         outcome.counts = read_progress(run.progress) or outcome.counts
         raise explain_ray_error(error, outcome.counts) from error
