@@ -98,11 +98,13 @@ class Steps:
 def write_corpus(store: Store, docstrings: list[Docstring]) -> None:
     """Write labelled sets as one file each, and an archive of several shards with rows that cannot be scored."""
     for split in ("train", "valid", "test"):
-        rows = [{"text": one.text, "label": one.package} for one in docstrings if one.split == split]
-        write(store, f"{split}.parquet", pa.Table.from_pylist(rows))
+        labelled = [{"text": one.text, "label": one.package} for one in docstrings if one.split == split]
+        write(store, f"{split}.parquet", pa.Table.from_pylist(labelled))
     archive = [one for one in docstrings if one.split == "archive"]
     for number in range(NUM_SHARDS):
-        rows = [{"module": one.module, "text": one.text} for one in archive[number::NUM_SHARDS]]
+        rows: list[dict[str, str | None]] = [
+            {"module": one.module, "text": one.text} for one in archive[number::NUM_SHARDS]
+        ]
         # As in every real archive: a text that is null, and one that is empty.
         rows[7:7] = [{"module": "nowhere", "text": None}, {"module": "nowhere", "text": "  "}]
         write(store, f"archive/part-{number:05d}.parquet", pa.Table.from_pylist(rows))

@@ -18,6 +18,14 @@ import boto3
 START_SECONDS = 60
 STOP_SECONDS = 10
 
+# The server ends with its owner, even one that is killed: then its standard input ends.
+SERVER = """
+import os, sys, threading
+from moto.server import main
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+main(["-H", "127.0.0.1", "-p", "0"])
+"""
+
 ADDRESS = re.compile(r"Running on (http://127\.0\.0\.1:\d+)")
 ACCESS = re.compile(r'"(?P<method>[A-Z]+) (?P<path>\S+) HTTP/[\d.]+" (?P<status>\d{3})')
 COLOUR = re.compile(r"\x1b\[\d*m")
@@ -31,10 +39,15 @@ class LoopbackS3:
         self.url = ""
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
         # A session of its own: Ctrl-C ends the demo's steps first, and the server when nobody needs it any more.
         with self.log.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SERVER],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
         try:
             self.url = self._wait_for_address()
         except BaseException:
@@ -65,6 +78,8 @@ class LoopbackS3:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.process.stdin:
+            self.process.stdin.close()
 
     @property
     def environment(self) -> dict[str, str]:
