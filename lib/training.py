@@ -42,7 +42,7 @@ RAY_TRAIN_SETTINGS = {
 
 
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait sleep: spinning ones brought training on two busy cores from 85 rows/s to 10."""
+"""Threads that wait sleep instead of spinning: on shared cores spinning ones take the time that other processes need."""
 
 
 def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def run_interruptibly(function: Callable[[], Any]) -> Any:
     """Call a function that waits inside Ray so that SIGTERM ends the wait.
 
     Ray 2.60 waits in C++, where the exception of a signal handler is lost, and `fit` puts its own handler on Ctrl-C: seen
-    as a driver that trained on for eight minutes after SIGTERM. A thread of its own leaves the main one to the signals.
+    as a driver that trained on for minutes after SIGTERM. A thread of its own leaves the main one to the signals.
     """
     executor = ThreadPoolExecutor(max_workers=1)
     try:
