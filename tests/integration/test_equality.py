@@ -70,7 +70,7 @@ def score_singly(folder: str, texts: Sequence[str], max_length: int) -> npt.NDAr
             model(**tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")).logits
             for text in texts
         ]
-    return torch.softmax(torch.cat(logits), dim=-1).numpy()  # type: ignore[no-any-return]
+    return torch.softmax(torch.cat(logits), dim=-1).numpy()
 
 
 def score_ours(model: checkpoint.Checkpoint, predictor: Predictor, texts: Sequence[str]) -> npt.NDArray[np.float32]:
