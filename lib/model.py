@@ -2,14 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, logging
+from transformers import AutoConfig, PreTrainedConfig, logging
 
 from lib.errors import UsageError
 from lib.schema import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The classes of models are imported where a model is loaded: 5 s of processor time, which every task that only reads,
+# tokenizes or writes would spend too.
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -37,7 +43,6 @@ class ModelFacts:
     max_positions: int
     """the most tokens of one text, special ones included"""
     pad_token_id: int
-    num_parameters: int | None = None
 
 
 def read_config(folder: str) -> PreTrainedConfig:
@@ -87,6 +92,8 @@ def max_positions(config: PreTrainedConfig) -> int:
 
 def load_classifier(folder: str) -> nn.Module:
     """Load a classifier in fp32 and eval mode. Raises `UsageError` if any of its weights is missing."""
+    from transformers import AutoModelForSequenceClassification
+
     model, info = AutoModelForSequenceClassification.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -104,8 +111,12 @@ def load_classifier(folder: str) -> nn.Module:
     return loaded
 
 
-def new_classifier(base: str, labels: tuple[str, ...], task: Task, dropout: float | None, seed: int) -> PreTrainedModel:
+def new_classifier(
+    base: str, labels: tuple[str, ...], task: Task, dropout: float | None, seed: int
+) -> "PreTrainedModel":
     """Put a fresh head for `labels` on a pretrained encoder, in fp32, the same for the same seed."""
+    from transformers import AutoModelForSequenceClassification
+
     problem = {
         Task.MULTI_CLASS: "single_label_classification",
         Task.MULTI_LABEL: "multi_label_classification",
