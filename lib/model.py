@@ -33,6 +33,12 @@ OFFSET_POSITIONS = {
 }
 """Families whose position numbers start behind the padding id: they take that many tokens less than they have positions."""
 
+DROPOUTS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "classifier_dropout_prob"),
+    *("dropout", "attention_dropout", "seq_classif_dropout", "embedding_dropout", "mlp_dropout", "pooler_dropout"),
+)
+"""What the families call their dropout probabilities."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
@@ -129,14 +135,7 @@ def new_classifier(
         "problem_type": problem,
     }
     config = read_config(base)
-    for name in (
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "classifier_dropout",
-        "dropout",
-        "attention_dropout",
-        "seq_classif_dropout",
-    ):
+    for name in DROPOUTS:
         if dropout is not None and hasattr(config, name):
             changes[name] = dropout
     torch.manual_seed(seed)
