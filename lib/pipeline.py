@@ -30,7 +30,7 @@ from lib.config import LimitsSection, ScoreResources
 from lib.errors import IncompleteError, TextsweepError, UsageError, raise_if_stopped
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity
 from lib.predictor import Predictor, to_results
-from lib.progress import Counts, Progress, Reporter, read_progress
+from lib.progress import Counts, Progress, Reporter, end_actors, read_progress
 from lib.runtime import Cluster
 from lib.storage import Store
 
@@ -120,6 +120,7 @@ class PredictBlock:
     """The actor: a model loaded once, then blocks of token ids in, blocks of predictions out."""
 
     def __init__(self, job: ScoreJob, threads: int, progress: Any) -> None:
+        ray.get(progress.enlist.remote(ray.get_runtime_context().current_actor))
         try:
             loaded = checkpoints.load(job.model_url, job.max_length)
             if loaded.digest != job.model_digest:
@@ -384,6 +385,8 @@ def collect(run: Running, blocks: Sequence[Block], max_failed: int) -> None:
     except ray.exceptions.RayError as error:
         outcome.counts = read_progress(run.progress) or outcome.counts
         raise explain_ray_error(error, outcome.counts) from error
+    finally:
+        end_actors(run.progress)
 
 
 def unsettled(run: Running, blocks: Sequence[Block]) -> list[Chunk]:

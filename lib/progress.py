@@ -1,5 +1,7 @@
 """Progress of a run across its actors: rows and tokens of finished micro-batches, and what tasks report as failing."""
 
+import contextlib
+import gc
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -30,6 +32,16 @@ class Progress:
     def __init__(self) -> None:
         self.counts = Counts()
         self.failures: Counter[str] = Counter()
+        self.actors: list[Any] = []
+
+    def enlist(self, actor: Any) -> None:
+        """Note an actor that predicts, so that the run can end it."""
+        self.actors.append(actor)
+
+    def dismiss(self) -> list[Any]:
+        """All actors enlisted since the last call."""
+        dismissed, self.actors = self.actors, []
+        return dismissed
 
     def add(self, rows: int, tokens: int, batches: int) -> None:
         self.counts.rows += rows
@@ -75,3 +87,15 @@ def read_progress(progress: Any) -> Counts | None:
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
         return None
     return counts
+
+
+def end_actors(progress: Any) -> None:
+    """Kill every actor that enlisted.
+
+    Ray Data 2.60 only drops its references to actors at the end of a pipeline. The traceback of a failed block, or a log
+    record of it, keeps them alive, and with them the CPUs that the next pipeline waits for: seen as a wait without end.
+    """
+    with contextlib.suppress(ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+        for actor in ray.get(progress.dismiss.remote(), timeout=5):
+            ray.kill(actor)
+    gc.collect()  # actors that had not started yet, and so are not enlisted, hang on cycles of the same tracebacks

@@ -1,6 +1,7 @@
 """`jobs.score` on a real S3 server and a real Ray: every row there, in order, once; a second run does nothing; bad data costs only itself."""
 
 import dataclasses
+import gc
 import io
 import json
 from pathlib import Path
@@ -10,21 +11,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from ray.exceptions import RayTaskError
 
 from jobs import score
 from jobs.demo_store import LoopbackS3
 from lib import checkpoint, pipeline
-from lib.blocks import ScoreJob
 from lib.config import ScoreConfig, ScoreResources, validate
 from lib.errors import OverLimitError, UsageError
 from lib.planning import Chunk
 from lib.runtime import Cluster, Node
 from lib.schema import Task
-from lib.scoring import prepare
+from lib.scoring import Run, prepare
 from lib.storage import Store, open_store
 from tests import fakes
 from tests.integration.test_equality import real_texts, score_singly
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -287,15 +289,16 @@ def test_another_archive_under_the_same_version_is_refused(small_archive: str, c
         run_score(str(tmp_path / "other"), classifier, str(tmp_path / "scores"))
 
 
+def prepared(archive: str, classifier: str, output: str) -> Run:
+    """A run up to the point where work starts."""
+    values = {"input": {"path": archive}, "model": {"path": classifier}, "output": {"path": output}}
+    return prepare(validate(ScoreConfig, values), "run")
+
+
 def test_a_model_that_changed_since_planning_ends_the_run_as_a_mistake(
     small_archive: str, classifier: str, tmp_path: Path
 ) -> None:
-    values = {
-        "input": {"path": small_archive},
-        "model": {"path": classifier},
-        "output": {"path": str(tmp_path / "scores")},
-    }
-    run = prepare(validate(ScoreConfig, values), "run")
+    run = prepared(small_archive, classifier, str(tmp_path / "scores"))
     job = dataclasses.replace(run.job, model_digest="of another model")
     layout = pipeline.plan_layout(Cluster((Node(4, 0),)), ScoreResources())
     with pytest.raises(UsageError, match="not the model that the run was planned with"):
@@ -303,28 +306,34 @@ def test_a_model_that_changed_since_planning_ends_the_run_as_a_mistake(
 
 
 def test_a_bug_in_a_task_keeps_its_traceback(small_archive: str, classifier: str, tmp_path: Path) -> None:
-    values = {
-        "input": {"path": small_archive},
-        "model": {"path": classifier},
-        "output": {"path": str(tmp_path / "scores")},
-    }
-    run = prepare(validate(ScoreConfig, values), "run")
+    run = prepared(small_archive, classifier, str(tmp_path / "scores"))
     job = dataclasses.replace(run.job, schema=dataclasses.replace(run.job.schema, labels=("too", "few")))
     layout = pipeline.plan_layout(Cluster((Node(4, 0),)), ScoreResources())
     with pytest.raises(RayTaskError, match="to_results"):
         pipeline.score(job, run.unfinished, layout, run.config.limits, lambda _: None)
 
 
+def test_a_failed_run_gives_its_cpus_back_while_its_error_is_still_held(
+    small_archive: str, classifier: str, tmp_path: Path
+) -> None:
+    run = prepared(small_archive, classifier, str(tmp_path / "scores"))
+    job = dataclasses.replace(run.job, schema=dataclasses.replace(run.job.schema, labels=("too", "few")))
+    layout = pipeline.plan_layout(Cluster((Node(4, 0),)), ScoreResources())
+    gc.disable()  # as when no collection happens to come along
+    try:
+        with pytest.raises(RayTaskError) as held:
+            pipeline.score(job, run.unfinished, layout, run.config.limits, lambda _: None)
+        wait_until(lambda: ray.available_resources().get("CPU") == 4, "all CPUs to be free")
+    finally:
+        gc.enable()
+    assert held.value is not None
+
+
 # The pipeline's shape
 
 
-def job_for(archive: str, classifier: str, output: str) -> ScoreJob:
-    values = {"input": {"path": archive}, "model": {"path": classifier}, "output": {"path": output}}
-    return prepare(validate(ScoreConfig, values), "run").job
-
-
 def test_ray_keeps_three_operators_apart(small_archive: str, classifier: str, tmp_path: Path) -> None:
-    job = job_for(small_archive, classifier, str(tmp_path / "scores"))
+    job = prepared(small_archive, classifier, str(tmp_path / "scores")).job
     chunk = Chunk("one.parquet", "0" * 12, 0, 1, 0, 2, 10)
     for cluster in (Cluster((Node(4, 0),)), Cluster((Node(1, 0),)), Cluster((Node(16, 2),))):
         layout = pipeline.plan_layout(cluster, ScoreResources())

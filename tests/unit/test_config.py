@@ -1,7 +1,6 @@
 """Configuration: TOML and --set give one validated record, and every mistake is named with what was expected."""
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -153,9 +152,9 @@ def test_records_are_frozen() -> None:
             setattr(section, key, None)
 
 
-def example_files() -> Iterator[Path]:
+def example_files() -> list[Path]:
     """The configurations that come with the jobs."""
-    return iter(sorted(CONFIGS.glob("*.toml")))
+    return sorted(CONFIGS.glob("*.toml"))
 
 
 @pytest.mark.parametrize("file", example_files(), ids=lambda file: file.name)
