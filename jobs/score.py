@@ -20,9 +20,10 @@ from collections.abc import Sequence
 
 from lib import pipeline, scoring
 from lib.config import ScoreConfig, parse_command
-from lib.errors import run_job
+from lib.errors import at_work, run_job
+from lib.outcome import Outcome
 from lib.report import ProgressLine
-from lib.runtime import ray_session
+from lib.runtime import plan_layout, ray_session
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,17 +38,20 @@ def main(argv: Sequence[str]) -> None:
         print(run.nothing_to_do())
         return
 
-    outcome, where = pipeline.Outcome(), "not needed"
+    outcome, where = Outcome(), "not needed"
     if run.unfinished.num_rows:
         with ray_session() as cluster:
-            layout, where = pipeline.plan_layout(cluster, config.resources), str(cluster)
+            layout, where = plan_layout(cluster, config.resources), str(cluster)
             print(f"cluster: {cluster}; {layout.num_actors} predictor actors", flush=True)
             run.start()
-            outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, ProgressLine())
+            selected = run.selection.rows if run.selection else None
+            with at_work():
+                outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, ProgressLine(), selected)
 
     # Every planned row is accounted for, or the run is no success.
-    manifest = scoring.reconcile(run, outcome)
-    scoring.conclude(run, outcome, manifest, where)
+    with at_work():
+        manifest = scoring.reconcile(run, outcome)
+        scoring.conclude(run, outcome, manifest, where)
 
 
 if __name__ == "__main__":

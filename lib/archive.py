@@ -103,13 +103,12 @@ def list_shards(path: str, key: str = "input.path") -> tuple[Store, pa.Table]:
         listing = to_listing([] if one is None else [one])
     else:
         listing = store.list()
-    paths = listing["path"].to_pylist()
-    keep = [is_shard(name, pattern) for name in paths]
-    shards = listing.filter(pa.array(keep, pa.bool_()))
+    keep = [[is_shard(name.as_py(), pattern) for name in chunk] for chunk in listing["path"].chunks]
+    shards = listing.filter(pa.chunked_array(keep, pa.bool_()))
     if not shards.num_rows:
-        sample = ", ".join(paths[:3]) or "nothing at all"
+        sample = ", ".join(listing["path"].slice(0, 3).to_pylist()) or "nothing at all"
         raise UsageError(
-            f"{key} {path}: no Parquet file matches; found {len(paths)} files below {store.url} ({sample})"
+            f"{key} {path}: no Parquet file matches; found {listing.num_rows} files below {store.url} ({sample})"
         )
     return store, shards
 

@@ -6,7 +6,7 @@ A block is one or more whole chunks; which ones travels as its Arrow schema meta
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 
 from lib.archive import BadShardError, ChangedShardError, Columns, Rows, read_row_groups, read_rows
 from lib.checkpoint import fetch
-from lib.errors import TextsweepError
 from lib.planning import Block, Chunk, RowGroup
 from lib.publishing import FOOTER_KEY, read_record
 from lib.schema import DEAD_LETTER_SCHEMA, PredictionSchema, RowError
@@ -68,29 +67,52 @@ class Footer:
 
 def read_block(job: ScoreJob, block: Block, on_failure: OnFailure) -> list[pa.Table]:
     """Read and tokenize a block's chunks, leaving out those whose objects are there and those whose shards changed."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     todo = [chunk for chunk in block if job.output.info(chunk.name) is None]
     parts: list[pa.Table] = []
-    done: list[Chunk] = []
-    for shard, members in groupby(todo, key=lambda chunk: chunk.shard):
-        chunks = list(members)
+    for _, members in groupby(todo, key=lambda chunk: chunk.shard):
         try:
-            with explained(f"{job.archive.url}/{shard}", "read"):
-                tables = [
-                    tokenize(job, rows) for _, rows in read_rows(job.archive, chunks, job.columns, job.chunk_bytes)
-                ]
+            parts.extend(read_chunks(job, list(members)))
         except (ChangedShardError, BadShardError) as error:
             on_failure(str(error))
-            continue
-        except TextsweepError as error:
-            on_failure(str(error))
-            raise
-        parts.extend(tables)
-        done.extend(chunks)
     if not parts:
         return []
-    table = pa.concat_tables(parts).combine_chunks()
-    return [table.replace_schema_metadata({CHUNKS_KEY: json.dumps([asdict(chunk) for chunk in done]).encode()})]
+    chunks = [record for part in parts for record in json.loads(part.schema.metadata[CHUNKS_KEY])]
+    table = pa.concat_tables([part.replace_schema_metadata() for part in parts]).combine_chunks()
+    return [table.replace_schema_metadata({CHUNKS_KEY: json.dumps(chunks).encode()})]
+
+
+def read_chunks(job: ScoreJob, chunks: list[Chunk]) -> list[pa.Table]:
+    """Read and tokenize chunks of one shard: tables of token ids, the first of which names the chunks."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tables, at = [], chunks[0].start
+    with explained(f"{job.archive.url}/{chunks[0].shard}", "read"):
+        for chunk, rows in read_rows(job.archive, chunks, job.columns, job.chunk_bytes):
+            at = max(at, chunk.start)
+            tables.append(tokenize(job, pick(exclude(rows, at, chunk.excluded), at, chunk.only)))
+            at += len(rows.errors)
+    table = pa.concat_tables(tables).combine_chunks()
+    return [table.replace_schema_metadata({CHUNKS_KEY: json.dumps([asdict(chunk) for chunk in chunks]).encode()})]
+
+
+def exclude(rows: Rows, start: int, ranges: Sequence[Sequence[int]]) -> Rows:
+    """Give rows in some ranges of the shard an error instead of their text; `start` is the first row's number."""
+    if not ranges:
+        return rows
+    numbers = np.arange(start, start + len(rows.errors))
+    out = np.any([(numbers >= first) & (numbers < last) for first, last in ranges], axis=0)
+    good = rows.errors == RowError.NONE
+    texts = tuple([text for text, left in zip(column, out[good], strict=True) if not left] for column in rows.texts)
+    return Rows(texts, np.where(out & good, RowError.CRASH, rows.errors).astype(np.uint8), rows.keys)
+
+
+def pick(rows: Rows, start: int, only: Sequence[int] | None) -> Rows:
+    """Keep some rows, given by their numbers in the shard; `start` is the first row's number."""
+    if only is None:
+        return rows
+    kept = np.isin(np.arange(start, start + len(rows.errors)), np.asarray(only, np.int64))
+    good = rows.errors == RowError.NONE
+    texts = tuple([text for text, stays in zip(column, kept[good], strict=True) if stays] for column in rows.texts)
+    return Rows(texts, rows.errors[kept], rows.keys.filter(pa.array(kept)) if rows.keys.num_columns else rows.keys)
 
 
 def tokenize(job: ScoreJob, rows: Rows) -> pa.Table:
@@ -108,37 +130,33 @@ def tokenize(job: ScoreJob, rows: Rows) -> pa.Table:
     return pa.table({**columns, ERROR: pa.array(rows.errors), TRUNCATED: pa.array(truncated)})
 
 
-def write_block(job: ScoreJob, table: pa.Table, on_failure: OnFailure) -> pa.Table:
+def write_block(job: ScoreJob, table: pa.Table) -> pa.Table:
     """Cut a block back into its chunks and create one object for each, after checking every count.
 
     Returns one row a chunk, as JSON: what the object's footer says, and its size.
     """
     chunks = [Chunk(**record) for record in json.loads(table.schema.metadata[CHUNKS_KEY])]
-    planned = sum(chunk.rows for chunk in chunks)
+    planned = sum(chunk.num_scored for chunk in chunks)
     assert table.num_rows == planned, (
         f"{[chunk.name for chunk in chunks]}: {table.num_rows} rows, planned were {planned}"
     )
     written, start = [], 0
     for chunk in chunks:
-        try:
-            written.append(write_chunk(job, chunk, table.slice(start, chunk.rows)))
-        except TextsweepError as error:
-            on_failure(str(error))
-            raise
-        start += chunk.rows
+        written.append(write_chunk(job, chunk, table.slice(start, chunk.num_scored)))
+        start += chunk.num_scored
     return pa.table({"result": [json.dumps(one) for one in written]})
 
 
 def write_chunk(job: ScoreJob, chunk: Chunk, rows: pa.Table) -> dict[str, Any]:
     """Create a chunk's object, its dead letters first; returns what its footer says and its size in bytes."""
-    numbers = pa.array(np.arange(chunk.start, chunk.start + chunk.rows), pa.int64())
+    numbers = pa.array(range(chunk.start, chunk.start + chunk.rows) if chunk.only is None else chunk.only, pa.int64())
     if not job.schema.keys.names:
-        shards = pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.rows)
+        shards = pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.num_scored)
         rows = pa.table([shards, numbers, *rows.columns], names=["shard", "row", *rows.column_names])
     error = rows[job.schema.prefix + "error"]
     bad = pc.is_valid(error)
     if pc.any(bad).as_py():
-        letters = [pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.rows), numbers, error.combine_chunks()]
+        letters = [pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.num_scored), numbers, error.combine_chunks()]
         create(job, f"_dead_letter/{chunk.name}", pa.table(letters, schema=DEAD_LETTER_SCHEMA).filter(bad))
     record = {
         "version": job.version,
@@ -147,7 +165,8 @@ def write_chunk(job: ScoreJob, chunk: Chunk, rows: pa.Table) -> dict[str, Any]:
         "chunk": chunk.index,
         "chunks": chunk.count,
         "start": chunk.start,
-        "rows": chunk.rows,
+        "rows": chunk.num_scored,
+        "selected": chunk.only is not None,
         **summarise(job.schema, rows),
     }
     footer = {FOOTER_KEY: json.dumps({**record, "label_order": job.schema.labels}).encode()}

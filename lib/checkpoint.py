@@ -136,8 +136,11 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def version_of(checkpoint: Checkpoint, config: ScoreConfig) -> str:
-    """The version: SHA-256 over all that decides a score or an output column, in 16 hex digits, the folder's name."""
+def version_of(checkpoint: Checkpoint, config: ScoreConfig, selection: str = "") -> str:
+    """The version: SHA-256 over all that decides a score or an output column, in 16 hex digits, the folder's name.
+
+    `selection` is the digest of the rows that are scored, if not all are: objects with other rows need other names.
+    """
     card = checkpoint.card
     decides = {
         "files": checkpoint.digest,
@@ -153,7 +156,7 @@ def version_of(checkpoint: Checkpoint, config: ScoreConfig) -> str:
         "prefix": config.output.prefix,
         "probabilities": config.output.probabilities,
         "scoring_revision": SCORING_REVISION,
-    }
+    } | ({"selection": selection} if selection else {})
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -37,6 +37,10 @@ class InputSection(Section):
     """the text's column; a.b for a nested one; ["first", "second"] for sentence pairs"""
     key_columns: tuple[str, ...] = ()
     """columns copied to the output; with none, `shard` and `row` are added"""
+    rows: str | None = None
+    """a folder of dead letters: score only the rows that they name, into an output.path of its own"""
+    deleted: Literal["keep", "remove"] = "keep"
+    """predictions of shards that are not in the archive any more: keep or remove them (needs the whole root as input.path)"""
 
 
 class ModelSection(Section):
@@ -59,6 +63,8 @@ class ScoreOutputSection(Section):
     """put before the names of the columns that scoring adds"""
     probabilities: bool = False
     """add every class's probability, in label order"""
+    keep_stale_hours: float = Field(default=168, ge=0)
+    """objects of changed or removed shards leave the manifest at once, and the storage after so many hours"""
 
 
 class PlanningSection(Section):
@@ -75,8 +81,14 @@ class LimitsSection(Section):
     """rows with an error that a run may add: a count, or a fraction of the rows not published yet"""
     max_bad_shards: Share = 0.01
     """shards that cannot be read: a count, or a fraction of the shards not published yet"""
+    accept: tuple[str, ...] = ()
+    """identities of shards (12 hex digits, named by the report) to publish in spite of their errors"""
     stall_seconds: float = Field(default=300, gt=0)
     """no micro-batch finished for so long ends the run as incomplete"""
+    hang_seconds: float = Field(default=120, gt=0)
+    """an actor that finishes no micro-batch for so long while it has work is ended, and its work tried again"""
+    max_probes: int = Field(default=400, ge=0)
+    """attempts to find the rows of one chunk that kill the process that scores them"""
 
 
 class ScoreResources(Section):

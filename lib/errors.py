@@ -4,10 +4,11 @@ Every message names the object, what was found, what was expected and what to do
 `TextsweepError` is a bug: it keeps its traceback and ends the process with Python's own exit code 1.
 """
 
+import contextlib
 import enum
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from types import FrameType
 
@@ -37,6 +38,10 @@ class UsageError(TextsweepError):
     """The command, the configuration or what it points to is wrong."""
 
     exit_code = ExitCode.USAGE
+
+
+class DeniedError(UsageError):
+    """The storage does not let us in. Once a run is at work this is trouble of the storage, not of the command: see `at_work`."""
 
 
 class OverLimitError(TextsweepError):
@@ -87,6 +92,15 @@ def raise_if_stopped() -> None:
         raise StoppedError(
             f"stopped by {received[0].name}: what is finished is kept; run the same command again to go on"
         )
+
+
+@contextlib.contextmanager
+def at_work() -> Iterator[None]:
+    """What was allowed when the run started and is not any more makes the run incomplete, not the command wrong."""
+    try:
+        yield
+    except DeniedError as error:
+        raise IncompleteError(f"{error}; it was allowed when the run started: run the same command again") from error
 
 
 def run_job(main: Callable[[Sequence[str]], None]) -> int:

@@ -5,10 +5,11 @@ Pure functions of listings and footers; nothing here opens a file. What is done 
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -30,6 +31,13 @@ MAX_WAVE_BLOCKS = 10_000
 OBJECT_NAME = r"^(?s:(?P<shard>.+))-(?P<identity>[0-9a-f]{12})-(?P<chunk>\d{5,12})-of-(?P<chunks>\d{5,12})\.parquet$"
 """Any character may stand in a shard's name, a line break too."""
 
+OBJECTS_SCHEMA = pa.schema(
+    [("shard", pa.string()), ("identity", pa.string()), ("chunk", pa.int64()), ("chunks", pa.int64())]
+)
+
+STALE_NAME = r"^(?s:(?:_dead_letter/)?(?P<shard>.+?))-(?P<identity>[0-9a-f]{12})(?:-\d{5,12}-of-\d{5,12})?\.parquet$"
+"""An object, its dead letters, or the dead letter of a whole shard."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -45,6 +53,15 @@ class Chunk:
     rows: int
     text_bytes: int
     """what the footer says; it can be too low"""
+    excluded: tuple[tuple[int, int], ...] = ()
+    """row ranges [first, last) of the shard that get an error instead of a score: they kill the process that scores them"""
+    only: tuple[int, ...] | None = None
+    """the rows of the shard, in order, that are scored and written; None: all of the chunk"""
+
+    @property
+    def num_scored(self) -> int:
+        """Rows of the chunk's object."""
+        return self.rows if self.only is None else len(self.only)
 
     @property
     def name(self) -> str:
@@ -71,10 +88,14 @@ def identity(size: int, etag: str | None, mtime_ns: int | None, chunk_bytes: int
 
 
 def with_identities(listing: pa.Table, chunk_bytes: int) -> pa.Table:
-    """Add the column `identity` to a listing of shards (columns path, size, etag, mtime_ns)."""
-    rows = zip(*(listing[name].to_pylist() for name in ("size", "etag", "mtime_ns")), strict=True)
-    identities = pa.array((identity(size, etag, mtime, chunk_bytes) for size, etag, mtime in rows), pa.string())
-    return listing.append_column("identity", identities)
+    """Turn a listing of shards (columns path, size, etag, mtime_ns) into what planning needs: path, size, identity."""
+    identities = []
+    for part in listing.to_batches(max_chunksize=65_536):  # Python values of a part at a time, not of a million shards
+        rows = zip(*(part[name].to_pylist() for name in ("size", "etag", "mtime_ns")), strict=True)
+        found = [identity(size, etag, mtime, chunk_bytes) for size, etag, mtime in rows]
+        identities.append(pa.array(found, pa.string()))
+    column = pa.chunked_array(identities, pa.string())
+    return listing.select(["path", "size"]).append_column("identity", column)
 
 
 def cut(row_groups: Sequence[RowGroup], chunk_bytes: int) -> list[tuple[int, int, int]]:
@@ -117,27 +138,96 @@ def chunks_of(shard: str, shard_identity: str, row_groups: Sequence[RowGroup], c
     return [Chunk(shard, shard_identity, index, len(ranges), *bounds) for index, bounds in enumerate(ranges)]
 
 
+def select_rows(chunks: Sequence[Chunk], rows: npt.NDArray[np.int64]) -> list[Chunk]:
+    """Keep what holds some of `rows` (of the shard, sorted), each chunk with its own; one without rows if none is there."""
+    kept = []
+    for chunk in chunks:
+        first, last = np.searchsorted(rows, (chunk.start, chunk.start + chunk.rows))
+        if first < last:
+            kept.append(replace(chunk, only=tuple(rows[first:last].tolist())))
+    kept = kept or [replace(chunks[0], start=0, rows=0, only=())]
+    return [replace(chunk, index=index, count=len(kept)) for index, chunk in enumerate(kept)]
+
+
 def parse_objects(paths: pa.ChunkedArray) -> pa.Table:
-    """Split object names into columns shard, identity, chunk, chunks (int64) and path; other names are left out."""
-    parts = pc.extract_regex(paths, OBJECT_NAME)
-    table = pa.table({"path": paths, "parts": parts}).filter(pc.is_valid(parts))
-    fields = {name: pc.struct_field(table["parts"], name) for name in ("shard", "identity", "chunk", "chunks")}
-    numbers = {name: fields[name].cast(pa.int64()) for name in ("chunk", "chunks")}
-    return pa.table({**fields, **numbers, "path": table["path"]})
+    """Split object names into columns shard, identity, chunk and chunks (int64); other names are left out."""
+    tables = []
+    for batch in pa.table({"path": paths}).to_batches(
+        max_chunksize=65_536
+    ):  # what lies between is as large as the names
+        parts = pc.extract_regex(batch["path"], OBJECT_NAME)
+        parts = parts.filter(pc.is_valid(parts))
+        fields = {name: pc.struct_field(parts, name) for name in ("shard", "identity", "chunk", "chunks")}
+        numbers = {name: fields[name].cast(pa.int64()) for name in ("chunk", "chunks")}
+        tables.append(pa.table({**fields, **numbers}))
+    return pa.concat_tables([OBJECTS_SCHEMA.empty_table(), *tables])
+
+
+def with_names(objects: pa.Table) -> pa.Table:
+    """Add the column `path`: the names that `parse_objects` took apart."""
+    numbers = {name: pc.utf8_lpad(objects[name].cast(pa.string()), 5, "0") for name in ("chunk", "chunks")}
+    ending = pc.binary_join_element_wise(numbers["chunk"], "of", numbers["chunks"], "-")
+    name = pc.binary_join_element_wise(objects["shard"], objects["identity"], ending, "-")
+    return objects.append_column("path", pc.binary_join_element_wise(name, ".parquet", ""))
 
 
 def split_finished(shards: pa.Table, objects: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Split shards (with identities) into finished and unfinished ones: finished means every one of its chunks has an object.
 
-    Returns `(finished, unfinished)`; the finished ones have the column `chunks`.
+    Done for a sixteenth of all identities at a time: joins and groups need several times the memory of what they work on.
     """
-    counted = objects.group_by(["shard", "identity", "chunks"]).aggregate([("chunk", "count_distinct")])
-    whole = counted.filter(pc.equal(counted["chunks"], counted["chunk_count_distinct"])).select(
-        ["shard", "identity", "chunks"]
+    numbered = shards.select(["path", "identity"]).append_column("number", pa.array(np.arange(shards.num_rows)))
+    digits = [pc.utf8_slice_codeunits(table["identity"], 0, 1) for table in (numbered, objects)]
+    finished = np.zeros(shards.num_rows, np.bool_)
+    for digit in "0123456789abcdef":
+        some, made = (
+            table.filter(pc.equal(first, digit)) for table, first in zip((numbered, objects), digits, strict=True)
+        )
+        counted = made.group_by(["shard", "identity", "chunks"]).aggregate([("chunk", "count_distinct")])
+        whole = counted.filter(pc.equal(counted["chunks"], counted["chunk_count_distinct"]))
+        joined = some.join(whole, ["path", "identity"], ["shard", "identity"], join_type="left semi")
+        finished[joined["number"].to_numpy()] = True
+    return shards.filter(pa.array(finished)), shards.filter(pa.array(~finished))
+
+
+def find_kept(manifest: pa.Table, shards: pa.Table, objects: pa.Table) -> pa.Table:
+    """The objects of a manifest whose shards are not in the archive any more: columns shard, identity, chunk, chunks.
+
+    `objects` is the listing of the version (the same columns): what it does not hold cannot be kept.
+    """
+    gone = manifest.select(["shard", "identity"]).join(
+        shards.select(["path"]), ["shard"], ["path"], join_type="left anti"
     )
-    joined = shards.join(whole, ["path", "identity"], ["shard", "identity"], join_type="left outer").sort_by("path")
-    done = pc.is_valid(joined["chunks"])
-    return joined.filter(done), joined.filter(pc.invert(done)).drop_columns(["chunks"])
+    return objects.join(gone.group_by(["shard", "identity"]).aggregate([]), ["shard", "identity"], join_type="inner")
+
+
+def same_shards(one: pa.Table, other: pa.Table) -> bool:
+    """Whether two tables with the columns shard and identity name the same shards with the same content."""
+    one, other = (
+        table.select(["shard", "identity"]).group_by(["shard", "identity"]).aggregate([]) for table in (one, other)
+    )
+    return one.num_rows == other.num_rows == one.join(other, ["shard", "identity"], join_type="inner").num_rows
+
+
+def find_stale(objects: pa.Table, current: pa.Table, before: pa.Table, now_ns: int) -> pa.Table:
+    """Find the objects and dead letters that nothing current names, and since when: columns path, shard, identity, since_ns.
+
+    `objects` is the listing of the version (path, ...), `current` every shard and identity that a manifest or a listing
+    of the archive names, `before` what this function found in the run before (shard, identity, since_ns). What is new in
+    it is stale from now on.
+    """
+    parts = pc.extract_regex(objects["path"], STALE_NAME)
+    named = pa.table({"path": objects["path"], "parts": parts}).filter(pc.is_valid(parts))
+    names = {name: pc.struct_field(named["parts"], name) for name in ("shard", "identity")}
+    stale = pa.table({"path": named["path"], **names}).join(current, ["shard", "identity"], join_type="left anti")
+    since = (
+        before.group_by(["shard", "identity"])
+        .aggregate([("since_ns", "min")])
+        .rename_columns(["shard", "identity", "since_ns"])
+    )
+    found = stale.join(since, ["shard", "identity"], join_type="left outer")
+    stamps = pc.min_element_wise(pc.fill_null(found["since_ns"], now_ns), pa.scalar(now_ns, pa.int64()))
+    return found.set_column(found.column_names.index("since_ns"), "since_ns", stamps).sort_by("path")
 
 
 def bundle(chunks: Iterable[Chunk], chunk_bytes: int) -> Iterator[Block]:

@@ -85,19 +85,41 @@ class Predictor:
     ) -> FloatArray:
         """Score N rows given as a flat token array; returns `(N, C)` probabilities (regression: the values), NaN for rows without tokens.
 
-        Launches run ahead of the GPU: nothing is copied back before the last micro-batch is on its way.
+        Launches run ahead of the GPU: nothing is copied back before the last micro-batch is on its way. A micro-batch that
+        does not fit the GPU's memory halves the token budget, for this call and all that follow; raises `UsageError` if a
+        single text does not fit.
         """
-        lengths = np.diff(offsets)
-        found = np.full((len(lengths), len(self.checkpoint.facts.labels)), np.nan, np.float32)
-        pending: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
-        with torch.inference_mode():
-            for rows in cut_by_tokens(lengths, self.token_budget):
-                pending.append((rows, self._forward(ids, offsets, type_ids, rows)))
-                if on_batch:
-                    on_batch(len(rows), int(lengths[rows].sum()))
-        for rows, logits in pending:
-            found[rows] = self._activate(logits).cpu().numpy()
+        left = np.diff(offsets)
+        found = np.full((len(left), len(self.checkpoint.facts.labels)), np.nan, np.float32)
+        while left.any():
+            pending: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
+            try:
+                with torch.inference_mode():
+                    for rows in cut_by_tokens(left, self.token_budget):
+                        pending.append((rows, self._forward(ids, offsets, type_ids, rows)))
+                        if on_batch:
+                            on_batch(len(rows), int(left[rows].sum()))
+            except torch.OutOfMemoryError as error:
+                self._shrink(rows, int(left.max()), error)
+            for rows, logits in pending:
+                found[rows] = self._activate(logits).cpu().numpy()
+                left[rows] = 0
         return found
+
+    def _shrink(self, rows: npt.NDArray[np.int64], longest: int, error: torch.OutOfMemoryError) -> None:
+        """Halve the token budget after a micro-batch that did not fit."""
+        if len(rows) == 1:
+            raise UsageError(
+                f"model.path {self.checkpoint.url}: a single text of {longest} tokens does not fit the memory of {self.device};"
+                " lower model.max_length, or give each actor a larger GPU"
+            ) from error
+        before, self.token_budget = self.token_budget, max(1, min(self.token_budget, len(rows) * longest) // 2)
+        torch.cuda.empty_cache()
+        print(
+            f"WARNING: {before:,} tokens in one forward pass do not fit the memory of {self.device}; going on with {self.token_budget:,}"
+            " (resources.token_budget)",
+            flush=True,
+        )
 
     def _forward(
         self,
@@ -148,6 +170,7 @@ def to_results(
     errors: npt.NDArray[np.uint8],
 ) -> pa.Table:
     """Turn probabilities (N, C) into the columns that scoring adds; rows with an error get nulls and the error's name."""
+    errors = np.where((errors == RowError.NONE) & ~np.isfinite(probabilities).all(axis=1), RowError.NOT_FINITE, errors)
     bad = errors != RowError.NONE
     columns: list[pa.Array] = []
     if schema.task is Task.REGRESSION:

@@ -4,10 +4,13 @@ import contextlib
 import gc
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+
+from lib.errors import DeniedError, TextsweepError, UsageError
 
 SHOWN_FAILURES = 3
 
@@ -19,55 +22,113 @@ class Counts:
     rows: int = 0
     tokens: int = 0
     batches: int = 0
+    num_actors: int = 0
+    """that have started, dead ones included"""
     failures: tuple[str, ...] = ()
     """the most frequent reasons that tasks gave"""
+    num_failures: int = 0
     mistake: str | None = None
     """the first reason that no further attempt would change: the model, not the infrastructure"""
+    has_bug: bool = False
+    """whether a task failed with an error that is not one of ours"""
+    busy: tuple[str, ...] = ()
+    """shards that actors are at"""
+
+
+@dataclass
+class Busy:
+    """An actor that is at work."""
+
+    shards: list[str]
+    heard_at: float
+    """when it began, or finished its last micro-batch"""
 
 
 @ray.remote(num_cpus=0)
 class Progress:
-    """Counts finished micro-batches of all actors, for the line that people watch and the stall check."""
+    """Counts finished micro-batches of all actors, for the line that people watch, the stall check and the watchdog."""
 
     def __init__(self) -> None:
         self.counts = Counts()
         self.failures: Counter[str] = Counter()
-        self.actors: list[Any] = []
+        self.actors: dict[str, Any] = {}
+        self.busy: dict[str, Busy] = {}
+        self.reads: Counter[str] = Counter()
 
-    def enlist(self, actor: Any) -> None:
-        """Note an actor that predicts, so that the run can end it."""
-        self.actors.append(actor)
+    def enlist(self, actor: str, handle: Any) -> None:
+        """Note an actor that predicts, so that the run can end it; one that restarted has nothing to do yet."""
+        self.actors[actor] = handle
+        self.busy.pop(actor, None)
+        self.counts.num_actors += 1
 
     def dismiss(self) -> list[Any]:
         """All actors enlisted since the last call."""
-        dismissed, self.actors = self.actors, []
+        dismissed = list(self.actors.values())
+        self.actors, self.busy = {}, {}
         return dismissed
 
-    def add(self, rows: int, tokens: int, batches: int) -> None:
+    def begin(self, actor: str, shards: list[str]) -> None:
+        self.busy[actor] = Busy(shards, time.monotonic())
+
+    def end(self, actor: str) -> None:
+        self.busy.pop(actor, None)
+
+    def add(self, actor: str, rows: int, tokens: int, batches: int) -> None:
         self.counts.rows += rows
         self.counts.tokens += tokens
         self.counts.batches += batches
+        if actor in self.busy:
+            self.busy[actor].heard_at = time.monotonic()
 
-    def fail(self, reason: str, is_mistake: bool = False) -> None:
+    def count_read(self, block: str) -> int:
+        """How often a block's reading has begun, this time included."""
+        self.reads[block] += 1
+        return self.reads[block]
+
+    def fail(self, reason: str, is_mistake: bool, is_bug: bool) -> None:
+        """A task ended with an error."""
         self.failures[reason] += 1
+        self.counts.num_failures += 1
+        self.counts.has_bug |= is_bug
         if is_mistake and self.counts.mistake is None:
             self.counts.mistake = reason
+
+    def note(self, reason: str) -> None:
+        """Something that ends no task: a shard that changed or vanished."""
+        self.failures[reason] += 1
 
     def read(self) -> Counts:
         self.counts.failures = tuple(
             f"{reason} ({times}x)" if times > 1 else reason
             for reason, times in self.failures.most_common(SHOWN_FAILURES)
         )
+        self.counts.busy = tuple(sorted({shard for busy in self.busy.values() for shard in busy.shards}))[
+            :SHOWN_FAILURES
+        ]
         return self.counts
+
+    def take_hung(self, seconds: float) -> list[tuple[Any, list[str]]]:
+        """Actors, and the shards they are at, that began but finished no micro-batch for `seconds`; each is given once."""
+        hung = [actor for actor, busy in self.busy.items() if time.monotonic() - busy.heard_at > seconds]
+        return [(self.actors[actor], self.busy.pop(actor).shards) for actor in hung if actor in self.actors]
 
 
 class Reporter:
     """Sends an actor's progress at most twice a second."""
 
-    def __init__(self, progress: Any) -> None:
-        self.progress = progress
+    def __init__(self, progress: Any, actor: str) -> None:
+        self.progress, self.actor = progress, actor
         self.rows = self.tokens = self.batches = 0
         self.sent_at = time.monotonic()
+
+    def begin(self, shards: list[str]) -> None:
+        """A block is begun."""
+        self.progress.begin.remote(self.actor, shards)
+
+    def end(self) -> None:
+        """The block is done."""
+        self.flush()
+        self.progress.end.remote(self.actor)
 
     def __call__(self, rows: int, tokens: int) -> None:
         self.rows, self.tokens, self.batches = self.rows + rows, self.tokens + tokens, self.batches + 1
@@ -75,9 +136,22 @@ class Reporter:
             self.flush()
 
     def flush(self) -> None:
-        self.progress.add.remote(self.rows, self.tokens, self.batches)
+        self.progress.add.remote(self.actor, self.rows, self.tokens, self.batches)
         self.rows = self.tokens = self.batches = 0
         self.sent_at = time.monotonic()
+
+
+@contextlib.contextmanager
+def reported(progress: Any) -> Iterator[None]:
+    """Tell the progress actor of every exception on its way out: Ray keeps causes as text only, and not for all blocks."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, TextsweepError)
+        reason = str(error) if known else f"{type(error).__name__}: {str(error)[:300]}"
+        mistake = isinstance(error, UsageError) and not isinstance(error, DeniedError)
+        ray.get(progress.fail.remote(reason, mistake, not known))
+        raise
 
 
 def read_progress(progress: Any) -> Counts | None:
@@ -87,6 +161,15 @@ def read_progress(progress: Any) -> Counts | None:
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
         return None
     return counts
+
+
+def take_hung(progress: Any, seconds: float) -> list[tuple[Any, list[str]]]:
+    """Ask for the actors that hang (see `Progress.take_hung`); none if the progress actor does not answer."""
+    try:
+        hung: list[tuple[Any, list[str]]] = ray.get(progress.take_hung.remote(seconds), timeout=5)
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+        return []
+    return hung
 
 
 def end_actors(progress: Any) -> None:

@@ -45,6 +45,12 @@ MANIFEST_SCHEMA = pa.schema(
 """One row for each current object; `path` is relative to the output folder, `run` the run that first recorded it."""
 
 
+STALE_NAME = "stale.parquet"
+"""In a run's folder: shards and identities whose objects are in no manifest any more, and since when."""
+
+STALE_SCHEMA = pa.schema([("shard", pa.string()), ("identity", pa.string()), ("since_ns", pa.int64())])
+
+
 class Pointer(BaseModel):
     """`_published.json`: which manifest readers use."""
 
@@ -64,13 +70,6 @@ class Published:
 
     pointer: Pointer
     manifest: pa.Table
-
-    def covers(self, version: str, finished: pa.Table) -> bool:
-        """Whether the published manifest already holds exactly these finished shards (columns path, identity, chunks)."""
-        if self.pointer.version != version:
-            return False
-        mine = set(zip(*(self.manifest[name].to_pylist() for name in ("shard", "identity")), strict=True))
-        return mine == set(zip(*(finished[name].to_pylist() for name in ("path", "identity")), strict=True))
 
 
 def read_published(output: Store) -> Published | None:
@@ -124,46 +123,63 @@ def read_archive(version: Store, root: str, keys: pa.Schema) -> pa.Schema | None
     return kept
 
 
-def build_manifest(
-    version: str,
-    run_id: str,
-    finished: pa.Table,
-    objects: pa.Table,
-    written: dict[str, dict[str, Any]],
-    published: Published | None,
-    output: Store,
-) -> pa.Table:
-    """Make the manifest of all finished shards' objects.
+def latest_manifest(output: Store, version: str, published: Published | None) -> pa.Table:
+    """The manifest of a version's latest successful run, without rows if there is none.
 
-    Counts come from the published manifest, from this run's results, and from the footers of objects that neither holds.
-    `objects` is the listing of the version's objects (shard, identity, chunk, chunks, path).
+    The pointer names it, unless it names another version (after a rollback, or when two models take turns): then the
+    marks of this version's successful runs are read.
     """
-    keep = finished.select(["path", "identity"]).rename_columns(["shard", "identity"])
-    current = objects.join(keep, ["shard", "identity"], join_type="inner").sort_by(
-        [("shard", "ascending"), ("chunk", "ascending")]
-    )
-    known = dict(written)
     if published and published.pointer.version == version:
-        strip = len(version) + 1
-        known.update({row["path"][strip:]: row for row in published.manifest.to_pylist()})
-    missing = [name for name in current["path"].to_pylist() if name not in known]
+        return published.manifest
+    names = [path for path in output.list(f"{version}/_runs")["path"].to_pylist() if path.endswith("/_SUCCESS")]
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        known.update(zip(missing, pool.map(lambda name: read_record(output.at(version), name), missing), strict=True))
-    rows = []
-    for row in current.to_pylist():
-        counts = known[row["path"]]
-        identified = {name: row[name] for name in ("shard", "identity", "chunk", "chunks")}
-        counted = {"errors": count_errors(counts), **{name: counts[name] for name in ("start", "rows", "bytes")}}
-        rows.append(
-            {
-                **identified,
-                **counted,
-                "version": version,
-                "run": counts.get("run", run_id),
-                "path": f"{version}/{row['path']}",
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+        marks = [Pointer.model_validate_json(raw) for raw in pool.map(output.read, names) if raw]
+    for mark in sorted(marks, key=lambda mark: mark.planned_at, reverse=True):
+        raw = output.read(mark.manifest)
+        if raw is not None:
+            return pq.read_table(io.BytesIO(raw))
+    return MANIFEST_SCHEMA.empty_table()
+
+
+def build_manifest(
+    version: str, run_id: str, current: pa.Table, written: pa.Table, before: pa.Table, output: Store
+) -> pa.Table:
+    """Make the manifest of the current objects (columns shard, identity, chunk, chunks, path in the version's folder).
+
+    Counts come from the manifest `before`, from what this run wrote (`outcome.RECORD_SCHEMA`), and from the footers of
+    objects that neither holds.
+    """
+    strip = len(version) + 1
+    counts = ["path", "start", "rows", "errors", "bytes", "run"]
+    old = before.select(counts).set_column(0, "path", pc.utf8_slice_codeunits(before["path"], strip))
+    known = pa.concat_tables([old, with_run(written.join(old, "path", join_type="left anti"), run_id).select(counts)])
+    unknown = current.join(known, "path", join_type="left anti")["path"].to_pylist()
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        found = list(pool.map(lambda name: read_record(output.at(version), name), unknown))
+    footers = [
+        {
+            "path": name,
+            **{key: record[key] for key in ("start", "rows", "bytes")},
+            "errors": sum(record["errors"].values()),
+            "run": run_id,
+        }
+        for name, record in zip(unknown, found, strict=True)
+    ]
+    known = pa.concat_tables([known, pa.Table.from_pylist(footers, schema=known.schema)])
+    rows = current.join(known, "path", join_type="inner").sort_by([("shard", "ascending"), ("chunk", "ascending")])
+    assert rows.num_rows == current.num_rows, f"{current.num_rows} current objects, {rows.num_rows} have counts"
+    paths = pc.binary_join_element_wise(version, rows["path"], "/")
+    rows = rows.set_column(rows.column_names.index("path"), "path", paths)
+    return (
+        rows.append_column("version", pa.repeat(pa.scalar(version), rows.num_rows))
+        .select(MANIFEST_SCHEMA.names)
+        .cast(MANIFEST_SCHEMA)
+    )
+
+
+def with_run(records: pa.Table, run_id: str) -> pa.Table:
+    """Add the column `run`."""
+    return records.append_column("run", pa.repeat(pa.scalar(run_id), records.num_rows))
 
 
 def read_record(version: Store, name: str) -> dict[str, Any]:
@@ -173,23 +189,25 @@ def read_record(version: Store, name: str) -> dict[str, Any]:
         return {**json.loads(pq.read_metadata(handle).metadata[FOOTER_KEY]), "bytes": info.size}
 
 
-def count_errors(record: dict[str, Any]) -> int:
-    """Rows with an error, from an object's own counts by reason or from a manifest's row."""
-    errors = record["errors"]
-    return sum(errors.values()) if isinstance(errors, dict) else int(errors)
-
-
 def totals(manifest: pa.Table) -> dict[str, int]:
     """Shards, objects, rows, rows with an error and bytes of a manifest."""
     counts = {name: int(pc.sum(manifest[name]).as_py() or 0) for name in ("rows", "errors", "bytes")}
     return {"shards": pc.count_distinct(manifest["shard"]).as_py(), "objects": manifest.num_rows, **counts}
 
 
-def write_manifest(run: Store, manifest: pa.Table) -> None:
-    """Write a run's manifest."""
+def write_table(folder: Store, name: str, table: pa.Table) -> None:
+    """Write a small Parquet file, over the one that is there."""
     sink = io.BytesIO()
-    pq.write_table(manifest, sink, compression="zstd", write_page_checksum=True)
-    run.replace("manifest.parquet", sink.getvalue())
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    folder.replace(name, sink.getvalue())
+
+
+def read_stale(output: Store, published: Published | None, version: str) -> pa.Table:
+    """What the run that the pointer names (before this one moved it) recorded as stale: shard, identity, since_ns."""
+    raw = None
+    if published and published.pointer.version == version:
+        raw = output.read(f"{published.pointer.manifest.rpartition('/')[0]}/{STALE_NAME}")
+    return pq.read_table(io.BytesIO(raw)) if raw else STALE_SCHEMA.empty_table()
 
 
 def publish(output: Store, version: str, run_id: str, planned_at: datetime) -> bool:
@@ -204,7 +222,7 @@ def publish(output: Store, version: str, run_id: str, planned_at: datetime) -> b
         manifest=f"{folder}/manifest.parquet",
         planned_at=planned_at.astimezone(UTC).isoformat(),
     )
-    output.replace(f"{folder}/_SUCCESS", b"")
+    output.replace(f"{folder}/_SUCCESS", mine.model_dump_json(indent=2).encode())
     for _ in range(20):
         seen = output.info(POINTER_NAME)
         raw = output.read(POINTER_NAME) if seen else None

@@ -7,8 +7,6 @@ import io
 import json
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
@@ -17,10 +15,9 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from lib.blocks import SCORE_BINS
 from lib.config import ScoreConfig
 from lib.errors import ExitCode
-from lib.pipeline import Outcome
+from lib.outcome import Outcome
 from lib.storage import Store
 
 PACKAGES = ("ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "s3fs")
@@ -64,7 +61,7 @@ class ProgressLine:
             rate = (done - rows_before) / seconds
             left = duration((planned - done) / rate)
             speed = f", {rate:,.0f} rows/s, {(counts.tokens - tokens_before) / seconds:,.0f} tokens/s, {left} left"
-        bad = sum(sum(result["errors"].values()) for result in outcome.results.values())
+        bad = outcome.errors.total()
         return (
             f"scoring: {done:,} of {planned:,} rows ({done / planned:.1%}), {bad:,} bad rows, {elapsed} so far{speed}"
         )
@@ -101,10 +98,8 @@ class RunFacts:
 
 def run_record(facts: RunFacts) -> dict[str, Any]:
     """Everything about a run as plain JSON values."""
-    results = list(facts.outcome.results.values())
+    outcome = facts.outcome
     seconds = (datetime.now(UTC) - facts.started_at).total_seconds()
-    rows = sum(int(result["rows"]) for result in results)
-    tokens = sum(int(result["tokens"]) for result in results)
     return {
         "run_id": facts.run_id,
         "version": facts.version,
@@ -119,33 +114,25 @@ def run_record(facts: RunFacts) -> dict[str, Any]:
         "output": facts.config.output.path,
         "cluster": facts.cluster,
         "this_run": {
-            "chunks_planned": len(facts.outcome.planned),
-            "chunks_finished": len(results),
-            "rows_planned": facts.outcome.planned_rows,
-            "rows": rows,
-            "errors": add_up(result["errors"] for result in results),
-            "truncated": sum(int(result["truncated"]) for result in results),
-            "tokens": tokens,
-            "tokens_per_second": round(tokens / seconds) if seconds else 0,
-            "labels": add_up(result["labels"] for result in results),
-            "score_bins": np.sum([result["score_bins"] for result in results] or [[0] * SCORE_BINS], axis=0).tolist(),
+            "chunks_planned": outcome.planned_chunks,
+            "chunks_finished": outcome.finished_chunks,
+            "rows_planned": outcome.planned_rows,
+            "rows": outcome.finished_rows,
+            "errors": dict(outcome.errors.most_common()),
+            "truncated": outcome.truncated,
+            "tokens": outcome.tokens,
+            "tokens_per_second": round(outcome.tokens / seconds) if seconds else 0,
+            "labels": dict(outcome.labels.most_common()),
+            "score_bins": outcome.score_bins.tolist(),
         },
         "published_total": facts.totals,
-        "bad_shards": facts.outcome.bad_shards,
-        "changed_shards": sorted(facts.outcome.changed),
-        "missing_objects": facts.outcome.missing,
-        "failures": list(facts.outcome.counts.failures),
+        "bad_shards": outcome.bad_shards,
+        "changed_shards": sorted(outcome.changed),
+        "missing_objects": outcome.missing,
+        "failures": list(outcome.counts.failures),
         "config": facts.config.model_dump(mode="json"),
         "packages": {name: package_version(name) for name in PACKAGES},
     }
-
-
-def add_up(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    """Add counts by name; most frequent first."""
-    total: Counter[str] = Counter()
-    for one in counts:
-        total.update(one)
-    return dict(total.most_common())
 
 
 def write_report(run: Store, record: dict[str, Any]) -> None:

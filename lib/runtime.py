@@ -2,13 +2,18 @@
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
 
+from lib.config import ScoreResources
 from lib.errors import IncompleteError, UsageError, stop_on_signals
+
+TASK_CPUS_WITHOUT_GPU = 0.25
+"""Reading and tokenizing take under 5% of the time that a CPU forward pass takes: they share what the actor leaves."""
 
 
 @dataclass(frozen=True)
@@ -78,3 +83,46 @@ def cluster_facts() -> Cluster:
     """Ask Ray for its live nodes."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Cluster(tuple(Node(cpus=found.get("CPU", 0), gpus=found.get("GPU", 0)) for found in alive))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a cluster is divided between readers, actors and writers."""
+
+    num_actors: int
+    actor_gpus: float
+    actor_cpus: float
+    task_cpus: float
+    """of each reading and of each writing task"""
+    threads: int
+    """of one actor's forward pass on a CPU"""
+
+
+def plan_layout(cluster: Cluster, wanted: ScoreResources) -> Layout:
+    """Divide a cluster so that readers and writers always find a CPU: actors that take every CPU would wait for ever.
+
+    Raises `UsageError` with the numbers if it cannot hold them.
+    """
+    if not cluster.cpus:
+        raise UsageError(f"the cluster ({cluster}) has no CPU to read and write with; add a worker node")
+    if cluster.gpus >= 1:
+        actors = wanted.num_actors or int(cluster.gpus)
+        if actors > cluster.gpus:
+            raise UsageError(
+                f"resources.num_actors = {actors}, one GPU each, but the cluster has {cluster}; ask for at most {int(cluster.gpus)}"
+            )
+        return Layout(num_actors=actors, actor_gpus=1, actor_cpus=0, task_cpus=min(1.0, cluster.cpus / 2), threads=1)
+    smallest = min(node.cpus for node in cluster.nodes if node.cpus)
+    nodes = [node for node in cluster.nodes if node.cpus]
+    actors = wanted.num_actors or len(nodes)
+    per_node = math.ceil(actors / len(nodes))
+    share = max(smallest - 1, smallest / 2) / per_node
+    if share < TASK_CPUS_WITHOUT_GPU:
+        most = int(max(smallest - 1, smallest / 2) / TASK_CPUS_WITHOUT_GPU) * len(nodes)
+        raise UsageError(
+            f"resources.num_actors = {actors} leaves {share:.2g} CPUs for each, but the cluster has {cluster}; ask for at most {most}"
+        )
+    threads = max(1, int(min(smallest, os.cpu_count() or 1) / per_node))
+    actor_cpus = math.floor(share * 100) / 100
+    task_cpus = TASK_CPUS_WITHOUT_GPU if actor_cpus != TASK_CPUS_WITHOUT_GPU else TASK_CPUS_WITHOUT_GPU - 0.05
+    return Layout(num_actors=actors, actor_gpus=0, actor_cpus=actor_cpus, task_cpus=task_cpus, threads=threads)

@@ -28,6 +28,10 @@ class RowError(enum.IntEnum):
     """not valid UTF-8"""
     UNREADABLE = 4
     """its Parquet pages cannot be read"""
+    CRASH = 5
+    """it kills the process that scores it, every time"""
+    NOT_FINITE = 6
+    """the model answers with NaN or infinity"""
 
 
 ROW_ERROR_NAMES = pa.array([None if error is RowError.NONE else error.name.lower() for error in RowError], pa.string())

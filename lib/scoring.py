@@ -11,11 +11,21 @@ from lib.archive import Columns, list_shards, refuse_output_inside, resolve_colu
 from lib.blocks import ScoreJob
 from lib.config import ScoreConfig
 from lib.errors import ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
-from lib.pipeline import Outcome
-from lib.planning import over_limit, parse_objects, split_finished, with_identities
+from lib.outcome import Outcome
+from lib.planning import (
+    find_kept,
+    find_stale,
+    over_limit,
+    parse_objects,
+    same_shards,
+    split_finished,
+    with_identities,
+    with_names,
+)
 from lib.report import RunFacts, run_record, write_report
-from lib.schema import PredictionSchema
-from lib.storage import Store, open_store
+from lib.schema import DEAD_LETTER_SCHEMA, PredictionSchema
+from lib.selection import Selection, read_selection
+from lib.storage import Store, open_store, split_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +43,14 @@ class Run:
     unfinished: pa.Table
     """those shards that miss an object"""
     finished: pa.Table
-    """the others, with their number of chunks"""
+    """the others"""
+    objects: pa.Table
+    """of this version, as they were listed: shard, identity, chunk, chunks"""
     published: publishing.Published | None
+    before: pa.Table
+    """the manifest of this version's latest successful run"""
+    selection: Selection | None
+    """the rows to score, if not all"""
 
     @property
     def is_published(self) -> bool:
@@ -42,15 +58,24 @@ class Run:
         return (
             not self.unfinished.num_rows
             and self.published is not None
-            and self.published.covers(self.job.version, self.finished)
+            and self.published.pointer.version == self.job.version
+            and same_shards(self.published.manifest, find_current(self, self.objects, self.finished))
         )
 
     def plan(self) -> str:
         """What there is to do, in one line."""
+        rows = ""
+        if self.selection is not None:
+            outdated = (
+                f" ({self.selection.outdated:,} more are of shards that have changed since)"
+                if self.selection.outdated
+                else ""
+            )
+            rows = f", {self.selection.num_rows:,} rows of input.rows{outdated}"
         size = int(pc.sum(self.unfinished["size"]).as_py() or 0) / 1e6
         return (
             f"{self.job.archive.url}: {self.shards.num_rows:,} shards, {self.finished.num_rows:,} finished,"
-            f" {self.unfinished.num_rows:,} to do ({size:,.1f} MB); version {self.job.version}, run {self.run_id}"
+            f" {self.unfinished.num_rows:,} to do ({size:,.1f} MB){rows}; version {self.job.version}, run {self.run_id}"
         )
 
     def nothing_to_do(self) -> str:
@@ -73,10 +98,23 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
     planned_at = datetime.now(UTC)
     output = open_store(config.output.path)
     refuse_output_inside(config.input.path, output)
+    if config.input.deleted == "remove" and split_pattern(config.input.path)[1]:
+        raise UsageError(
+            f'input.path {config.input.path}: input.deleted = "remove" needs the whole archive listed; give its root folder, without a'
+            ' pattern, or leave input.deleted = "keep"'
+        )
+    if config.input.rows is not None and config.input.key_columns:
+        raise UsageError("input.rows: rows are named by shard and row, so set input.key_columns = []")
     archive, listing = list_shards(config.input.path)
-    columns = resolve_columns(archive, listing["path"].to_pylist(), config.input.text_column, config.input.key_columns)
+    shards = with_identities(listing, chunk_bytes := int(config.planning.chunk_mb * 2**20))
+    columns = resolve_columns(
+        archive, listing["path"].slice(0, 20).to_pylist(), config.input.text_column, config.input.key_columns
+    )
     model = checkpoint.load(config.model.path, config.model.max_length)
-    version = checkpoint.version_of(model, config)
+    selection = None if config.input.rows is None else read_selection(config.input.rows, shards)
+    version = checkpoint.version_of(model, config, selection.digest if selection else "")
+    if selection is not None:
+        shards = shards.filter(pc.is_in(shards["path"], pa.array(selection.rows, pa.string())))
     keys = publishing.read_archive(output.at(version), archive.url, columns.keys)
     schema = PredictionSchema(
         task=model.facts.task,
@@ -89,8 +127,9 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         raise UsageError(
             f"{', '.join(schema.clashes())}: a key column and a column that scoring adds; set output.prefix, for example output.prefix=pred_"
         )
-    shards = with_identities(listing, chunk_bytes := int(config.planning.chunk_mb * 2**20))
-    finished, unfinished = split_finished(shards, parse_objects(output.at(version).list()["path"]))
+    objects = parse_objects(output.at(version).list()["path"])
+    finished, unfinished = split_finished(shards, objects)
+    published = publishing.read_published(output)
     job = ScoreJob(
         archive=archive,
         output=output.at(version),
@@ -114,16 +153,29 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         shards=shards,
         unfinished=unfinished,
         finished=finished,
-        published=publishing.read_published(output),
+        objects=objects,
+        published=published,
+        before=publishing.latest_manifest(output, version, published),
+        selection=selection,
     )
 
 
+def find_current(run: Run, objects: pa.Table, finished: pa.Table) -> pa.Table:
+    """The objects that readers should see: those of every finished shard, and of deleted ones if they are kept."""
+    keep = finished.select(["path", "identity"]).rename_columns(["shard", "identity"])
+    current = objects.join(keep, ["shard", "identity"], join_type="inner")
+    if run.config.input.deleted == "remove":
+        return current
+    return pa.concat_tables([current, find_kept(run.before, run.shards, objects).select(current.column_names)])
+
+
 def reconcile(run: Run, outcome: Outcome) -> pa.Table:
-    """List the output again and make the manifest of every shard that is complete now."""
+    """List the output again and make the manifest of all that is complete now."""
     objects = parse_objects(run.job.output.list()["path"])
     finished, _ = split_finished(run.shards, objects)
+    current = find_current(run, objects, finished)
     return publishing.build_manifest(
-        run.job.version, run.run_id, finished, objects, outcome.results, run.published, run.output
+        run.job.version, run.run_id, with_names(current), outcome.written(), run.before, run.output
     )
 
 
@@ -142,25 +194,39 @@ def judge(run: Run, outcome: Outcome, manifest: pa.Table) -> TextsweepError | No
     if problems:
         reported = f"; reported: {'; '.join(outcome.counts.failures)}" if outcome.counts.failures else ""
         return IncompleteError(f"{'; '.join(problems)}{reported}; what is finished is kept, run the same command again")
-    known = set(run.published.manifest["path"].to_pylist()) if run.published else set()
-    fresh = [
-        row for row in manifest.select(["path", "shard", "rows", "errors"]).to_pylist() if row["path"] not in known
-    ]
-    rows, bad_rows = sum(row["rows"] for row in fresh), sum(row["errors"] for row in fresh)
     limits = run.config.limits
+    fresh = manifest.join(run.before.select(["path"]), "path", join_type="left anti")
+    counted = fresh.filter(pc.invert(pc.is_in(fresh["identity"], pa.array(limits.accept, pa.string()))))
+    rows, bad_rows = (int(pc.sum(column).as_py() or 0) for column in (fresh["rows"], counted["errors"]))
     if over_limit(bad_rows, rows, limits.max_bad_rows):
+        worst = counted.group_by(["shard", "identity"]).aggregate([("errors", "sum")])
+        worst = worst.sort_by([("errors_sum", "descending"), ("shard", "ascending")]).slice(0, 1).to_pylist()[0]
         return OverLimitError(
-            f"{bad_rows:,} of {rows:,} new rows have an error, limits.max_bad_rows = {limits.max_bad_rows}; not published; see"
-            f" {run.job.output.url}/_dead_letter, then raise the limit or repair the shards, and run the same command again"
+            f"{bad_rows:,} of {rows:,} new rows have an error (most: {worst['errors_sum']:,} in {worst['shard']}),"
+            f" limits.max_bad_rows = {limits.max_bad_rows}; not published; see {run.job.output.url}/_dead_letter, then repair"
+            f' the shards, raise the limit, or accept them (limits.accept = ["{worst["identity"]}"]), and run the same command again'
         )
-    new_shards = len({row["shard"] for row in fresh}) + len(outcome.bad_shards)
-    if over_limit(len(outcome.bad_shards), new_shards, limits.max_bad_shards):
-        name, why = next(iter(outcome.bad_shards.items()))
+    bad = find_bad(run, outcome)
+    counted_bad = [one for one in bad if one["identity"] not in limits.accept]
+    new_shards = pc.count_distinct(fresh["shard"]).as_py() + len(bad)
+    if over_limit(len(counted_bad), new_shards, limits.max_bad_shards):
+        first = counted_bad[0]
         return OverLimitError(
-            f"{len(outcome.bad_shards):,} of {new_shards:,} new shards cannot be read (first: {name}: {why}), limits.max_bad_shards ="
-            f" {limits.max_bad_shards}; not published; repair them or raise the limit, and run the same command again"
+            f"{len(counted_bad):,} of {new_shards:,} new shards cannot be read (first: {first['shard']}: {first['error']}),"
+            f" limits.max_bad_shards = {limits.max_bad_shards}; not published; repair them, raise the limit, or go on without them"
+            f' (limits.accept = ["{first["identity"]}"]), and run the same command again'
         )
     return None
+
+
+def find_bad(run: Run, outcome: Outcome) -> list[dict[str, str]]:
+    """The bad shards of a run, sorted: shard, identity, error."""
+    names = pa.array(sorted(outcome.bad_shards), pa.string())
+    found = run.shards.filter(pc.is_in(run.shards["path"], names)).select(["path", "identity"]).to_pylist()
+    return [
+        {"shard": one["path"], "identity": one["identity"], "error": outcome.bad_shards[one["path"]]}
+        for one in sorted(found, key=lambda one: one["path"])
+    ]
 
 
 def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> None:
@@ -168,9 +234,14 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> No
     problem = judge(run, outcome, manifest)
     folder = run.job.output.at(f"_runs/{run.run_id}")
     published = False
-    publishing.write_manifest(folder, manifest)
+    publishing.write_table(folder, "manifest.parquet", manifest)
+    for one in find_bad(run, outcome):
+        letter = pa.Table.from_pylist([{**one, "row": None}], schema=DEAD_LETTER_SCHEMA)
+        publishing.write_table(run.job.output, f"_dead_letter/{one['shard']}-{one['identity']}.parquet", letter)
     if problem is None:
         published = publishing.publish(run.output, run.job.version, run.run_id, run.planned_at)
+    if published and run.selection is None and not split_pattern(run.config.input.path)[1]:
+        sweep_quietly(run, manifest)
     totals = publishing.totals(manifest)
     message = (
         str(problem)
@@ -198,3 +269,46 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> No
     print(
         f"done: {message}\npredictions: {run.job.output.url}\nmanifest: {folder.url}/manifest.parquet; pointer: {run.output.url}/{publishing.POINTER_NAME}{pointer}"
     )
+
+
+def sweep_quietly(run: Run, manifest: pa.Table) -> None:
+    """Sweep; what fails here has cost no row and is done by the next run."""
+    try:
+        print(sweep(run, manifest), end="", flush=True)
+    except (TextsweepError, OSError) as error:
+        print(f"WARNING: stale objects were left for the next run: {error}", flush=True)
+
+
+def sweep(run: Run, manifest: pa.Table) -> str:
+    """Remove the objects that nobody can need any more, and record the stale ones that stay; says what was removed.
+
+    An object is removed if its shard is changed or removed according to the manifest and to a listing of the archive made
+    now, since `output.keep_stale_hours` at least, and if it is older than this run's plan. The time is the storage's own.
+    """
+    folder = run.job.output.at(f"_runs/{run.run_id}")
+    written = folder.info("manifest.parquet")
+    assert written is not None
+    assert written.mtime_ns is not None
+    now_ns = written.mtime_ns
+    _, listing = list_shards(run.config.input.path)
+    listed = (
+        with_identities(listing, run.job.chunk_bytes).select(["path", "identity"]).rename_columns(["shard", "identity"])
+    )
+    planned = run.shards.select(["path", "identity"]).rename_columns(["shard", "identity"])
+    current = pa.concat_tables([manifest.select(["shard", "identity"]), listed, planned])
+    objects = run.job.output.list()
+    stale = find_stale(objects, current, publishing.read_stale(run.output, run.published, run.job.version), now_ns)
+    old = objects.filter(
+        pc.less(objects["mtime_ns"], now_ns - int((datetime.now(UTC) - run.planned_at).total_seconds() * 1e9))
+    )
+    due = pc.and_(
+        pc.less_equal(stale["since_ns"], now_ns - int(run.config.output.keep_stale_hours * 3_600e9)),
+        pc.is_in(stale["path"], old["path"].combine_chunks()),
+    )
+    removed = stale.filter(due)["path"].to_pylist()
+    for path in removed:
+        run.job.output.delete(path)
+    left = stale.filter(pc.invert(due)).group_by(["shard", "identity"]).aggregate([("since_ns", "min")])
+    if left.num_rows:
+        publishing.write_table(folder, publishing.STALE_NAME, left.rename_columns(["shard", "identity", "since_ns"]))
+    return f"removed {len(removed):,} stale objects of changed or deleted shards\n" if removed else ""

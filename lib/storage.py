@@ -18,9 +18,11 @@ from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
+import s3fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
-from lib.errors import IncompleteError, TextsweepError, UsageError
+from lib.errors import DeniedError, IncompleteError, TextsweepError, UsageError
 
 LISTING_SCHEMA = pa.schema(
     [("path", pa.string()), ("size", pa.int64()), ("etag", pa.string()), ("mtime_ns", pa.int64())]
@@ -40,6 +42,9 @@ S3_OPTIONS: dict[str, Any] = {
         "max_pool_connections": 32,
     },
 }
+
+REFUSED = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"}
+"""Codes that come as another exception than `PermissionError` and mean the same."""
 
 LOST_RACE = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
 
@@ -66,6 +71,7 @@ class Store:
         """The fsspec file system behind the folder."""
         protocol = protocol_of(self.url)
         if protocol == "s3":
+            s3fs.core.set_custom_error_handler(may_pass)
             return fsspec.filesystem("s3", **S3_OPTIONS)
         try:
             return fsspec.filesystem(protocol)
@@ -111,7 +117,9 @@ class Store:
         """
         with explained(self.url, "list"):
             pages = list(self._pages(folder))
-        return pa.concat_tables([LISTING_SCHEMA.empty_table(), *pages]).sort_by("path")
+        found = pa.concat_tables([LISTING_SCHEMA.empty_table(), *pages])
+        in_order = pc.all(pc.less(found["path"].slice(0, max(0, len(found) - 1)), found["path"].slice(1)))
+        return found if in_order.as_py() is not False else found.sort_by("path")  # S3 lists in order
 
     def _pages(self, folder: str) -> Iterator[pa.Table]:
         if self.is_s3:
@@ -150,7 +158,13 @@ class Store:
         """Describe one file, or return None if there is none."""
         try:
             with explained(f"{self.url}/{path}", "look at"):
-                return describe(self.fs.info(self.full(path)), path)
+                try:
+                    return describe(self.fs.info(self.full(path)), path)
+                except OSError as error:
+                    if code_of(error) in ("400", "403"):  # the answer to a HEAD has no body to say why
+                        bucket, _, key = self.full(path).partition("/")
+                        self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+                    raise
         except FileNotFoundError:
             return None
 
@@ -338,6 +352,11 @@ def to_listing(infos: Iterable[FileInfo]) -> pa.Table:
     )
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether s3fs should try once more (five times in all, 2 s): stores under load answer 403 to what they allow."""
+    return code_of(error) in ("AccessDenied", "403")
+
+
 def code_of(error: BaseException | None) -> str:
     """The S3 error code behind an exception, or ''. s3fs turns botocore's errors into `OSError`s and keeps them as the cause."""
     while error is not None:
@@ -365,10 +384,14 @@ def explained(url: str, verb: str) -> Iterator[None]:
         raise
     except PermissionError as error:
         code = code_of(error) or "permission denied"
-        raise UsageError(
+        raise DeniedError(
             f"{url}: not allowed to {verb} it ({code}); check the credentials in the environment and their rights"
         ) from error
     except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
         raise UsageError(f"{url}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE") from error
     except (OSError, BotoCoreError, ClientError) as error:
+        if code_of(error) in REFUSED:
+            raise DeniedError(
+                f"{url}: not allowed to {verb} it ({code_of(error)}); renew or check the credentials, and this machine's clock"
+            ) from error
         raise IncompleteError(f"{url}: storage failed to {verb} it: {type(error).__name__}: {error}") from error

@@ -18,6 +18,11 @@ class Fault(Enum):
     NONE = "passed on, and answered"
     LOST_ANSWER = "passed on and done, but the connection ends without an answer"
     DENIED = "answered with 403, not passed on"
+    EXPIRED = "answered with 400 ExpiredToken, not passed on"
+    ERROR = "answered with 500, not passed on"
+    SLOW_DOWN = "answered with 503 SlowDown, not passed on"
+    RESET = "not passed on, the connection ends without an answer"
+    TRUNCATED = "passed on, the connection ends in the middle of the answer's body"
     FLIPPED = "passed on, the last byte of the answer's body changed"
 
 
@@ -41,8 +46,12 @@ class FaultyProxy:
                 fault = proxy.rule(self.command, self.path, headers)
                 proxy.seen.append((self.command, self.path, fault))
                 body = self.rfile.read(int(headers.get("content-length", 0)))
-                if fault is Fault.DENIED:
-                    self.reply(403, {"content-type": "application/xml"}, DENIED_BODY)
+                if fault in REFUSALS:
+                    status, code = REFUSALS[fault]
+                    self.reply(status, {"content-type": "application/xml"}, REFUSAL_BODY.format(code=code).encode())
+                    return
+                if fault is Fault.RESET:
+                    self.close_connection = True
                     return
                 connection = http.client.HTTPConnection(urlsplit(upstream).netloc, timeout=30)
                 connection.request(self.command, self.path, body, headers)
@@ -54,11 +63,15 @@ class FaultyProxy:
                     return
                 if fault is Fault.FLIPPED:
                     content = content[:-1] + bytes([content[-1] ^ 1])
+                if fault is Fault.TRUNCATED and len(content) > 1:
+                    self.reply(found.status, dict(found.getheaders()), content, cut=len(content) // 2)
+                    self.close_connection = True
+                    return
                 self.reply(found.status, dict(found.getheaders()), content)
 
             do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
 
-            def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
+            def reply(self, status: int, headers: dict[str, str], content: bytes, cut: int | None = None) -> None:
                 self.send_response_only(status)
                 for name, value in headers.items():
                     if name.lower() not in ("content-length", "connection", "transfer-encoding"):
@@ -68,7 +81,7 @@ class FaultyProxy:
                 self.send_header("Content-Length", length or str(len(content)))
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(content)
+                    self.wfile.write(content[:cut])
 
             def log_message(self, format: str, *args: object) -> None:
                 """Silent: `seen` holds the requests."""
@@ -85,4 +98,10 @@ class FaultyProxy:
         self.server.server_close()
 
 
-DENIED_BODY = b'<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>'
+REFUSALS = {
+    Fault.DENIED: (403, "AccessDenied"),
+    Fault.EXPIRED: (400, "ExpiredToken"),
+    Fault.ERROR: (500, "InternalError"),
+    Fault.SLOW_DOWN: (503, "SlowDown"),
+}
+REFUSAL_BODY = '<?xml version="1.0"?><Error><Code>{code}</Code><Message>injected</Message></Error>'

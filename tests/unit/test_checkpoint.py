@@ -9,7 +9,7 @@ import pytest
 
 from lib import checkpoint
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, Checkpoint, commit, load, version_of
-from lib.config import ScoreConfig, validate
+from lib.config import ScoreConfig, keys_of, validate
 from lib.errors import IncompleteError, UsageError
 from lib.schema import Task
 from lib.storage import Store, open_store
@@ -233,22 +233,49 @@ def test_a_version_changes_with_the_scoring_revision(classifier: str, monkeypatc
     assert version_of(found, config()) != before
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"input__path": "s3://b/other"},
-        {"model__path": "s3://b/other"},
-        {"output__path": "s3://b/other"},
-        {"planning__chunk_mb": 2},
-        {"limits__max_bad_rows": 5},
-        {"resources__num_actors": 3},
-        {"resources__token_budget": 100},
-    ],
-    ids=str,
-)
-def test_a_version_does_not_change_with_the_rest(changes: dict[str, Any], classifier: str) -> None:
+OTHER_VALUES: dict[str, tuple[bool, Any]] = {
+    "input.path": (False, "s3://b/other"),
+    "input.text_column": (True, "body"),
+    "input.key_columns": (True, ("id",)),
+    "input.rows": (False, "s3://b/letters"),  # the rows themselves decide: see the next test
+    "input.deleted": (False, "remove"),
+    "model.path": (False, "s3://b/other"),  # its files decide
+    "model.max_length": (False, 16),  # what the checkpoint makes of it decides
+    "model.precision": (True, "fp32"),
+    "output.path": (False, "s3://b/other"),
+    "output.prefix": (True, "pred_"),
+    "output.probabilities": (True, True),
+    "output.keep_stale_hours": (False, 1.0),
+    "planning.chunk_mb": (False, 2.0),
+    "limits.max_bad_rows": (False, 5),
+    "limits.max_bad_shards": (False, 5),
+    "limits.accept": (False, ("0" * 12,)),
+    "limits.stall_seconds": (False, 1.0),
+    "limits.hang_seconds": (False, 1.0),
+    "limits.max_probes": (False, 1),
+    "resources.num_actors": (False, 3),
+    "resources.token_budget": (False, 100),
+}
+"""For every key: whether it decides a score or a column of the output, and a value that is not the default."""
+
+
+def test_every_key_is_known_to_decide_the_version_or_not() -> None:
+    assert [key for key, *_ in keys_of(ScoreConfig)] == list(OTHER_VALUES)
+
+
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_a_version_changes_with_a_key_if_it_decides_and_only_then(key: str, classifier: str) -> None:
     found = load(classifier)
-    assert version_of(found, config(**changes)) == version_of(found, config())
+    decides, value = OTHER_VALUES[key]
+    other = config(**{key.replace(".", "__"): value})
+    assert other != config()
+    assert (version_of(found, other) != version_of(found, config())) == decides
+
+
+def test_a_version_changes_with_the_rows_that_are_scored(classifier: str) -> None:
+    found = load(classifier)
+    versions = {version_of(found, config(), selection) for selection in ("", "a", "b")}
+    assert len(versions) == 3
 
 
 @pytest.mark.parametrize(

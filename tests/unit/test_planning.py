@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -77,7 +78,7 @@ def test_small_row_groups_are_put_together_up_to_the_chunk_size(groups: list[Row
 @given(awkward_names, st.integers(0, 200_000), st.integers(0, 200_000))
 def test_object_names_parse_back(shard: str, index: int, more: int) -> None:
     chunk = Chunk(shard, "0123456789ab", index, index + more + 1, 0, 1, 1)
-    table = parse_objects(pa.chunked_array([[chunk.name]]))
+    table = planning.with_names(parse_objects(pa.chunked_array([[chunk.name]])))
     assert table.to_pylist() == [
         {"shard": shard, "identity": chunk.identity, "chunk": index, "chunks": chunk.count, "path": chunk.name}
     ]
@@ -121,9 +122,9 @@ def test_a_shard_is_finished_only_with_all_of_its_chunks() -> None:
     stale = chunks_of("c.parquet", "0" * 12, groups, MB)
     found = objects(*made["a.parquet"], *made["b.parquet"][:2], *stale)
     finished, unfinished = split_finished(shards, found)
-    assert finished.select(["path", "chunks"]).to_pylist() == [{"path": "a.parquet", "chunks": 3}]
-    assert unfinished["path"].to_pylist() == ["b.parquet", "c.parquet"]
-    assert unfinished.schema == shards.schema
+    assert finished["path"].to_pylist() == ["a.parquet"]
+    assert unfinished["path"].to_pylist() == ["c.parquet", "b.parquet"], "in the order they came"
+    assert finished.schema == unfinished.schema == shards.schema
 
 
 def test_chunks_with_the_same_number_do_not_complete_a_shard() -> None:
@@ -204,3 +205,88 @@ def test_tiny_shards_are_bundled() -> None:
 )
 def test_limits_are_counts_or_fractions(bad: int, total: int, limit: float, expected: bool) -> None:
     assert over_limit(bad, total, limit) is expected
+
+
+@given(row_groups, chunk_sizes, st.sets(st.integers(0, 4 * planning.MAX_CHUNK_ROWS), max_size=20))
+def test_selected_rows_are_in_the_chunk_that_holds_them(
+    groups: list[RowGroup], chunk_bytes: int, wanted: set[int]
+) -> None:
+    chunks = chunks_of("a.parquet", "0" * 12, groups, chunk_bytes)
+    rows = sum(group.rows for group in groups)
+    found = planning.select_rows(chunks, np.array(sorted(wanted), np.int64))
+    assert [row for chunk in found for row in chunk.only or ()] == sorted(row for row in wanted if row < rows)
+    assert all(chunk.start <= row < chunk.start + chunk.rows for chunk in found for row in chunk.only or ())
+    assert [(chunk.index, chunk.count) for chunk in found] == [(index, len(found)) for index in range(len(found))]
+    assert len(found) >= 1
+
+
+# what is kept, and what is stale
+
+shard_names = st.sampled_from(["a.parquet", "b/c.parquet", "x-0123456789ab-00000-of-00001.parquet", "y-0123456789ab"])
+identities = st.sampled_from(["0" * 12, "1" * 12, "0123456789ab"])
+contents = st.lists(st.tuples(shard_names, identities), unique=True, max_size=8)
+
+
+def named(pairs: list[tuple[str, str]]) -> pa.Table:
+    return pa.table(
+        {
+            name: pa.array([pair[index] for pair in pairs], pa.string())
+            for index, name in enumerate(("shard", "identity"))
+        }
+    )
+
+
+def objects_of(pairs: list[tuple[str, str]], chunks: int = 2) -> list[str]:
+    return [
+        f"{shard}-{identity}-{index:05d}-of-{chunks:05d}.parquet"
+        for shard, identity in pairs
+        for index in range(chunks)
+    ]
+
+
+@given(contents, contents, contents, st.integers(0, 20))
+def test_stale_is_what_nothing_current_names_since_it_was_first_seen(
+    there: list[tuple[str, str]], current: list[tuple[str, str]], before: list[tuple[str, str]], now: int
+) -> None:
+    letters = [f"_dead_letter/{name}" for name in objects_of(there)[:3]] + [
+        f"_dead_letter/{shard}-{identity}.parquet" for shard, identity in there[:1]
+    ]
+    paths = [*objects_of(there), *letters, "_archive.json", "_runs/one/manifest.parquet"]
+    since = named(before).append_column("since_ns", pa.array([10] * len(before), pa.int64()))
+    found = planning.find_stale(
+        pa.table({"path": pa.array(paths, pa.string())}), named(current), since, now
+    ).to_pylist()
+    stale = [pair for pair in there if pair not in current]
+    expected = {
+        path
+        for path in paths
+        if any(path.removeprefix("_dead_letter/").startswith(f"{shard}-{identity}") for shard, identity in stale)
+    }
+    expected -= {
+        path
+        for path in paths
+        if any(
+            path.removeprefix("_dead_letter/") in [*objects_of([pair]), f"{pair[0]}-{pair[1]}.parquet"]
+            for pair in current
+        )
+    }
+    assert {one["path"] for one in found} == expected
+    assert all(one["since_ns"] == (min(10, now) if (one["shard"], one["identity"]) in before else now) for one in found)
+
+
+@given(contents, contents)
+def test_the_same_shards_are_those_with_the_same_names_and_content(
+    one: list[tuple[str, str]], other: list[tuple[str, str]]
+) -> None:
+    repeated = pa.concat_tables([named(one), named(one)])
+    assert planning.same_shards(repeated, named(other)) == (set(one) == set(other))
+
+
+@given(contents, st.lists(shard_names, unique=True), contents)
+def test_kept_are_the_objects_of_shards_that_only_the_manifest_names(
+    manifest: list[tuple[str, str]], listed: list[str], there: list[tuple[str, str]]
+) -> None:
+    objects = parse_objects(pa.chunked_array([pa.array(objects_of(there), pa.string())]))
+    kept = planning.find_kept(named(manifest), pa.table({"path": pa.array(listed, pa.string())}), objects)
+    expected = [pair for pair in manifest if pair[0] not in listed and pair in there]
+    assert sorted(planning.with_names(kept)["path"].to_pylist()) == sorted(objects_of(expected))

@@ -1,0 +1,87 @@
+"""The actors of a scoring run: one predicts blocks in the pipeline, one does a whole chunk alone when something is wrong with it."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from lib import blocks as work
+from lib import checkpoint as checkpoints
+from lib.blocks import CHUNKS_KEY, ERROR, IDS, TRUNCATED, TYPE_IDS, ScoreJob
+from lib.errors import UsageError
+from lib.planning import Chunk
+from lib.predictor import Predictor, to_results
+from lib.progress import Reporter, reported
+
+
+class PredictBlock:
+    """The actor: a model loaded once, then blocks of token ids in, blocks of predictions out."""
+
+    def __init__(self, job: ScoreJob, threads: int, progress: Any) -> None:
+        self.job, self.progress = job, progress
+        self.report = Reporter(progress, ray.get_runtime_context().get_actor_id() or "")
+        ray.get(progress.enlist.remote(self.report.actor, ray.get_runtime_context().current_actor))
+        with reported(progress):
+            loaded = checkpoints.load(job.model_url, job.max_length)
+            if loaded.digest != job.model_digest:
+                raise UsageError(
+                    f"model.path {job.model_url}: on this node it is not the model that the run was planned with;"
+                    " give every node the same folder, and do not change a model in place"
+                )
+            self.predictor = Predictor(loaded, job.precision, job.token_budget, threads)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Score a block: key columns and the columns that scoring adds, rows in the order they came."""
+        with reported(self.progress):
+            self.report.begin([record["shard"] for record in json.loads(table.schema.metadata[CHUNKS_KEY])])
+            scored = self.score(table)
+            self.report.end()
+        return scored
+
+    def score(self, table: pa.Table) -> pa.Table:
+        """Predict a block's rows."""
+        ids = table[IDS].combine_chunks()
+        errors = table[ERROR].to_numpy()
+        offsets = ids.offsets.to_numpy()
+        type_ids = table[TYPE_IDS].combine_chunks().values.to_numpy() if TYPE_IDS in table.column_names else None
+        scores = self.predictor.probabilities(ids.values.to_numpy(), offsets, type_ids, self.report)
+        results = to_results(
+            self.job.schema, self.job.thresholds, scores, np.diff(offsets), table[TRUNCATED].to_numpy(), errors
+        )
+        keys = [table[name].combine_chunks() for name in self.job.schema.keys.names]
+        named = pa.table(
+            [*keys, *(column.combine_chunks() for column in results.columns)],
+            names=[*self.job.schema.keys.names, *results.column_names],
+        )
+        return named.replace_schema_metadata(table.schema.metadata)
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class LoneWorker:
+    """Reads, scores and writes one chunk at a time in one process: if it dies, it is known which rows it was at."""
+
+    def __init__(self, job: ScoreJob, threads: int, progress: Any) -> None:
+        self.job, self.progress = job, progress
+        self.predict = PredictBlock(job, threads, progress)
+
+    def ready(self) -> None:
+        """Return when the model is loaded."""
+
+    def score(self, chunk: Chunk) -> dict[str, Any] | None:
+        """Make a chunk's object; returns what it says of itself, or None if it is there or its shard changed."""
+        with reported(self.progress):
+            tables = work.read_block(self.job, (chunk,), self.progress.note.remote)
+            if not tables:
+                return None
+            written = work.write_block(self.job, self.predict(tables[0]))
+        result: dict[str, Any] = json.loads(written["result"][0].as_py())
+        return result
+
+    def probe(self, chunk: Chunk, first: int, last: int) -> None:
+        """Score rows `first` to `last` of a chunk (counted in the shard), the others left out, and throw the scores away."""
+        others = ((chunk.start, first), (last, chunk.start + chunk.rows))
+        for table in work.read_chunks(self.job, [replace(chunk, excluded=others)]):
+            self.predict(table)
