@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check trials clean
+.PHONY: help install demo test check trials faults clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -32,7 +32,10 @@ check: install  ## ruff and strict mypy
 	@$(BIN)/mypy
 
 trials: install  ## the long runs on real data
-	@$(BIN)/python -m pytest -m trial -s
+	@$(BIN)/python -m pytest -m trial -s tests/integration
+
+faults: install  ## everything that can go wrong, SEEDS times each (default 1), written to faults.jsonl: hours for many
+	@SEEDS=$(or $(SEEDS),1) FAULTS_LOG=faults.jsonl $(BIN)/python -m pytest -m trial tests/faults
 
 clean:  ## remove the environment and the demo's files
 	rm -rf $(VENV) demo

@@ -1,0 +1,54 @@
+"""The cluster that fault tests share, an archive, and what a run without faults gives on it."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pytest
+
+from jobs.demo_store import LoopbackS3
+from tests import fakes
+from tests.faults.harness import ROWS, SHARDS, Bench, check_nothing_lost, scoring
+from tests.integration.test_equality import real_texts
+
+
+@pytest.fixture(scope="session")
+def damaged(s3: LoopbackS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """One cluster for all fault tests; use `bench`."""
+    made = Bench(tmp_path_factory.mktemp("bench"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def bench(damaged: Bench) -> Bench:
+    """A whole cluster, without faults."""
+    damaged.heal()
+    return damaged
+
+
+def make_shards() -> dict[str, pa.Table]:
+    """Small shards of long texts: a run takes long enough to be damaged in the middle."""
+    texts = [" ".join(real_texts(500)[index % 400 : index % 400 + 20]) for index in range(SHARDS * ROWS)]
+    return {
+        f"part-{shard:03d}.parquet": pa.table({"text": texts[shard * ROWS : (shard + 1) * ROWS]})
+        for shard in range(SHARDS)
+    }
+
+
+@pytest.fixture
+def archive(s3: LoopbackS3) -> str:
+    """An archive of a test's own."""
+    url = f"{s3.bucket()}/archive"
+    fakes.write_archive(url, make_shards())
+    return url
+
+
+@pytest.fixture(scope="session")
+def undamaged(s3: LoopbackS3, damaged: Bench, classifier: str) -> pa.Table:
+    """Predictions of a run without faults on what `archive` holds."""
+    damaged.heal()
+    url = s3.bucket()
+    fakes.write_archive(f"{url}/archive", make_shards())
+    with scoring(damaged, f"{url}/archive", classifier, f"{url}/scores", run_id="undamaged") as job:
+        assert job.wait() == 0, job.text
+    return check_nothing_lost(f"{url}/archive", f"{url}/scores", faults=1, exit_code=0, run_id="undamaged")

@@ -1,0 +1,285 @@
+"""A cluster of several nodes that tests may damage, jobs on it as processes of their own, and the check that nothing was lost."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from ray.cluster_utils import Cluster
+
+from jobs.demo_store import LoopbackS3
+from lib.storage import Store, open_store
+from tests.conftest import REPOSITORY
+from tests.faults import injection
+
+NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 200 * 2**20}
+DEADLINE_SECONDS = 240
+SHARDS, ROWS = 12, 100
+"""of the archive that fault tests damage runs on"""
+POLL_SECONDS = 0.2
+
+
+class Bench:
+    """A head without CPUs and two worker nodes; `heal` puts back what a test broke."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        os.environ[injection.VARIABLE] = str(folder)  # Ray's processes, and so all workers, inherit it
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.heal()
+
+    def heal(self) -> None:
+        """Two worker nodes, no faults."""
+        for name in ("spec.json", "events.txt"):
+            (self.folder / name).unlink(missing_ok=True)
+        while len(self.cluster.worker_nodes) < 2:
+            self.cluster.add_node(**NODE)
+        self.cluster.wait_for_nodes()
+
+    def lose_node(self) -> None:
+        """One worker node is gone without a word."""
+        self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
+
+    def plant(self, **faults: Any) -> None:
+        """Set the faults that workers do from now on."""
+        (self.folder / "spec.json").write_text(json.dumps(faults))
+
+    @property
+    def events(self) -> list[str]:
+        """What workers did."""
+        path = self.folder / "events.txt"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def workers(self, name: str) -> list[psutil.Process]:
+        """Worker processes by a part of their title, such as PredictBlock; raises none away that end meanwhile."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if name in " ".join(process.cmdline()) and self.cluster.address in session_of(process):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def close(self) -> None:
+        """End all nodes."""
+        self.cluster.shutdown()
+        os.environ.pop(injection.VARIABLE, None)
+
+
+def session_of(process: psutil.Process) -> str:
+    """The address of the cluster that a worker belongs to, from its environment or its parent's command line."""
+    parent = process.parent()
+    return " ".join(parent.cmdline()) if parent else ""
+
+
+@dataclass
+class Job:
+    """One run of `jobs.score` as a process."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait(self, seconds: float = DEADLINE_SECONDS) -> int:
+        """Wait for its end and return its exit code."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the job did not end in {seconds} s: {self.text[-3000:]}") from None
+
+    @property
+    def text(self) -> str:
+        """What it printed."""
+        return self.log.read_text(errors="replace")
+
+
+@contextmanager
+def scoring(
+    bench: Bench, archive: str, model: str, output: str, *settings: str, run_id: str, endpoint: str = ""
+) -> Iterator[Job]:
+    """Run `jobs.score` on the bench's cluster; ended, if need be, by its process id. `endpoint`: another S3 address."""
+    values = [
+        f"input.path={archive}",
+        f"model.path={model}",
+        f"output.path={output}",
+        "planning.chunk_mb=0.2",
+        "model.precision=fp32",
+        *settings,
+    ]
+    arguments = [word for value in values for word in ("--set", value)]
+    log = bench.folder / f"{run_id}.log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.driver", *arguments, "--run-id", run_id],
+            cwd=REPOSITORY,
+            env={
+                **os.environ,
+                "RAY_ADDRESS": bench.cluster.address,
+                **({"AWS_ENDPOINT_URL": endpoint} if endpoint else {}),
+            },
+            stdout=sink,
+            stderr=sink,
+        )
+    try:
+        yield Job(process, log)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+# what a reader sees
+
+
+def read_manifest(store: Store) -> pa.Table | None:
+    """The manifest that the pointer names, None before anything is published."""
+    pointer = store.read("_published.json")
+    if pointer is None:
+        return None
+    raw = store.read(json.loads(pointer)["manifest"])
+    assert raw is not None, f"the pointer names a manifest that is not there: {pointer!r}"
+    return pq.read_table(io.BytesIO(raw))
+
+
+def read_rows(store: Store, manifest: pa.Table) -> pa.Table:
+    """All rows that a manifest names, after checking each object against its line: size, rows, checksums."""
+    tables = []
+    for line in manifest.to_pylist():
+        raw = store.read(line["path"])
+        assert raw is not None, f"{line['path']} is in the manifest and not in the storage"
+        assert len(raw) == line["bytes"], f"{line['path']}: {len(raw)} bytes, the manifest says {line['bytes']}"
+        table = pq.read_table(io.BytesIO(raw), page_checksum_verification=True).replace_schema_metadata()
+        assert table.num_rows == line["rows"]
+        assert pc.sum(pc.is_valid(table["error"])).as_py() in (line["errors"], None if not line["errors"] else -1)
+        assert table["row"].to_pylist() == list(range(line["start"], line["start"] + line["rows"]))
+        tables.append(table)
+    return pa.concat_tables(tables)
+
+
+def in_order(rows: pa.Table) -> pa.Table:
+    """Rows by shard and row."""
+    return rows.sort_by([("shard", "ascending"), ("row", "ascending")])
+
+
+def assert_alike(rows: pa.Table, like: pa.Table) -> None:
+    """Raise `AssertionError` unless two runs gave the same predictions: labels and errors equal, scores within 1e-5."""
+    rows, like = in_order(rows), in_order(like)
+    for name in ("shard", "row", "label", "error", "num_tokens", "truncated"):
+        assert rows[name].to_pylist() == like[name].to_pylist(), f"2: {name} differs from a run without faults"
+    worst = pc.max(pc.abs(pc.subtract(rows["score"], like["score"]))).as_py()
+    assert worst is None or worst <= 1e-5, f"2: a score differs by {worst} from a run without faults"
+
+
+@dataclass
+class Reader(threading.Thread):
+    """A reader that follows the pointer all the time and keeps every state it sees."""
+
+    store: Store
+    states: dict[bytes, pa.Table] = field(default_factory=dict)
+    looks: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__(daemon=True)
+        self.over = threading.Event()
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def run(self) -> None:
+        while not self.over.wait(POLL_SECONDS):
+            pointer = self.store.read("_published.json")
+            self.looks += 1
+            if pointer is not None and pointer not in self.states:
+                manifest = read_manifest(self.store)
+                assert manifest is not None
+                self.states[pointer] = manifest
+
+    def __enter__(self) -> "Reader":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+
+
+def expected_rows(archive: str) -> dict[str, int]:
+    """Rows of every shard, from the archive itself."""
+    store = open_store(archive)
+    return {
+        path: pq.read_metadata(io.BytesIO(store.read(path) or b"")).num_rows
+        for path in store.list()["path"].to_pylist()
+    }
+
+
+def check_nothing_lost(
+    archive: str,
+    output: str,
+    *,
+    faults: int,
+    exit_code: int,
+    run_id: str,
+    reader: Reader | None = None,
+    like: pa.Table | None = None,
+    zombies: Sequence[psutil.Process] = (),
+    stale_allowed: bool = False,
+) -> pa.Table:
+    """Check a finished run against the nine points of what nothing lost means; returns all predictions.
+
+    1 complete and exclusive, 2 equal to a run without faults (`like`, its predictions), 3 atomic for a reader, 4 committed once,
+    5 unchanged while orphans of the run still live, 7 truthful exit code, 8 tidy, 9 the fault happened. Point 6, that the
+    next run does nothing, is `check_idempotent`.
+    """
+    assert faults > 0, "9: the fault did not happen"
+    store = open_store(output)
+    pointer = json.loads(store.read("_published.json") or b"{}")
+    assert (exit_code == 0) == (pointer.get("run") == run_id), f"7: exit code {exit_code}, published is {pointer}"
+    manifest = read_manifest(store)
+    assert manifest is not None
+    before = {info["path"]: info["etag"] or info["mtime_ns"] for info in store.list().to_pylist()}
+    rows = read_rows(store, manifest)
+    counted = rows.group_by("shard").aggregate([("row", "count_distinct"), ("row", "max")]).to_pylist()
+    expected = {name: count for name, count in expected_rows(archive).items() if count}
+    assert {one["shard"]: one["row_count_distinct"] for one in counted} == expected, "1: rows are missing or extra"
+    assert rows.num_rows == sum(expected.values()), "1: rows stand there twice"
+    assert len(set(manifest["path"].to_pylist())) == manifest.num_rows, "4: an object is in the manifest twice"
+    if like is not None:
+        assert_alike(rows, like)
+    if reader is not None:
+        assert reader.looks > 0
+        assert len(reader.states) <= 2, "3: a reader saw more than the old and the new state"
+        for state in reader.states.values():
+            read_rows(store, state)
+    unnamed = {path for path in before if "-of-" in path and "/_dead_letter/" not in path} - set(
+        manifest["path"].to_pylist()
+    )
+    assert stale_allowed or not unnamed, f"8: objects that no manifest names: {sorted(unnamed)[:3]}"
+    assert not [path for path in before if path.endswith(".tmp") or "_probe" in path], "8: unfinished files are left"
+    deadline = time.monotonic() + 10
+    while any(zombie.is_running() for zombie in zombies) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    after = {info["path"]: info["etag"] or info["mtime_ns"] for info in store.list().to_pylist()}
+    assert after == before, "5: something changed after the end"
+    return rows
+
+
+def check_idempotent(s3: LoopbackS3, bench: Bench, archive: str, model: str, output: str, *settings: str) -> None:
+    """Point 6: the same command again does nothing, and writes nothing."""
+    before = len(s3.requests())
+    with scoring(bench, archive, model, output, *settings, run_id="again") as job:
+        assert job.wait() == 0, job.text
+    assert "nothing to do" in job.text, job.text
+    written = [request for request in s3.requests()[before:] if request[0] in ("PUT", "POST", "DELETE")]
+    assert not written, f"6: a run with nothing to do wrote {written[:3]}"

@@ -1,0 +1,386 @@
+"""What goes wrong in a run, by name: each scenario breaks something real, lets the run (or the next one) end, and says what happened.
+
+A scenario takes the bench and a seed, which decides when and where it strikes. The check of `harness` comes after it.
+"""
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import psutil
+import pyarrow as pa
+
+from jobs.demo_store import LoopbackS3
+from lib.storage import open_store
+from tests import fakes
+from tests.faults.harness import SHARDS, Bench, Job, scoring
+from tests.proxy import Fault, FaultyProxy, Rule
+from tests.waiting import wait_until
+
+
+@dataclass
+class Scene:
+    """One run of a scenario: an archive and an output of its own."""
+
+    bench: Bench
+    s3: LoopbackS3
+    archive: str
+    output: str
+    model: str
+    chance: random.Random
+    zombies: list[psutil.Process] = field(default_factory=list)
+    endpoint: str = ""
+
+    @contextmanager
+    def job(self, run_id: str = "run", *settings: str) -> Iterator[Job]:
+        """Start a run."""
+        with scoring(
+            self.bench, self.archive, self.model, self.output, *settings, run_id=run_id, endpoint=self.endpoint
+        ) as job:
+            yield job
+
+    def run(self, run_id: str = "run", *settings: str, code: int = 0) -> str:
+        """Run to the end; returns what was printed."""
+        with self.job(run_id, *settings) as job:
+            assert job.wait(400) == code, job.text
+        return job.text
+
+    @property
+    def objects(self) -> int:
+        """Prediction objects that are there."""
+        return sum("-of-" in path for path in open_store(self.output).list()["path"].to_pylist())
+
+    def shard(self) -> str:
+        """Some shard."""
+        return f"part-{self.chance.randrange(SHARDS):03d}.parquet"
+
+    def wait_for_some(self, job: Job) -> int:
+        """Wait until some objects are there, at least one and not all; the job must still be at work then."""
+        some = self.chance.randint(1, SHARDS * 2 // 3)
+
+        def reached() -> bool:
+            assert job.process.poll() is None, f"the job ended too early: {job.text[-2000:]}"
+            return self.objects >= some
+
+        wait_until(reached, f"{some} objects", 240)
+        return some
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a scenario came to."""
+
+    faults: int
+    run_id: str = "run"
+    """the run whose results readers must see"""
+    lost_shards: tuple[str, ...] = ()
+    """bad shards: nothing of them is published"""
+    archive_changed: bool = False
+
+
+Scenario = Callable[[Scene], Ending]
+
+
+# processes
+
+
+def kill_driver(scene: Scene) -> Ending:
+    """The driver dies at once; its orphans may go on writing while the next run works."""
+    with scene.job("killed") as job:
+        scene.wait_for_some(job)
+        scene.zombies += scene.bench.workers("MapBatches")
+        job.process.kill()
+        job.process.wait()
+    scene.run("rerun")
+    return Ending(1, "rerun")
+
+
+def stop_driver(scene: Scene) -> Ending:
+    """SIGTERM: exit code 5 within 30 s, and the next run goes on."""
+    with scene.job("stopped") as job:
+        scene.wait_for_some(job)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait(30) == 5, job.text
+    scene.run("rerun")
+    return Ending(1, "rerun")
+
+
+def kill_actors(scene: Scene, times: int = 1) -> Ending:
+    """All predictor actors die."""
+    killed = 0
+    with scene.job() as job:
+        for _ in range(times):
+            scene.wait_for_some(job)
+            wait_until(lambda: bool(scene.bench.workers("PredictBlock")), "actors", 120)
+            for victim in scene.bench.workers("PredictBlock"):
+                victim.send_signal(signal.SIGKILL)
+                killed += 1
+        assert job.wait(400) == 0, job.text
+    return Ending(killed)
+
+
+def kill_actors_three_times(scene: Scene) -> Ending:
+    """All predictor actors die, again and again."""
+    return kill_actors(scene, 3)
+
+
+def kill_reader(scene: Scene) -> Ending:
+    """A process dies while it reads and tokenizes."""
+    scene.bench.plant(read={"shard": scene.shard(), "do": "kill", "times": 2})
+    scene.run()
+    return Ending(len(scene.bench.events))
+
+
+def kill_writer(scene: Scene, when: str = "before") -> Ending:
+    """A process dies right before its PUT."""
+    scene.bench.plant(write={"shard": scene.shard(), "when": when, "times": 2})
+    scene.run()
+    return Ending(len(scene.bench.events))
+
+
+def kill_writer_after_its_put(scene: Scene) -> Ending:
+    """A process dies right after its PUT, before anybody knows of it."""
+    return kill_writer(scene, "after")
+
+
+def run_out_of_gpu_memory(scene: Scene) -> Ending:
+    """No GPU here: large forward passes raise what CUDA would."""
+    scene.bench.plant(memory={"most": 600})
+    scene.run()
+    return Ending(len(scene.bench.events))
+
+
+# nodes
+
+
+def lose_node(scene: Scene) -> Ending:
+    """A node is gone without a word, and no other comes."""
+    with scene.job() as job:
+        scene.wait_for_some(job)
+        scene.bench.lose_node()
+        assert job.wait(400) == 0, job.text
+    return Ending(1)
+
+
+def replace_node(scene: Scene) -> Ending:
+    """A node is gone, another one comes."""
+    with scene.job() as job:
+        scene.wait_for_some(job)
+        scene.bench.lose_node()
+        scene.bench.heal()
+        assert job.wait(400) == 0, job.text
+    return Ending(1)
+
+
+def add_node(scene: Scene) -> Ending:
+    """A node comes while the run is at work."""
+    scene.bench.lose_node()
+    with scene.job() as job:
+        scene.wait_for_some(job)
+        scene.bench.heal()
+        assert job.wait(400) == 0, job.text
+    return Ending(1)
+
+
+# doubles
+
+
+def submit_twice(scene: Scene) -> Ending:
+    """The same job twice at the same time: every object is made once."""
+    first = len(scene.s3.requests())
+    with scene.job("one", "resources.num_actors=1") as one, scene.job("two", "resources.num_actors=1") as two:
+        assert one.wait(400) == 0, one.text
+        assert two.wait(400) == 0, two.text
+    bucket = scene.output.removeprefix("s3://").partition("/")[0]
+    made = [
+        path
+        for method, path, status in scene.s3.requests()[first:]
+        if method == "PUT" and status == 200 and f"/{bucket}/" in path and "-of-" in path
+    ]
+    assert len(made) == len(set(made)) == SHARDS
+    published = (open_store(scene.output).read("_published.json") or b"").decode()
+    return Ending(1, "two" if "/_runs/two/" in published else "one")
+
+
+# storage
+
+
+def at_rate(share: float, chance: random.Random, faults: Sequence[Fault]) -> Rule:
+    """A fault of a random kind for a share of all requests."""
+    lock = threading.Lock()
+
+    def rule(method: str, path: str, headers: dict[str, str]) -> Fault:
+        with lock:
+            return chance.choice(faults) if chance.random() < share else Fault.NONE
+
+    return rule
+
+
+def through_proxy(share: float, *faults: Fault) -> Scenario:
+    """A share of all requests meets one of these faults."""
+
+    def scenario(scene: Scene) -> Ending:
+        with FaultyProxy(scene.s3.url) as proxy:
+            proxy.rule = at_rate(share, scene.chance, faults)
+            scene.endpoint = proxy.url
+            scene.run()
+            return Ending(count(proxy))
+
+    return scenario
+
+
+def count(proxy: FaultyProxy) -> int:
+    """Faults that happened."""
+    return sum(fault is not Fault.NONE for _, _, fault in proxy.seen)
+
+
+MIXED = (Fault.ERROR, Fault.SLOW_DOWN, Fault.RESET, Fault.TRUNCATED, Fault.LOST_ANSWER, Fault.DENIED)
+"""What a store under load does, and does not do to the same request again."""
+
+
+def store_in_trouble(scene: Scene) -> Ending:
+    """For a minute, three in ten requests fail in all ways; the run ends well or, incomplete, the next one does."""
+    with FaultyProxy(scene.s3.url) as proxy:
+        scene.endpoint = proxy.url
+        with scene.job("trouble") as job:
+            scene.wait_for_some(job)
+            began, rule = time.monotonic(), at_rate(0.3, scene.chance, MIXED)
+            proxy.rule = lambda *request: rule(*request) if time.monotonic() - began < 60 else Fault.NONE
+            code = job.wait(600)
+        proxy.rule = lambda *_: Fault.NONE
+        assert code in (0, 4), job.text
+        if code == 0:
+            return Ending(count(proxy), "trouble")
+        scene.run("rerun")
+        return Ending(count(proxy), "rerun")
+
+
+def store_gone(scene: Scene) -> Ending:
+    """Every connection ends without an answer for 30 s."""
+    with FaultyProxy(scene.s3.url) as proxy:
+        scene.endpoint = proxy.url
+        with scene.job() as job:
+            scene.wait_for_some(job)
+            gone_at = time.monotonic()
+            proxy.rule = lambda *_: Fault.RESET if time.monotonic() - gone_at < 30 else Fault.NONE
+            assert job.wait(600) == 0, job.text
+        return Ending(count(proxy))
+
+
+def credentials_expire(scene: Scene) -> Ending:
+    """Every request is answered with ExpiredToken from some point on: exit code 4, and the next run goes on."""
+    with FaultyProxy(scene.s3.url) as proxy:
+        scene.endpoint = proxy.url
+        with scene.job("expired") as job:
+            kept = scene.wait_for_some(job)
+            proxy.rule = lambda *_: Fault.EXPIRED
+            assert job.wait(400) == 4, job.text
+        assert "ExpiredToken" in job.text
+        faults = count(proxy)
+        scene.endpoint = ""
+        assert scene.objects >= kept
+        assert open_store(scene.output).read("_published.json") is None
+    scene.run("renewed")
+    return Ending(faults, "renewed")
+
+
+def lose_acknowledgements(scene: Scene) -> Ending:
+    """Three in ten PUTs are done, and nobody hears of it."""
+    with FaultyProxy(scene.s3.url) as proxy:
+        lost = at_rate(0.3, scene.chance, [Fault.LOST_ANSWER])
+        proxy.rule = lambda method, path, headers: lost(method, path, headers) if method == "PUT" else Fault.NONE
+        scene.endpoint = proxy.url
+        scene.run()
+        return Ending(count(proxy))
+
+
+def flip_bits(scene: Scene) -> Ending:
+    """Bytes of a shard arrive changed, three times: its pages carry checksums, so nothing wrong is scored."""
+    shard = scene.shard()
+    flipped: list[str] = []
+
+    def rule(method: str, path: str, headers: dict[str, str]) -> Fault:
+        if method == "GET" and shard in path and "-of-" not in path and len(flipped) < 3:
+            flipped.append(path)
+            return Fault.FLIPPED
+        return Fault.NONE
+
+    with FaultyProxy(scene.s3.url) as proxy:
+        proxy.rule = rule
+        scene.endpoint = proxy.url
+        with scene.job("flipped") as job:
+            code = job.wait(400)
+    assert code in (0, 3, 4), job.text
+    if code == 0:
+        return Ending(len(flipped), "flipped")
+    scene.endpoint = ""
+    if code == 3:
+        assert shard in job.text
+    scene.run("rerun", "limits.max_bad_rows=1000")
+    return Ending(len(flipped), "rerun", archive_changed=True)
+
+
+# the archive
+
+
+def change_shard(scene: Scene) -> Ending:
+    """A shard is rewritten while the run is at work: the run is incomplete, or was faster; the next one has the new rows."""
+    shard = f"part-{SHARDS - 1:03d}.parquet"
+    with scene.job("changed") as job:
+        scene.wait_for_some(job)
+        fakes.write_archive(scene.archive, {shard: pa.table({"text": ["another text", "and one more"]})})
+        code = job.wait(400)
+        assert code in (0, 4), job.text
+    scene.run("rerun")
+    return Ending(1, "rerun", archive_changed=True)
+
+
+def remove_shard(scene: Scene) -> Ending:
+    """A shard vanishes while the run is at work."""
+    shard = f"part-{SHARDS - 1:03d}.parquet"
+    with scene.job("vanished") as job:
+        scene.wait_for_some(job)
+        open_store(scene.archive).delete(shard)
+        code = job.wait(400)
+        assert code in (0, 4), job.text
+    scene.run("rerun", 'input.deleted="remove"')
+    return Ending(1, "rerun" if code else published_run(scene), archive_changed=True)
+
+
+def published_run(scene: Scene) -> str:
+    """The run that the pointer names."""
+    raw = (open_store(scene.output).read("_published.json") or b"").decode()
+    return raw.partition("/_runs/")[2].partition("/")[0]
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "driver killed": kill_driver,
+    "driver stopped": stop_driver,
+    "actors killed": kill_actors,
+    "actors killed three times": kill_actors_three_times,
+    "reader killed": kill_reader,
+    "writer killed before its put": kill_writer,
+    "writer killed after its put": kill_writer_after_its_put,
+    "out of GPU memory": run_out_of_gpu_memory,
+    "node lost": lose_node,
+    "node replaced": replace_node,
+    "node added": add_node,
+    "job submitted twice": submit_twice,
+    "500 for 5%": through_proxy(0.05, Fault.ERROR),
+    "503 SlowDown for 30%": through_proxy(0.3, Fault.SLOW_DOWN),
+    "connections reset for 5%": through_proxy(0.05, Fault.RESET),
+    "bodies truncated for 5%": through_proxy(0.05, Fault.TRUNCATED),
+    "false 403 for 5%": through_proxy(0.05, Fault.DENIED),
+    "everything for 5%": through_proxy(0.05, *MIXED),
+    "everything for 30% and a minute": store_in_trouble,
+    "acknowledgements lost": lose_acknowledgements,
+    "store gone for 30 s": store_gone,
+    "credentials expired": credentials_expire,
+    "bits flipped": flip_bits,
+    "shard changed": change_shard,
+    "shard removed": remove_shard,
+}

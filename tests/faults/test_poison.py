@@ -1,0 +1,102 @@
+"""Texts that kill, hang or break the process that scores them: found, narrowed to the guilty rows, and nobody else pays."""
+
+import pyarrow as pa
+import pytest
+
+from jobs.demo_store import LoopbackS3
+from lib import checkpoint
+from lib.storage import open_store
+from lib.tokenization import load_tokenizer
+from tests import fakes
+from tests.faults.conftest import make_shards
+from tests.faults.harness import ROWS, Bench, assert_alike, check_nothing_lost, read_manifest, scoring
+
+POISON = "qxjzq vwkxz"
+
+
+@pytest.fixture
+def poison_tokens(classifier: str) -> list[int]:
+    """The token ids that only the poisoned texts hold."""
+    loaded = checkpoint.load(classifier)
+    ids: list[int] = load_tokenizer(loaded.folder, loaded.card.max_length).encode([POISON]).ids[1:-1].tolist()
+    return ids
+
+
+def poisoned_archive(url: str, rows: dict[str, list[int]]) -> str:
+    """The usual archive, with poison at the start of some rows."""
+    shards = make_shards()
+    for name, numbers in rows.items():
+        texts = shards[name]["text"].to_pylist()
+        shards[name] = pa.table(
+            {"text": [f"{POISON} {text}" if row in numbers else text for row, text in enumerate(texts)]}
+        )
+    fakes.write_archive(f"{url}/archive", shards)
+    return f"{url}/archive"
+
+
+def without(rows: pa.Table, guilty: dict[str, list[int]]) -> pa.Table:
+    keep = [row["row"] not in guilty.get(row["shard"], []) for row in rows.select(["shard", "row"]).to_pylist()]
+    return rows.filter(pa.array(keep))
+
+
+@pytest.mark.parametrize("action", ["kill", "hang"])
+def test_rows_that_kill_or_hang_the_process_are_found_and_cost_only_themselves(
+    action: str, bench: Bench, s3: LoopbackS3, classifier: str, undamaged: pa.Table, poison_tokens: list[int]
+) -> None:
+    guilty = {"part-003.parquet": [17, 63], "part-007.parquet": [ROWS - 1]}
+    if action == "hang":
+        guilty = {"part-007.parquet": [5]}
+    url = s3.bucket()
+    archive, output = poisoned_archive(url, guilty), f"{url}/scores"
+    bench.plant(predict={"tokens": poison_tokens, "do": action})
+    settings = ["limits.max_bad_rows=3", *(["limits.hang_seconds=4"] if action == "hang" else [])]
+    with scoring(bench, archive, classifier, output, *settings, run_id=action) as job:
+        assert job.wait(400) == 0, job.text
+    rows = check_nothing_lost(archive, output, faults=len(bench.events), exit_code=0, run_id=action)
+    crashed = [(row["shard"], row["row"]) for row in rows.to_pylist() if row["error"] == "crash"]
+    assert sorted(crashed) == sorted((shard, row) for shard, numbers in guilty.items() for row in numbers)
+    assert_alike(without(rows, guilty), without(undamaged, guilty))
+    for shard, numbers in guilty.items():
+        for number in numbers:
+            assert f"{shard}: row {number} kills the process" in job.text
+    letters = [path for path in open_store(output).list()["path"].to_pylist() if "/_dead_letter/" in path]
+    assert len(letters) == len(guilty)
+
+
+def test_a_search_for_guilty_rows_ends_at_its_limit(
+    bench: Bench, s3: LoopbackS3, classifier: str, poison_tokens: list[int]
+) -> None:
+    url = s3.bucket()
+    archive, output = poisoned_archive(url, {"part-003.parquet": [17]}), f"{url}/scores"
+    bench.plant(predict={"tokens": poison_tokens, "do": "kill"})
+    with scoring(bench, archive, classifier, output, "limits.max_probes=3", run_id="limited") as job:
+        assert job.wait(400) == 4, job.text
+    assert "which of them was not found with limits.max_probes = 3" in job.text
+    assert bench.events
+    assert read_manifest(open_store(output)) is None
+
+
+def test_an_error_in_the_forward_pass_ends_the_run_as_a_bug_with_its_traceback(
+    bench: Bench, s3: LoopbackS3, classifier: str, poison_tokens: list[int]
+) -> None:
+    url = s3.bucket()
+    archive, output = poisoned_archive(url, {"part-003.parquet": [17]}), f"{url}/scores"
+    bench.plant(predict={"tokens": poison_tokens, "do": "raise"})
+    with scoring(bench, archive, classifier, output, run_id="raises") as job:
+        assert job.wait() == 1, job.text
+    assert "MemoryError" in job.text
+    assert bench.events
+
+
+def test_a_shard_that_kills_its_reader_is_a_bad_shard(
+    bench: Bench, s3: LoopbackS3, classifier: str, archive: str, undamaged: pa.Table
+) -> None:
+    output = f"{s3.bucket()}/scores"
+    bench.plant(read={"shard": "part-005.parquet", "do": "kill"})
+    with scoring(bench, archive, classifier, output, "limits.max_bad_shards=1", run_id="reader") as job:
+        assert job.wait(400) == 0, job.text
+    assert bench.events
+    assert "part-005.parquet" in job.text
+    manifest = read_manifest(open_store(output))
+    assert manifest is not None
+    assert sorted(manifest["shard"].to_pylist()) == [f"part-{shard:03d}.parquet" for shard in range(12) if shard != 5]

@@ -1,0 +1,82 @@
+"""Every scenario ends with nothing lost: the nine points of `harness` are checked after each.
+
+A few run with every test run; all of them, with many seeds, are a trial that prints a table:
+
+    make faults SEEDS=20
+"""
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from jobs.demo_store import LoopbackS3
+from lib.storage import open_store
+from tests import fakes
+from tests.faults.conftest import make_shards
+from tests.faults.harness import Bench, Reader, check_idempotent, check_nothing_lost
+from tests.faults.scenarios import SCENARIOS, Scene
+
+ALWAYS = (
+    "actors killed",
+    "node replaced",
+    "writer killed after its put",
+    "out of GPU memory",
+    "job submitted twice",
+    "everything for 5%",
+    "credentials expired",
+)
+"""Part of every test run, beside `test_killed` and `test_poison`."""
+
+SEEDS = int(os.environ.get("SEEDS", "1"))
+
+
+def play(name: str, seed: int, bench: Bench, s3: LoopbackS3, model: str, undamaged: pa.Table) -> int:
+    """Play one scenario and check what came of it; returns how many faults happened."""
+    url = s3.bucket()
+    scene = Scene(
+        bench=bench,
+        s3=s3,
+        archive=f"{url}/archive",
+        output=f"{url}/scores",
+        model=model,
+        chance=random.Random(f"{name} {seed}"),
+    )
+    fakes.write_archive(scene.archive, make_shards())
+    with Reader(open_store(scene.output)) as reader:
+        ending = SCENARIOS[name](scene)
+    bench.heal()
+    check_nothing_lost(
+        scene.archive,
+        scene.output,
+        faults=ending.faults,
+        exit_code=0,
+        run_id=ending.run_id,
+        reader=reader,
+        like=None if ending.archive_changed else undamaged,
+        zombies=scene.zombies,
+        stale_allowed=ending.archive_changed,
+    )
+    check_idempotent(s3, bench, scene.archive, model, scene.output)
+    return ending.faults
+
+
+@pytest.mark.parametrize("name", ALWAYS)
+def test_nothing_is_lost(name: str, bench: Bench, s3: LoopbackS3, classifier: str, undamaged: pa.Table) -> None:
+    play(name, 0, bench, s3, classifier, undamaged)
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_matrix(name: str, seed: int, bench: Bench, s3: LoopbackS3, classifier: str, undamaged: pa.Table) -> None:
+    began = time.monotonic()
+    faults = play(name, seed, bench, s3, classifier, undamaged)
+    line = {"scenario": name, "seed": seed, "faults": faults, "seconds": round(time.monotonic() - began, 1)}
+    with Path(os.environ.get("FAULTS_LOG", os.devnull)).open("a") as log:
+        log.write(json.dumps(line) + "\n")
