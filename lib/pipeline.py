@@ -25,7 +25,7 @@ from lib.actors import PredictBlock
 from lib.archive import Columns
 from lib.blocks import Footer, ScoreJob
 from lib.config import LimitsSection
-from lib.errors import raise_if_stopped
+from lib.errors import UsageError, raise_if_stopped
 from lib.outcome import Outcome
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity, select_rows
 from lib.progress import Counts, Progress, end_actors, read_progress, reported
@@ -229,6 +229,7 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
     context = DataContext.get_current()
     context.target_max_block_size = None  # otherwise Ray cuts blocks in mid-chunk
     context.max_errored_blocks = -1  # what is missing afterwards is seen and settled
+    context.max_consecutive_actor_init_deaths = 2 * run.layout.num_actors  # a node may be lost while its actors start
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(
         logging.CRITICAL
@@ -248,6 +249,8 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
                 item = inbox.get(timeout=1)
             except queue.Empty:
                 counts = watch.look()
+                if counts and counts.mistake is not None:
+                    raise UsageError(counts.mistake)
                 if counts and counts.num_failures - before.num_failures > MAX_FAILURES:
                     return True
                 continue

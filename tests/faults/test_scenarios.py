@@ -24,8 +24,6 @@ from tests.faults.scenarios import SCENARIOS, Scene
 ALWAYS = (
     "actors killed",
     "node replaced",
-    "writer killed after its put",
-    "out of GPU memory",
     "job submitted twice",
     "everything for 5%",
     "credentials expired",
