@@ -59,6 +59,8 @@ class ScoreOutputSection(Section):
     """put before the names of the columns that scoring adds"""
     probabilities: bool = False
     """add every class's probability, in label order"""
+    single_writer: bool = False
+    """a promise that no two runs ever write here at once, for a store without atomic conditional writes"""
 
 
 class PlanningSection(Section):
@@ -198,6 +200,21 @@ class TrainConfig(Section):
     stopping: StoppingSection = StoppingSection()
     output: TrainOutputSection
     resources: TrainResources = TrainResources()
+
+
+class PublishOutputSection(Section):
+    """Where predictions are."""
+
+    path: str
+    """the folder of all versions and runs, as jobs.score was given it"""
+    single_writer: bool = False
+    """a promise that nothing else writes here at once, for a store without atomic conditional writes"""
+
+
+class PublishConfig(Section):
+    """Everything `jobs.publish` can be told besides what to do."""
+
+    output: PublishOutputSection
 
 
 class PredictConfig(Section):
