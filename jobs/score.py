@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> None:
             print(f"cluster: {cluster}; {layout.num_actors} predictor actors", flush=True)
             run.start()
             outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, ProgressLine())
+    else:
+        run.start()
 
     # Every planned row is accounted for, or the run is no success.
     manifest = scoring.reconcile(run, outcome)

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from lib import checkpoint, publishing
 from lib.archive import Columns, list_shards, refuse_output_inside, resolve_columns
+from lib.atomicity import check_output
 from lib.blocks import ScoreJob
 from lib.config import ScoreConfig
 from lib.errors import ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
@@ -61,7 +62,7 @@ class Run:
 
     def start(self) -> None:
         """Make the first writes: is the output writable, and does this version belong to this archive?"""
-        self.output.check_writable()
+        check_output(self.output, single_writer=self.config.output.single_writer)
         publishing.fix_archive(self.job.output, self.job.archive.url, self.job.columns.keys)
 
 
@@ -168,9 +169,12 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> No
     problem = judge(run, outcome, manifest)
     folder = run.job.output.at(f"_runs/{run.run_id}")
     published = False
-    publishing.write_manifest(folder, manifest)
     if problem is None:
-        published = publishing.publish(run.output, run.job.version, run.run_id, run.planned_at)
+        name = publishing.write_manifest(folder, manifest)
+        single = run.config.output.single_writer
+        published = publishing.publish(
+            run.output, run.job.version, run.run_id, run.planned_at, name, single_writer=single
+        )
     totals = publishing.totals(manifest)
     message = (
         str(problem)
@@ -196,5 +200,5 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> No
         raise problem
     pointer = "" if published else " (not moved: a run planned later is published)"
     print(
-        f"done: {message}\npredictions: {run.job.output.url}\nmanifest: {folder.url}/manifest.parquet; pointer: {run.output.url}/{publishing.POINTER_NAME}{pointer}"
+        f"done: {message}\npredictions: {run.job.output.url}\nmanifest: {folder.url}/{name}; pointer: {run.output.url}/{publishing.POINTER_NAME}{pointer}"
     )
