@@ -204,7 +204,7 @@ class Store:
         try:
             self.create(probe, b"")
         except FileNotFoundError:
-            raise UsageError(f"output {self.url}: cannot be created: no such file or directory") from None
+            raise UsageError(f"output {self.url}: cannot be created: No such file or directory") from None
         self.delete(probe)
 
     def create(self, path: str, data: bytes) -> bool:
