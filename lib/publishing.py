@@ -241,9 +241,8 @@ def publish(
     for _ in range(MAX_SWAPS):
         raw = output.read(POINTER_NAME)
         theirs = parse_pointer(output, raw)
-        refuse_deleted(
-            output.at(version)
-        )  # after the pointer was read: whoever deletes a version changes the pointer first
+        # After the pointer was read: whoever deletes a version marks it first, and then changes the pointer.
+        refuse_deleted(output.at(version))
         if theirs and not may_follow(mine, theirs):
             return False
         if theirs and theirs.manifest == mine.manifest and theirs.planned_at == mine.planned_at:
