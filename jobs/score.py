@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> None:
             selected = run.selection.rows if run.selection else None
             with at_work():
                 outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, ProgressLine(), selected)
+    else:
+        run.start()
 
     # Every planned row is accounted for, or the run is no success.
     with at_work():

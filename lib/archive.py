@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.errors import UsageError, nearest
+from lib.listing import FileInfo, to_listing
 from lib.planning import Chunk, RowGroup, identity
 from lib.schema import RowError
-from lib.storage import FileInfo, Store, explained, open_store, path_below, split_pattern, to_listing
+from lib.storage import Store, explained, open_store, path_below, split_pattern
 
 READ_BATCH_ROWS = 8_192
 """Rows decoded at a time; the text of no more than these is in memory beside its tokens."""

@@ -65,6 +65,8 @@ class ScoreOutputSection(Section):
     """add every class's probability, in label order"""
     keep_stale_hours: float = Field(default=168, ge=0)
     """objects of changed or removed shards leave the manifest at once, and the storage after so many hours"""
+    single_writer: bool = False
+    """a promise that no two runs ever write here at once, for a store without atomic conditional writes"""
 
 
 class PlanningSection(Section):
@@ -210,6 +212,21 @@ class TrainConfig(Section):
     stopping: StoppingSection = StoppingSection()
     output: TrainOutputSection
     resources: TrainResources = TrainResources()
+
+
+class PublishOutputSection(Section):
+    """Where predictions are."""
+
+    path: str
+    """the folder of all versions and runs, as jobs.score was given it"""
+    single_writer: bool = False
+    """a promise that nothing else writes here at once, for a store without atomic conditional writes"""
+
+
+class PublishConfig(Section):
+    """Everything `jobs.publish` can be told besides what to do."""
+
+    output: PublishOutputSection
 
 
 class PredictConfig(Section):

@@ -250,7 +250,7 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
             except queue.Empty:
                 counts = watch.look()
                 if counts and counts.mistake is not None:
-                    raise UsageError(counts.mistake)
+                    raise UsageError(counts.mistake) from None
                 if counts and counts.num_failures - before.num_failures > MAX_FAILURES:
                     return True
                 continue

@@ -6,21 +6,31 @@ Objects are immutable and carry their own counts; nothing a reader can see chang
 import base64
 import io
 import json
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import count
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lib.errors import IncompleteError, UsageError
 from lib.storage import Store
 
 POINTER_NAME = "_published.json"
 ARCHIVE_NAME = "_archive.json"
+DELETING = "deleting_since"
+"""In the place of what `_archive.json` said: this version is being deleted, nobody scores or publishes it any more."""
+
+MAX_SWAPS = 20
+
+CLOCK_TOLERANCE = timedelta(seconds=30)
+"""A smaller difference is not told from the whole seconds of S3's times; and plans so close together are of one age."""
+
 FOOTER_KEY = b"textsweep"
 """Key-value metadata of every object: version, shard, identity, row range, label order and counts, as JSON."""
 
@@ -61,7 +71,11 @@ class Pointer(BaseModel):
     manifest: str
     """path of the manifest, relative to the output folder"""
     planned_at: str
-    """when that run listed the archive (UTC, ISO 8601): an older plan never replaces a newer one within a version"""
+    """when that run listed the archive (UTC, ISO 8601, the store's clock): an older plan never replaces a newer one of its version"""
+    turn_planned_at: str = ""
+    """when the first run of this version, since another one was published, was planned: no older plan of any version replaces it"""
+    guard: str = ""
+    """changed by who deletes another version, so that a publication under way looks again"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +89,16 @@ class Published:
 def read_published(output: Store) -> Published | None:
     """Read the pointer and its manifest, if anything is published."""
     raw = output.read(POINTER_NAME)
-    if raw is None:
-        return None
-    pointer = Pointer.model_validate_json(raw)
-    manifest = output.read(pointer.manifest)
-    if manifest is None:
-        raise IncompleteError(
-            f"{output.url}/{POINTER_NAME} names {pointer.manifest}, which is not there; roll back to another run"
-        )
-    return Published(pointer=pointer, manifest=pq.read_table(io.BytesIO(manifest)))
+    while (pointer := parse_pointer(output, raw)) is not None:
+        manifest = output.read(pointer.manifest)
+        if manifest is not None:
+            return Published(pointer=pointer, manifest=pq.read_table(io.BytesIO(manifest)))
+        seen, raw = raw, output.read(POINTER_NAME)
+        if raw == seen:  # else it was moved, and the old version deleted, between our two reads
+            raise IncompleteError(
+                f"{output.url}/{POINTER_NAME} names {pointer.manifest}, which is not there; roll back to another run (jobs.publish)"
+            )
+    return None
 
 
 def fix_archive(version: Store, root: str, keys: pa.Schema) -> pa.Schema:
@@ -111,6 +126,11 @@ def read_archive(version: Store, root: str, keys: pa.Schema) -> pa.Schema | None
     if raw is None:
         return None
     record = json.loads(raw)
+    if DELETING in record:
+        raise UsageError(
+            f"{version.url} is being deleted since {record[DELETING]}; finish that first: jobs.publish delete --version"
+            f" {version.url.rpartition('/')[2]} --yes"
+        )
     if record["root"] != root:
         raise UsageError(
             f"{version.url} holds scores of the archive {record['root']}, this run reads {root}: give each archive its own output.path"
@@ -210,27 +230,114 @@ def read_stale(output: Store, published: Published | None, version: str) -> pa.T
     return pq.read_table(io.BytesIO(raw)) if raw else STALE_SCHEMA.empty_table()
 
 
-def publish(output: Store, version: str, run_id: str, planned_at: datetime) -> bool:
-    """Mark the run as a success and move the pointer to its manifest, unless a later plan of the same version is there.
+def write_manifest(run: Store, manifest: pa.Table) -> str:
+    """Write the manifest of a run that succeeded, and return its name.
+
+    Never over another one: a run that is executed again under its id may find that readers use the manifest that is there.
+    """
+    sink = io.BytesIO()
+    pq.write_table(manifest, sink, compression="zstd", write_page_checksum=True)
+    data = sink.getvalue()
+    for number in count(1):
+        name = "manifest.parquet" if number == 1 else f"manifest-{number}.parquet"
+        if run.create(name, data) or run.read(name) == data:
+            return name
+    raise AssertionError("there is always a next number")
+
+
+def publish(
+    output: Store,
+    version: str,
+    run_id: str,
+    planned_at: datetime,
+    manifest: str = "manifest.parquet",
+    *,
+    single_writer: bool = False,
+) -> bool:
+    """Mark the run as a success and move the pointer to its manifest, unless it shows what was planned later.
 
     Returns whether readers now see this run. A lost race is settled by reading again and trying again.
     """
+    refuse_deleted(output.at(version))
     folder = f"{version}/_runs/{run_id}"
-    mine = Pointer(
-        version=version,
-        run=run_id,
-        manifest=f"{folder}/manifest.parquet",
-        planned_at=planned_at.astimezone(UTC).isoformat(),
-    )
+    planned = planned_at.astimezone(UTC) + clock_difference(output)
+    mine = Pointer(version=version, run=run_id, manifest=f"{folder}/{manifest}", planned_at=stamp(planned))
     output.replace(f"{folder}/_SUCCESS", mine.model_dump_json(indent=2).encode())
-    for _ in range(20):
-        seen = output.info(POINTER_NAME)
-        raw = output.read(POINTER_NAME) if seen else None
-        theirs = Pointer.model_validate_json(raw) if raw else None
-        if theirs and theirs.version == version and theirs.run != run_id and theirs.planned_at > mine.planned_at:
+    for _ in range(MAX_SWAPS):
+        raw = output.read(POINTER_NAME)
+        theirs = parse_pointer(output, raw)
+        # After the pointer was read: whoever deletes a version marks it first, and then changes the pointer.
+        refuse_deleted(output.at(version))
+        if theirs and not may_follow(mine, theirs):
             return False
-        if theirs == mine or output.swap(POINTER_NAME, seen, mine.model_dump_json(indent=2).encode()):
+        if theirs and theirs.manifest == mine.manifest and theirs.planned_at == mine.planned_at:
+            return True
+        turn = theirs.turn_planned_at if theirs and theirs.version == version else mine.planned_at
+        data = mine.model_copy(update={"turn_planned_at": turn}).model_dump_json(indent=2).encode()
+        if single_writer:
+            output.replace(POINTER_NAME, data)
+            return True
+        if output.swap(POINTER_NAME, raw, data):
             return True
     raise IncompleteError(
-        f"{output.url}/{POINTER_NAME}: 20 others changed it while this run tried to; run the same command again"
+        f"{output.url}/{POINTER_NAME}: {MAX_SWAPS} others changed it while this run tried to; run the same command again"
     )
+
+
+def may_follow(mine: Pointer, theirs: Pointer) -> bool:
+    """Whether a run may take the place of the one that readers see.
+
+    Within a version it must not be planned earlier. Another version's must not be planned before the present version's
+    turn was: a big rescore that took days replaces the nightly runs published meanwhile, and a slow run of the old model
+    does not undo the new one that was started after it.
+    """
+    return mine.planned_at >= (theirs.planned_at if mine.version == theirs.version else theirs.turn_planned_at)
+
+
+def refuse_deleted(version: Store) -> None:
+    """Raise `IncompleteError` if a version's folder is being deleted, or was, while a run of it was under way."""
+    raw = version.read(ARCHIVE_NAME)
+    if raw is None:
+        raise IncompleteError(
+            f"{version.url} was deleted while this run was under way ({ARCHIVE_NAME} is gone); not published; run the same command again"
+        )
+    if DELETING in json.loads(raw):
+        raise IncompleteError(f"{version.url} is being deleted; not published")
+
+
+def clock_difference(output: Store) -> timedelta:
+    """How far the store's clock is ahead of ours; zero if they agree to `CLOCK_TOLERANCE`.
+
+    Plans are put in order by the time of one clock, the store's: a driver whose clock is a year ahead would otherwise
+    keep all later runs from being published.
+    """
+    probe = f"_probe-{secrets.token_hex(8)}"
+    before = now()
+    output.create(probe, b"")
+    info, after = output.info(probe), now()
+    output.delete(probe)
+    if info is None or info.mtime_ns is None:
+        return timedelta(0)
+    theirs = datetime.fromtimestamp(info.mtime_ns / 1e9, UTC)
+    difference = min(theirs - before, timedelta(0)) + max(theirs - after, timedelta(0))
+    return difference if abs(difference) > CLOCK_TOLERANCE else timedelta(0)
+
+
+def now() -> datetime:
+    """The time by this machine's clock."""
+    return datetime.now(UTC)
+
+
+def stamp(moment: datetime) -> str:
+    """A UTC time as text that sorts like the time."""
+    return moment.isoformat(timespec="microseconds")
+
+
+def parse_pointer(output: Store, raw: bytes | None) -> Pointer | None:
+    """Turn the pointer's bytes into its record."""
+    try:
+        return None if raw is None else Pointer.model_validate_json(raw)
+    except ValidationError as error:
+        raise UsageError(
+            f"{output.url}/{POINTER_NAME} is not a pointer: {error.errors()[0]['msg']}; it was not written by this program"
+        ) from None

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from lib import checkpoint, publishing
 from lib.archive import Columns, list_shards, refuse_output_inside, resolve_columns
+from lib.atomicity import check_output
 from lib.blocks import ScoreJob
 from lib.config import ScoreConfig
 from lib.errors import ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
@@ -86,7 +87,7 @@ class Run:
 
     def start(self) -> None:
         """Make the first writes: is the output writable, and does this version belong to this archive?"""
-        self.output.check_writable()
+        check_output(self.output, single_writer=self.config.output.single_writer)
         publishing.fix_archive(self.job.output, self.job.archive.url, self.job.columns.keys)
 
 
@@ -234,14 +235,17 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> No
     problem = judge(run, outcome, manifest)
     folder = run.job.output.at(f"_runs/{run.run_id}")
     published = False
-    publishing.write_table(folder, "manifest.parquet", manifest)
     for one in find_bad(run, outcome):
         letter = pa.Table.from_pylist([{**one, "row": None}], schema=DEAD_LETTER_SCHEMA)
         publishing.write_table(run.job.output, f"_dead_letter/{one['shard']}-{one['identity']}.parquet", letter)
     if problem is None:
-        published = publishing.publish(run.output, run.job.version, run.run_id, run.planned_at)
+        name = publishing.write_manifest(folder, manifest)
+        single = run.config.output.single_writer
+        published = publishing.publish(
+            run.output, run.job.version, run.run_id, run.planned_at, name, single_writer=single
+        )
     if published and run.selection is None and not split_pattern(run.config.input.path)[1]:
-        sweep_quietly(run, manifest)
+        sweep_quietly(run, manifest, name)
     totals = publishing.totals(manifest)
     message = (
         str(problem)
@@ -267,26 +271,26 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> No
         raise problem
     pointer = "" if published else " (not moved: a run planned later is published)"
     print(
-        f"done: {message}\npredictions: {run.job.output.url}\nmanifest: {folder.url}/manifest.parquet; pointer: {run.output.url}/{publishing.POINTER_NAME}{pointer}"
+        f"done: {message}\npredictions: {run.job.output.url}\nmanifest: {folder.url}/{name}; pointer: {run.output.url}/{publishing.POINTER_NAME}{pointer}"
     )
 
 
-def sweep_quietly(run: Run, manifest: pa.Table) -> None:
+def sweep_quietly(run: Run, manifest: pa.Table, name: str) -> None:
     """Sweep; what fails here has cost no row and is done by the next run."""
     try:
-        print(sweep(run, manifest), end="", flush=True)
+        print(sweep(run, manifest, name), end="", flush=True)
     except (TextsweepError, OSError) as error:
         print(f"WARNING: stale objects were left for the next run: {error}", flush=True)
 
 
-def sweep(run: Run, manifest: pa.Table) -> str:
+def sweep(run: Run, manifest: pa.Table, name: str) -> str:
     """Remove the objects that nobody can need any more, and record the stale ones that stay; says what was removed.
 
     An object is removed if its shard is changed or removed according to the manifest and to a listing of the archive made
     now, since `output.keep_stale_hours` at least, and if it is older than this run's plan. The time is the storage's own.
     """
     folder = run.job.output.at(f"_runs/{run.run_id}")
-    written = folder.info("manifest.parquet")
+    written = folder.info(name)
     assert written is not None
     assert written.mtime_ns is not None
     now_ns = written.mtime_ns

@@ -9,8 +9,11 @@ import errno
 import fcntl
 import glob
 import os
+import random
 import secrets
-from collections.abc import Iterable, Iterator
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +26,7 @@ import s3fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
 from lib.errors import DeniedError, IncompleteError, TextsweepError, UsageError
-
-LISTING_SCHEMA = pa.schema(
-    [("path", pa.string()), ("size", pa.int64()), ("etag", pa.string()), ("mtime_ns", pa.int64())]
-)
-"""One row a file: path relative to the store's root, bytes, ETag (null where there is none), modification time (null if unknown)."""
+from lib.listing import LISTING_SCHEMA, FileInfo, describe, is_temporary, to_listing
 
 SINGLE_PUT_BYTES = 5 * 2**30
 """S3's limit for one PUT. Always one PUT: radosgw 16.2 ignores `If-None-Match` when a multipart upload is completed."""
@@ -46,17 +45,19 @@ S3_OPTIONS: dict[str, Any] = {
 REFUSED = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"}
 """Codes that come as another exception than `PermissionError` and mean the same."""
 
-LOST_RACE = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+LOST_RACE = {"PreconditionFailed", "412"}
 
+CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
+"""Another write of the same key is under way, and may fail: neither written nor refused. S3 says: try again."""
 
-@dataclass(frozen=True)
-class FileInfo:
-    """One file: path relative to the store's root, size in bytes, and what tells two contents apart."""
+NOT_IMPLEMENTED = {"NotImplemented", "501"}
 
-    path: str
-    size: int
-    etag: str | None
-    mtime_ns: int | None
+CONFLICT_PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
+
+BATCH_DELETE = 1000
+"""S3's limit for one request."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,8 @@ class Store:
         yield to_listing(info for info in infos if not is_temporary(info.path))
 
     def _s3_pages(self, folder: str) -> Iterator[pa.Table]:
-        bucket, _, key = self.full(folder).partition("/")
-        prefix = f"{key.rstrip('/')}/" if key else ""
-        strip = len(self.root) - len(bucket) if "/" in self.root else 0
-        token: dict[str, str] = {}
-        while True:
-            page = self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **token)
+        strip = len(self.root) - len(self.root.partition("/")[0]) if "/" in self.root else 0
+        for page in self._s3_answers(folder):
             yield to_listing(
                 FileInfo(
                     item["Key"][strip:],
@@ -150,9 +147,29 @@ class Store:
                 for item in page.get("Contents", [])
                 if not item["Key"].endswith("/")
             )
+
+    def _s3_answers(self, folder: str, **options: str) -> Iterator[dict[str, Any]]:
+        bucket, _, key = self.full(folder).partition("/")
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        token: dict[str, str] = {}
+        while True:
+            page = self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **options, **token)
+            yield page
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def folders(self) -> Sequence[str]:
+        """Names of the folders directly below this one, sorted; what lies in them is not listed."""
+        with explained(self.url, "list"):
+            if self.is_s3:
+                pages = self._s3_answers("", Delimiter="/")
+                found = [entry["Prefix"] for page in pages for entry in page.get("CommonPrefixes", [])]
+            elif self.fs.isdir(self.root):
+                found = [entry["name"] for entry in self.fs.ls(self.root, detail=True) if entry["type"] == "directory"]
+            else:
+                found = []
+        return sorted(str(name).rstrip("/").rpartition("/")[2] for name in found)
 
     def info(self, path: str) -> FileInfo | None:
         """Describe one file, or return None if there is none."""
@@ -183,7 +200,9 @@ class Store:
         """Read one file, or return None if there is none."""
         try:
             with explained(f"{self.url}/{path}", "read"):
-                return bytes(self.fs.cat_file(self.full(path)))
+                # One GET: s3fs asks for the size first, and reads large files in parts that may be of different contents.
+                options = {"max_concurrency": 1} if self.is_s3 else {}
+                return bytes(self.fs.cat_file(self.full(path), **options))
         except FileNotFoundError:
             return None
 
@@ -196,74 +215,109 @@ class Store:
                 f"output {self.url}: predictions go to s3:// or to a local path, where a file can be created exactly once"
             )
         probe = f"_probe-{secrets.token_hex(8)}"
-        with explained(self.url, "write to"):
-            try:
-                self.create(probe, b"")
-                self.delete(probe)
-            except OSError as error:
-                if self.is_s3 and isinstance(error, FileNotFoundError):
-                    bucket = self.root.partition("/")[0]
-                    raise UsageError(
-                        f"output {self.url}: the bucket {bucket!r} does not exist; create it first"
-                    ) from None
-                if self.is_local and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EROFS):
-                    raise UsageError(f"output {self.url}: cannot be created: {error.strerror}") from None
-                raise
+        try:
+            self.create(probe, b"")
+        except FileNotFoundError:
+            raise UsageError(f"output {self.url}: cannot be created: No such file or directory") from None
+        self.delete(probe)
 
     def create(self, path: str, data: bytes) -> bool:
         """Make a file visible whole, once. Returns False, and changes nothing, if it is there already."""
-        if self.is_local:
+        if self.is_s3:
+            return self.put_if(path, None, data)
+        with explained(f"{self.url}/{path}", "write"):
             return self._link(path, data)
-        assert len(data) < SINGLE_PUT_BYTES, f"{path}: {len(data)} bytes do not fit one PUT"
-        try:
-            self._put(path, data, IfNoneMatch="*")
-        except FileExistsError:
-            return False
-        return True
 
     def replace(self, path: str, data: bytes) -> None:
         """Write a file whole, over the one that is there."""
-        if self.is_local:
-            temporary = self._write_temporary(path, data)
-            temporary.replace(self.full(path))
-        else:
-            self._put(path, data)
+        with explained(f"{self.url}/{path}", "write"):
+            if self.is_s3:
+                self._put(path, data)
+            else:
+                self._write_temporary(path, data).replace(self.full(path))
 
-    def swap(self, path: str, expected: FileInfo | None, data: bytes) -> bool:
-        """Write a file only if it is still what `expected` describes (None: absent). Returns False if it is not.
+    def swap(self, path: str, expected: bytes | None, data: bytes) -> bool:
+        """Write a file only if it still holds `expected` (None: is absent). Returns False, and changes nothing, if it does not.
 
         A lost acknowledgement makes our own success look like a lost race, so a refusal is read back before it is believed:
-        `data` must be unique to the caller.
+        `data` must be unique to the caller. Contents are compared: two writes within one tick of a disk's clock have equal times.
         """
         if self.is_local:
-            lock = Path(self.full(f"{path}.lock"))
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            with lock.open("w") as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-                if self.info(path) != expected:
+            with explained(f"{self.url}/{path}", "lock"), self._locked(path):
+                if self.read(path) != expected:
                     return False
                 self.replace(path, data)
                 return True
-        condition = {"IfMatch": expected.etag} if expected else {"IfNoneMatch": "*"}
-        try:
-            self._put(path, data, **condition)
-        except (FileExistsError, FileNotFoundError):  # changed, or deleted
-            return self.read(path) == data
+        # First the ETag, then the content: if the ETag still fits when we write, the content was `expected` all the time.
+        seen = self.info(path)
+        if (self.read(path) if seen else None) != expected:
+            return False
+        return self.put_if(path, seen.etag if seen else None, data) or self.read(path) == data
+
+    def put_if(self, path: str, etag: str | None, data: bytes) -> bool:
+        """One conditional PUT (S3 only): if the object still has this ETag (None: is absent). Returns False if it is refused."""
+        with explained(f"{self.url}/{path}", "write"):
+            try:
+                self._put(path, data, **({"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}))
+            except FileExistsError:
+                return False
+            except FileNotFoundError as error:
+                if code_of(error) == "NoSuchBucket":
+                    raise
+                return False  # the object with that ETag was deleted
         return True
 
     def delete(self, path: str) -> None:
         """Remove one file; one that is not there is fine."""
-        with contextlib.suppress(FileNotFoundError):
+        with explained(f"{self.url}/{path}", "delete"), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.full(path))
 
+    def delete_all(self, paths: Sequence[str]) -> None:
+        """Remove many files, a thousand with one request on S3."""
+        # XML cannot hold control characters, which may stand in a shard's name.
+        together = [path for path in paths if path.isprintable()] if self.is_s3 else []
+        for start in range(0, len(together), BATCH_DELETE):
+            batch = together[start : start + BATCH_DELETE]
+            bucket = self.root.partition("/")[0]
+            keys = [{"Key": self.full(path).partition("/")[2]} for path in batch]
+            with explained(self.url, "delete from"):
+                answer = self.fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+            if failed := answer.get("Errors"):
+                first = f"{failed[0]['Key']}: {failed[0]['Code']}"
+                raise IncompleteError(f"{self.url}: {len(failed)} of {len(batch)} files were not deleted ({first})")
+        done = set(together)
+        for path in paths:
+            if path not in done:
+                self.delete(path)
+
+    def remove_folder(self) -> None:
+        """Remove what a deleted folder leaves on a local disk: empty folders, locks, unfinished writes. S3 has no folders."""
+        if self.is_local:
+            shutil.rmtree(self.root, ignore_errors=True)
+
     def _put(self, path: str, data: bytes, **condition: Any) -> None:
+        assert len(data) < SINGLE_PUT_BYTES, f"{path}: {len(data)} bytes do not fit one PUT"
         bucket, _, key = self.full(path).partition("/")
-        try:
-            self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
-        except (OSError, ClientError) as error:
-            if code_of(error) in LOST_RACE:
-                raise FileExistsError(errno.EEXIST, "exists already", path) from error
-            raise
+        for pause in (*CONFLICT_PAUSES_SECONDS, None):
+            try:
+                self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+                return
+            except (OSError, ClientError) as error:
+                code = code_of(error)
+                if code in LOST_RACE:
+                    raise FileExistsError(errno.EEXIST, "exists already", path) from error
+                if code not in CONFLICT or pause is None:
+                    raise
+                time.sleep(pause * random.uniform(0.5, 1.5))
+
+    @contextlib.contextmanager
+    def _locked(self, path: str) -> Iterator[None]:
+        """Hold a lock file. The kernel lets go of it when its holder ends, however it ends; the file itself stays."""
+        lock = Path(self.full(f"{path}.lock"))
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
 
     def _write_temporary(self, path: str, data: bytes) -> Path:
         final = Path(self.full(path))
@@ -281,6 +335,13 @@ class Store:
             os.link(temporary, self.full(path))
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno in NO_LINKS:
+                raise UsageError(
+                    f"{self.url}: its file system has no hard links ({error.strerror}), which make a file visible whole and once;"
+                    " choose another file system, or s3://"
+                ) from error
+            raise
         finally:
             temporary.unlink(missing_ok=True)
         return True
@@ -321,37 +382,6 @@ def protocol_of(url: str) -> str:
     return {"s3a": "s3", "local": "file"}.get(head, head) if sign else "file"
 
 
-def is_temporary(path: str) -> bool:
-    """Whether a local path is one of our unfinished writes."""
-    return path.endswith(".tmp") and path.rpartition("/")[2].startswith(".")
-
-
-def describe(info: dict[str, Any], path: str) -> FileInfo:
-    """Turn fsspec's description of a file into ours."""
-    etag = info.get("ETag") or info.get("etag")
-    if "ino" in info:
-        mtime_ns: int | None = Path(info["name"]).stat().st_mtime_ns
-    else:
-        stamp: Any = info.get("mtime") or info.get("LastModified") or info.get("last_modified")
-        mtime_ns = int(stamp.timestamp() * 1e9) if hasattr(stamp, "timestamp") else None
-    return FileInfo(path, int(info["size"]), str(etag).strip('"') if etag else None, mtime_ns)
-
-
-def to_listing(infos: Iterable[FileInfo]) -> pa.Table:
-    """Put descriptions of files into one Arrow table."""
-    rows = list(infos)
-    columns = [
-        [row.path for row in rows],
-        [row.size for row in rows],
-        [row.etag for row in rows],
-        [row.mtime_ns for row in rows],
-    ]
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, LISTING_SCHEMA, strict=True)],
-        schema=LISTING_SCHEMA,
-    )
-
-
 def may_pass(error: BaseException) -> bool:
     """Whether s3fs should try once more (five times in all, 2 s): stores under load answer 403 to what they allow."""
     return code_of(error) in ("AccessDenied", "403")
@@ -390,8 +420,15 @@ def explained(url: str, verb: str) -> Iterator[None]:
     except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
         raise UsageError(f"{url}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE") from error
     except (OSError, BotoCoreError, ClientError) as error:
-        if code_of(error) in REFUSED:
+        code = code_of(error)
+        if code in REFUSED:
             raise DeniedError(
-                f"{url}: not allowed to {verb} it ({code_of(error)}); renew or check the credentials, and this machine's clock"
+                f"{url}: not allowed to {verb} it ({code}); renew or check the credentials, and this machine's clock"
+            ) from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOTDIR, errno.EROFS):
+            raise UsageError(f"{url}: not possible to {verb} it: {error.strerror}; choose another path") from error
+        if code in NOT_IMPLEMENTED:
+            raise UsageError(
+                f"{url}: the store does not know how to {verb} it ({code}); use one that knows If-None-Match and If-Match"
             ) from error
         raise IncompleteError(f"{url}: storage failed to {verb} it: {type(error).__name__}: {error}") from error

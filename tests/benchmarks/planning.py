@@ -15,8 +15,8 @@ import time
 import psutil
 import pyarrow as pa
 
+from lib.listing import LISTING_SCHEMA
 from lib.planning import parse_objects, split_finished, with_identities
-from lib.storage import LISTING_SCHEMA
 
 MB = 2**20
 CHUNK_BYTES = 64 * MB

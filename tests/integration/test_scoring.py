@@ -109,7 +109,7 @@ def test_every_row_is_scored_once_in_order_and_like_transformers(s3: LoopbackS3,
     record = read_json(run, "run.json")
     assert (record["exit_code"], record["this_run"]["rows"], record["published"]) == (0, 580, True)
     assert sum(record["this_run"]["labels"].values()) == 580
-    assert run.read("_SUCCESS") is not None
+    assert read_json(run, "_SUCCESS")["manifest"] == f"{version}/_runs/run/manifest.parquet"
     assert b"<svg" in (run.read("report.html") or b"")
 
 

@@ -246,6 +246,7 @@ OTHER_VALUES: dict[str, tuple[bool, Any]] = {
     "output.prefix": (True, "pred_"),
     "output.probabilities": (True, True),
     "output.keep_stale_hours": (False, 1.0),
+    "output.single_writer": (False, True),
     "planning.chunk_mb": (False, 2.0),
     "limits.max_bad_rows": (False, 5),
     "limits.max_bad_shards": (False, 5),

@@ -8,6 +8,7 @@ import pytest
 from lib.config import (
     Command,
     PredictConfig,
+    PublishConfig,
     ScoreConfig,
     Section,
     TrainConfig,
@@ -19,7 +20,12 @@ from lib.config import (
 from lib.errors import ExitCode, UsageError
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
-SCHEMAS: dict[str, type[Section]] = {"score": ScoreConfig, "train": TrainConfig, "predict": PredictConfig}
+SCHEMAS: dict[str, type[Section]] = {
+    "score": ScoreConfig,
+    "train": TrainConfig,
+    "predict": PredictConfig,
+    "publish": PublishConfig,
+}
 REQUIRED = ["--set", "input.path=s3://b/archive", "--set", "model.path=/m", "--set", "output.path=/o"]
 
 

@@ -11,7 +11,7 @@ ORDER = (
     # what everything speaks of
     *("errors", "schema"),
     # the world outside
-    *("config", "storage"),
+    *("config", "listing", "storage", "atomicity"),
     # one thing each
     *(
         "planning",
@@ -26,6 +26,7 @@ ORDER = (
         "mapped",
         "publishing",
     ),
+    *("versions", "verification"),
     "checkpoint",
     # the work of one process
     *("labelled", "blocks", "predictor", "learning", "fitting"),

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib import planning
+from lib.listing import LISTING_SCHEMA
 from lib.planning import Chunk, RowGroup, bundle, chunks_of, cut, identity, over_limit, parse_objects, split_finished
-from lib.storage import LISTING_SCHEMA
 
 MB = 2**20
 

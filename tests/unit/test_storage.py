@@ -1,19 +1,22 @@
 """Storage: the same promises on a local disk and on a real S3 server, and messages that say what to do."""
 
+import errno
 import os
 import pickle
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 
 from jobs.demo_store import LoopbackS3
 from lib.errors import IncompleteError, UsageError
-from lib.storage import FileInfo, Store, open_store, protocol_of, split_pattern
-from tests.proxy import Fault, FaultyProxy
+from lib.listing import FileInfo
+from lib.storage import Store, open_store, protocol_of, split_pattern
+from tests.proxy import Fault, FaultyProxy, Rule
 
 REPOSITORY = Path(__file__).parents[2]
 RACERS = 16
@@ -135,28 +138,25 @@ def test_the_description_of_an_open_file_agrees_with_the_listing(store: Store) -
 def test_swap_takes_the_place_of_what_was_expected_only(store: Store) -> None:
     assert store.swap("pointer", None, b"one")
     assert not store.swap("pointer", None, b"two")
-    first = store.info("pointer")
-    assert store.swap("pointer", first, b"three")
-    assert not store.swap("pointer", first, b"four")
+    assert store.swap("pointer", b"one", b"three")
+    assert not store.swap("pointer", b"one", b"four")
     assert store.read("pointer") == b"three"
 
 
 def test_swap_of_what_is_gone_is_refused(store: Store) -> None:
     store.swap("pointer", None, b"one")
-    first = store.info("pointer")
     store.delete("pointer")
-    assert not store.swap("pointer", first, b"two")
+    assert not store.swap("pointer", b"one", b"two")
     assert store.read("pointer") is None
 
 
 def test_of_many_that_swap_the_same_file_exactly_one_wins(store: Store) -> None:
     store.swap("pointer", None, b"start")
-    expected = store.info("pointer")
     barrier = threading.Barrier(RACERS)
 
     def race(number: int) -> bool:
         barrier.wait()
-        return store.swap("pointer", expected, f"writer {number}".encode())
+        return store.swap("pointer", b"start", f"writer {number}".encode())
 
     with ThreadPoolExecutor(RACERS) as pool:
         won = list(pool.map(race, range(RACERS)))
@@ -164,14 +164,39 @@ def test_of_many_that_swap_the_same_file_exactly_one_wins(store: Store) -> None:
     assert store.read("pointer") == f"writer {won.index(True)}".encode()
 
 
+def test_a_change_within_one_tick_of_the_clock_is_seen(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.replace("pointer", b"one")
+    times = (tmp_path / "pointer").stat()
+    store.replace("pointer", b"two")
+    os.utime(tmp_path / "pointer", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not store.swap("pointer", b"one", b"six")
+    assert store.read("pointer") == b"two"
+
+
+def test_a_lock_whose_holder_was_killed_stops_nobody(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    code = "import sys\nfrom lib.storage import open_store\nwith open_store(sys.argv[1])._locked('pointer'):\n    print('held', flush=True)\n    sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with holder, ThreadPoolExecutor(1) as pool:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        swap = pool.submit(store.swap, "pointer", None, b"ours")
+        assert not wait([swap], timeout=0.3).done, "the lock was not held"
+        holder.kill()
+        assert swap.result(30)
+    assert store.read("pointer") == b"ours"
+
+
 def test_a_lost_answer_to_our_own_swap_is_no_lost_race(s3: LoopbackS3, proxy: FaultyProxy) -> None:
     store = open_store(s3.bucket())
     lose_first_put(proxy)
     assert store.swap("pointer", None, b"ours")
     assert [fault for method, _, fault in proxy.seen if method == "PUT"] == [Fault.LOST_ANSWER, Fault.NONE]
-    before = store.info("pointer")
     lose_first_put(proxy)
-    assert store.swap("pointer", before, b"ours again")
+    assert store.swap("pointer", b"ours", b"ours again")
     assert store.read("pointer") == b"ours again"
 
 
@@ -184,15 +209,59 @@ def test_a_lost_answer_to_a_create_counts_as_there_already(s3: LoopbackS3, proxy
 
 def lose_first_put(proxy: FaultyProxy) -> None:
     """The server does the next PUT, and its answer is lost; the client's own second try is answered."""
-    lost: list[str] = []
+    proxy.rule = first_puts(1, Fault.LOST_ANSWER)
+
+
+def first_puts(count: int, fault: Fault) -> Rule:
+    """A rule for so many PUTs; the later ones are passed on."""
+    met: list[str] = []
 
     def rule(method: str, path: str, headers: dict[str, str]) -> Fault:
-        if method != "PUT" or lost:
+        if method != "PUT" or len(met) >= count:
             return Fault.NONE
-        lost.append(path)
-        return Fault.LOST_ANSWER
+        met.append(path)
+        return fault
 
-    proxy.rule = rule
+    return rule
+
+
+def test_another_write_under_way_is_no_lost_race(s3: LoopbackS3, proxy: FaultyProxy) -> None:
+    # S3 answers 409 while another PUT of the key is going on, which may fail: the object is not there, and must be tried again.
+    store = open_store(s3.bucket())
+    proxy.rule = first_puts(2, Fault.CONFLICT)
+    assert store.create("object", b"ours") is True
+    assert store.read("object") == b"ours"
+    proxy.rule = first_puts(2, Fault.CONFLICT)
+    assert store.swap("object", b"ours", b"ours again")
+    assert [fault for method, _, fault in proxy.seen if method == "PUT"] == [*[Fault.CONFLICT] * 2, Fault.NONE] * 2
+
+
+def test_a_file_is_read_with_one_request(s3: LoopbackS3) -> None:
+    # Its size first and then its parts could be of two contents.
+    store = open_store(s3.bucket())
+    store.replace("pointer", b"one")
+    before = len(s3.requests())
+    assert store.read("pointer") == b"one"
+    assert [method for method, _, _ in s3.requests()[before:]] == ["GET"]
+
+
+# many files
+
+
+def test_folders_are_named_without_listing_what_lies_in_them(store: Store) -> None:
+    assert list(store.folders()) == []
+    for name in ("b/1/x", "b/2", "a/x", "file", "_c d/x"):
+        store.create(name, b"")
+    assert list(store.folders()) == ["_c d", "a", "b"]
+    assert list(store.at("b").folders()) == ["1"]
+
+
+def test_many_files_are_deleted_and_no_others(store: Store) -> None:
+    names = [*(f"a/{number:04d}" for number in range(1_003)), "a/é文 &<x>.parquet", "a/line\nbreak", "a/b\x01"]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: store.create(name, b""), [*names, "kept"]))
+    store.delete_all([*names, "was/never/there"])
+    assert paths(store) == ["kept"]
 
 
 # messages
@@ -211,9 +280,29 @@ def test_a_missing_bucket_is_named(s3: LoopbackS3) -> None:
         store.list()
 
 
+def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object) -> None:  # as on exFAT and on most object stores mounted as folders
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(UsageError, match=r"has no hard links .*choose another file system"):
+        open_store(str(tmp_path)).check_writable()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [Store.create, Store.replace, lambda store, path, data: store.swap(path, None, data)])
+def test_every_refused_write_names_the_credentials(
+    write: Callable[[Store, str, bytes], object], s3: LoopbackS3, proxy: FaultyProxy
+) -> None:
+    store = open_store(s3.bucket())
+    proxy.rule = lambda method, path, headers: Fault.DENIED if method == "PUT" else Fault.NONE
+    with pytest.raises(UsageError, match=r"/object: not allowed to write it \(AccessDenied\); check the credentials"):
+        write(store, "object", b"")
+
+
 @pytest.mark.parametrize("folder", ["/proc/textsweep", "/sys/textsweep"])
 def test_a_local_folder_that_cannot_be_written_is_named(folder: str) -> None:
-    with pytest.raises(UsageError, match=f"{folder}.*(not allowed|cannot be created|read-only)") as caught:
+    with pytest.raises(UsageError, match=f"{folder}.*(not allowed|cannot be created|not possible)") as caught:
         open_store(folder).check_writable()
     assert "bucket" not in str(caught.value)
 
@@ -227,7 +316,7 @@ def test_a_file_where_the_folder_should_be_is_named(tmp_path: Path) -> None:
 def test_a_refused_write_names_the_credentials(s3: LoopbackS3, proxy: FaultyProxy) -> None:
     store = open_store(f"{s3.bucket()}/out")
     proxy.rule = lambda method, path, headers: Fault.DENIED if method == "PUT" else Fault.NONE
-    with pytest.raises(UsageError, match=r"not allowed to write to it .*check the credentials"):
+    with pytest.raises(UsageError, match=r"not allowed to write it .*check the credentials"):
         store.check_writable()
 
 
