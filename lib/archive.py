@@ -4,10 +4,11 @@ A row that cannot be scored keeps its place with a `RowError`. A shard that cann
 Storage that fails is neither: it raises as it is.
 """
 
+import errno
 import fnmatch
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -23,9 +24,21 @@ from lib.schema import RowError
 from lib.storage import FileInfo, Store, explained, open_store, path_below, split_pattern, to_listing
 
 READ_BATCH_ROWS = 8_192
-"""Rows decoded at a time; the text of no more than these is in memory beside its tokens."""
+"""Rows handed on at a time; the text of no more than these is in memory beside its tokens."""
+
+READ_BATCH_BYTES = 2 * 2**20
+"""Text handed on at a time, if it has more than one row: tokenizers were seen to take 470 times a text's size."""
+
+DECODE_ROWS = 256
+"""Rows decoded at a time: a footer does not say how long the texts behind a dictionary are. A million rows in 0.1 s."""
+
+BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u2060\ufeff"
+"""White space, and the characters of no width: a text of these alone says nothing."""
 
 SHARD_ENDINGS = (".parquet", ".pq")
+
+SIGNATURE_BYTES = 28
+"""Nonce and tag behind a plain footer of encrypted columns (Parquet Modular Encryption, 5.5)."""
 
 
 class BadShardError(Exception):
@@ -53,6 +66,11 @@ class Rows:
     keys: pa.Table
     """key columns; N rows"""
 
+    @property
+    def size(self) -> int:
+        """Characters of all texts."""
+        return sum(sum(map(len, texts)) for texts in self.texts)
+
 
 class ChangedShardError(Exception):
     """A shard that is not the one that was planned: another content, or gone."""
@@ -65,13 +83,18 @@ class WatchedFile(io.RawIOBase):
         self.handle = handle
         self.info = info
         self.failure: Exception | None = None
+        self.last_bytes = b""
+        """the end of the file, once it was read: 4 bytes of the footer's length and `PAR1`"""
 
     def read(self, size: int = -1) -> bytes:
         try:
-            return self.handle.read(size)
+            found = self.handle.read(size)
         except Exception as error:
             self.failure = error
             raise
+        if found and self.handle.tell() == self.info.size:
+            self.last_bytes = found[-8:]
+        return found
 
     def seek(self, offset: int, whence: int = 0) -> int:
         return self.handle.seek(offset, whence)
@@ -147,11 +170,19 @@ def open_parquet(store: Store, path: str) -> tuple[pq.ParquetFile, WatchedFile]:
     """Open one shard. Raises `BadShardError` if its footer cannot be read, storage errors as they are."""
     watched = WatchedFile(*store.open_described(path))
     try:
-        return pq.ParquetFile(watched, pre_buffer=True, page_checksum_verification=True), watched
+        parquet = pq.ParquetFile(watched, pre_buffer=True, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         if watched.failure is not None:
             raise watched.failure from error
         raise BadShardError(f"not a readable Parquet file: {first_line(error)}") from error
+    if is_signed(parquet.metadata, watched.last_bytes):
+        raise BadShardError("its columns are encrypted: write it without encryption")
+    return parquet, watched
+
+
+def is_signed(footer: pq.FileMetaData, last_bytes: bytes) -> bool:
+    """Whether a signature follows the footer: its columns are encrypted, and PyArrow ends the process when asked for their sizes."""
+    return int.from_bytes(last_bytes[:4], "little") - footer.serialized_size == SIGNATURE_BYTES
 
 
 def first_line(error: BaseException) -> str:
@@ -168,6 +199,9 @@ def read_row_groups(store: Store, path: str, columns: Columns) -> list[RowGroup]
         wanted = [
             index for index in range(footer.num_columns) if is_below(footer.schema.column(index).path, columns.text)
         ]
+        counts = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
+        if min(counts, default=0) < 0 or sum(counts) != footer.num_rows:
+            raise BadShardError(f"its footer says {footer.num_rows} rows, its row groups add up to {sum(counts)}")
         return [
             RowGroup(group.num_rows, sum(max(0, group.column(index).total_uncompressed_size) for index in wanted))
             for group in map(footer.row_group, range(footer.num_row_groups))
@@ -186,6 +220,8 @@ def check_columns(schema: pa.Schema, path: str, columns: Columns) -> None:
         if not is_text(found):
             raise BadShardError(f"column {name!r} is {found}, expected text (string, or binary that holds UTF-8)")
     for field in columns.keys:
+        if schema.names.count(field.name) > 1:
+            raise BadShardError(f"key column {field.name!r} is there {schema.names.count(field.name)} times")
         if field.name not in schema.names and field.name not in partition_values(path):
             raise BadShardError(
                 f"key column {field.name!r} is missing{nearest(field.name, schema.names)} (there are: {', '.join(schema.names)})"
@@ -287,7 +323,8 @@ def read_rows(
     """Read chunks of one shard, a batch of rows at a time, in order. Exactly `chunk.rows` rows come for each chunk.
 
     Rows whose pages cannot be decoded come as `UNREADABLE` with null keys. Raises `ChangedShardError` if the shard is not
-    the one that was planned; storage that fails raises as it is.
+    the one that was planned, or not any more at the end: rows that came before it are then not to be used. Storage that
+    fails raises as it is.
     """
     path, planned = chunks[0].shard, chunks[0].identity
     try:
@@ -300,22 +337,72 @@ def read_rows(
             raise ChangedShardError(f"{path}: its content is not the one that was listed ({info.size} bytes now)")
         groups = [parquet.metadata.row_group(index).num_rows for index in range(parquet.metadata.num_row_groups)]
         bounds = [0, *itertools.accumulate(groups)]
-        for chunk in chunks:
-            for index, (first, last) in enumerate(itertools.pairwise(bounds)):
-                start, stop = max(chunk.start, first), min(chunk.start + chunk.rows, last)
-                if start < stop:
-                    for rows in read_group(parquet, watched, index, start - first, stop - start, columns):
-                        yield chunk, rows
+        try:
+            for chunk in chunks:
+                row_bytes = max(1, chunk.text_bytes // max(1, chunk.rows))
+                for index, (first, last) in enumerate(itertools.pairwise(bounds)):
+                    start, stop = max(chunk.start, first), min(chunk.start + chunk.rows, last)
+                    if start < stop:
+                        parts = read_group(parquet, watched, index, start - first, stop - start, row_bytes, columns)
+                        for rows in collect(parts):
+                            yield chunk, rows
+        except OSError as error:
+            if error is watched.failure and is_expired(error):
+                raise ChangedShardError(f"{path}: it was changed or removed while it was read") from error
+            raise
+    if not store.is_s3 and store.info(path) != info:  # S3 is asked for the ETag with every range
+        raise ChangedShardError(f"{path}: it was changed or removed while it was read")
+
+
+def is_expired(error: OSError) -> bool:
+    """Whether storage refused to go on because the object is another one by now (s3fs: EBUSY), or gone."""
+    return isinstance(error, FileNotFoundError) or error.errno == errno.EBUSY
+
+
+def collect(parts: Iterable[Rows]) -> Iterator[Rows]:
+    """Put neighbouring rows together, up to `READ_BATCH_ROWS` and `READ_BATCH_BYTES`."""
+    batch: list[Rows] = []
+    rows = size = 0
+    for part in itertools.chain.from_iterable(map(split, parts)):
+        if batch and (rows + len(part.errors) > READ_BATCH_ROWS or size + part.size > READ_BATCH_BYTES):
+            yield join(batch)
+            batch, rows, size = [], 0, 0
+        batch.append(part)
+        rows, size = rows + len(part.errors), size + part.size
+    if batch:
+        yield join(batch)
+
+
+def split(rows: Rows) -> Iterator[Rows]:
+    """Rows in parts of at most `READ_BATCH_BYTES`, or of one row."""
+    half = len(rows.errors) // 2
+    if not half or rows.size <= READ_BATCH_BYTES:
+        yield rows
+        return
+    good = np.count_nonzero(rows.errors[:half] == RowError.NONE)
+    yield from split(Rows(tuple(texts[:good] for texts in rows.texts), rows.errors[:half], rows.keys.slice(0, half)))
+    yield from split(Rows(tuple(texts[good:] for texts in rows.texts), rows.errors[half:], rows.keys.slice(half)))
+
+
+def join(parts: Sequence[Rows]) -> Rows:
+    """Several parts as one, in order."""
+    texts = tuple([text for one in side for text in one] for side in zip(*(part.texts for part in parts), strict=True))
+    errors = np.concatenate([part.errors for part in parts])
+    return Rows(texts, errors, pa.concat_tables([part.keys for part in parts]))
 
 
 def read_group(
-    parquet: pq.ParquetFile, watched: WatchedFile, index: int, skip: int, count: int, columns: Columns
+    parquet: pq.ParquetFile, watched: WatchedFile, index: int, skip: int, count: int, row_bytes: int, columns: Columns
 ) -> Iterator[Rows]:
-    """Read `count` rows of one row group after `skip`; what cannot be decoded comes as `UNREADABLE` rows."""
+    """Read `count` rows of one row group after `skip`, few at a time; what cannot be decoded comes as `UNREADABLE` rows.
+
+    `row_bytes` is the text of one row on average, by the footer.
+    """
     names = [*columns.text, *(name for name in columns.keys.names if name in parquet.schema_arrow.names)]
     left = count
+    batch_rows = max(1, min(DECODE_ROWS, READ_BATCH_ROWS, READ_BATCH_BYTES // row_bytes))
     try:
-        for batch in parquet.iter_batches(READ_BATCH_ROWS, row_groups=[index], columns=names, use_threads=False):
+        for batch in parquet.iter_batches(batch_rows, row_groups=[index], columns=names, use_threads=False):
             part = batch.slice(min(skip, batch.num_rows), left)
             skip -= min(skip, batch.num_rows)
             if part.num_rows:
@@ -374,7 +461,7 @@ def check_texts(column: pa.Array) -> tuple[pa.Array, npt.NDArray[np.uint8]]:
         decoded = [decode_or_none(value) for value in raw.to_pylist()]
         texts = pa.array(decoded, pa.large_string())
         errors[texts.is_null().to_numpy(zero_copy_only=False) & (errors == RowError.NONE)] = RowError.UNDECODABLE
-    blank = pc.fill_null(pc.equal(pc.binary_length(pc.utf8_trim_whitespace(texts)), 0), False)
+    blank = pc.fill_null(pc.equal(pc.binary_length(pc.utf8_trim(texts, BLANK)), 0), False)
     errors[blank.to_numpy(zero_copy_only=False) & (errors == RowError.NONE)] = RowError.EMPTY
     return texts, errors
 

@@ -25,7 +25,7 @@ from lib.storage import Store, explained, open_store
 CARD_NAME = "textsweep.json"
 COMMIT_NAME = "config.json"
 
-SCORING_REVISION = 1
+SCORING_REVISION = 2
 """Raised by hand when the code scores differently; part of every version. A test pins scores to it."""
 
 DECIDING_ENDINGS = (".safetensors", ".json", ".model", "vocab.txt", "merges.txt")
