@@ -25,7 +25,6 @@ from lib.config import PredictConfig, parse_command
 from lib.errors import UsageError, nearest, run_job
 from lib.predictor import Predictor, to_results
 from lib.schema import PredictionSchema, RowError
-from lib.tokenization import load_tokenizer
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 """A cell that starts like this is run as a formula by spreadsheets; written with an apostrophe before it, it is text."""
@@ -44,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     arguments, config = command.arguments, command.config
 
     table = read_texts(arguments.texts, arguments.csv, arguments.column)
-    model = checkpoint.load(config.model.path, config.model.max_length)
+    model = checkpoint.load(config.model.path, config.model.max_length, config.model.trust)
     predictor = Predictor(model, config.model.precision)
     results = predict(predictor, model, table[arguments.column if arguments.csv else "text"])
     scored = pd.concat([table, results], axis=1).map(as_plain_text)
@@ -75,7 +74,7 @@ def predict(predictor: Predictor, model: checkpoint.Checkpoint, texts: "pd.Serie
     """Score texts; the columns are those of `jobs.score`."""
     checked, errors = check_texts(pa.array(texts, pa.string()))
     good = errors == RowError.NONE
-    tokens = load_tokenizer(model.folder, model.card.max_length).encode(checked.filter(pa.array(good)).to_pylist())
+    tokens = checkpoint.tokenizer_of(model).encode(checked.filter(pa.array(good)).to_pylist())
     scores = np.full((len(errors), len(model.card.labels)), np.nan, np.float32)
     scores[good] = predictor.probabilities(tokens.ids, tokens.offsets)
     lengths, truncated = np.zeros(len(errors), np.int32), np.zeros(len(errors), np.bool_)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from lib.archive import BadShardError, ChangedShardError, Columns, Rows, read_row_groups, read_rows
 from lib.checkpoint import fetch
+from lib.config import Trust
 from lib.errors import TextsweepError
 from lib.planning import Block, Chunk, RowGroup
 from lib.publishing import FOOTER_KEY, read_record
@@ -49,6 +50,8 @@ class ScoreJob:
     schema: PredictionSchema
     model_url: str
     model_digest: str
+    trust: Trust
+    """what of the model's folder may be unpickled or run"""
     max_length: int
     thresholds: tuple[float, ...] | None
     precision: Literal["auto", "fp32", "bf16"]
@@ -95,7 +98,7 @@ def read_block(job: ScoreJob, block: Block, on_failure: OnFailure) -> list[pa.Ta
 
 def tokenize(job: ScoreJob, rows: Rows) -> pa.Table:
     """Turn rows into the table that travels: ids (an empty list for a row with an error), flags, key columns. The text stays behind."""
-    tokenizer = load_tokenizer(fetch(job.model_url), job.max_length)
+    tokenizer = load_tokenizer(fetch(job.model_url, job.trust), job.max_length, job.trust.code)
     tokens = tokenizer.encode(*rows.texts)
     lengths = np.zeros(len(rows.errors), np.int32)
     truncated = np.zeros(len(rows.errors), np.bool_)

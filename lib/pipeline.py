@@ -122,7 +122,7 @@ class PredictBlock:
     def __init__(self, job: ScoreJob, threads: int, progress: Any) -> None:
         ray.get(progress.enlist.remote(ray.get_runtime_context().current_actor))
         try:
-            loaded = checkpoints.load(job.model_url, job.max_length)
+            loaded = checkpoints.load(job.model_url, job.max_length, job.trust)
             if loaded.digest != job.model_digest:
                 raise UsageError(
                     f"model.path {job.model_url}: on this node it is not the model that the run was planned with;"

@@ -75,7 +75,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
     refuse_output_inside(config.input.path, output)
     archive, listing = list_shards(config.input.path)
     columns = resolve_columns(archive, listing["path"].to_pylist(), config.input.text_column, config.input.key_columns)
-    model = checkpoint.load(config.model.path, config.model.max_length)
+    model = checkpoint.load(config.model.path, config.model.max_length, config.model.trust)
     version = checkpoint.version_of(model, config)
     keys = publishing.read_archive(output.at(version), archive.url, columns.keys)
     schema = PredictionSchema(
@@ -99,6 +99,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         schema=schema,
         model_url=config.model.path,
         model_digest=model.digest,
+        trust=model.trust,
         max_length=model.card.max_length,
         thresholds=model.card.thresholds,
         precision=config.model.precision,
