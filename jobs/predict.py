@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib import checkpoint
-from lib.archive import check_texts
 from lib.config import PredictConfig, parse_command
 from lib.errors import UsageError, nearest, run_job
 from lib.predictor import Predictor, to_results
+from lib.reading import check_texts
 from lib.schema import PredictionSchema, RowError
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")

@@ -16,13 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lib.archive import BadShardError, ChangedShardError, Columns, Rows, read_row_groups, read_rows
+from lib.archive import BAD_TEXT, BadShardError, Columns, read_row_groups
 from lib.checkpoint import fetch
 from lib.config import Trust
 from lib.errors import TextsweepError
 from lib.planning import Block, Chunk, RowGroup
 from lib.publishing import FOOTER_KEY, read_record
-from lib.schema import DEAD_LETTER_SCHEMA, PredictionSchema, RowError
+from lib.reading import ChangedShardError, Rows, read_rows
+from lib.schema import DEAD_LETTER_SCHEMA, DEAD_LETTER_TEXT, PredictionSchema, RowError
 from lib.storage import Store, explained
 from lib.tokenization import Tokens, load_tokenizer
 
@@ -135,14 +136,19 @@ def write_block(job: ScoreJob, table: pa.Table, on_failure: OnFailure) -> pa.Tab
 def write_chunk(job: ScoreJob, chunk: Chunk, rows: pa.Table) -> dict[str, Any]:
     """Create a chunk's object, its dead letters first; returns what its footer says and its size in bytes."""
     numbers = pa.array(np.arange(chunk.start, chunk.start + chunk.rows), pa.int64())
+    texts = [rows[BAD_TEXT].combine_chunks()] if BAD_TEXT in rows.column_names else []
+    if texts:
+        rows = rows.drop_columns([BAD_TEXT])
     if not job.schema.keys.names:
         shards = pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.rows)
         rows = pa.table([shards, numbers, *rows.columns], names=["shard", "row", *rows.column_names])
     error = rows[job.schema.prefix + "error"]
     bad = pc.is_valid(error)
     if pc.any(bad).as_py():
-        letters = [pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.rows), numbers, error.combine_chunks()]
-        create(job, f"_dead_letter/{chunk.name}", pa.table(letters, schema=DEAD_LETTER_SCHEMA).filter(bad))
+        shards = pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.rows)
+        schema = DEAD_LETTER_SCHEMA.append(DEAD_LETTER_TEXT) if texts else DEAD_LETTER_SCHEMA
+        letters = pa.table([shards, numbers, error.combine_chunks(), *texts], schema=schema)
+        create(job, f"_dead_letter/{chunk.name}", letters.filter(bad))
     record = {
         "version": job.version,
         "shard": chunk.shard,

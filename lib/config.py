@@ -88,6 +88,8 @@ class ScoreOutputSection(Section):
     """put before the names of the columns that scoring adds"""
     probabilities: bool = False
     """add every class's probability, in label order"""
+    dead_letter_text: bool = False
+    """add the texts of rows with an error to the dead letters: texts may be personal, so they are left out otherwise"""
 
 
 class PlanningSection(Section):

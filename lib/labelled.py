@@ -22,21 +22,19 @@ from pydantic import BaseModel, ConfigDict
 
 from lib.archive import (
     BadShardError,
-    ChangedShardError,
     Columns,
-    Rows,
     check_columns,
     find_type,
     key_type,
     list_shards,
     open_parquet,
     read_row_groups,
-    read_rows,
 )
 from lib.checkpoint import fetch
 from lib.config import TrainConfig, Trust
 from lib.errors import IncompleteError, TextsweepError, UsageError, nearest
 from lib.planning import Chunk, bundle, chunks_of, with_identities
+from lib.reading import ChangedShardError, Rows, read_rows
 from lib.schema import RowError, Task
 from lib.storage import Store, explained
 from lib.tokenization import load_tokenizer

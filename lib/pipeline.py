@@ -146,10 +146,11 @@ class PredictBlock:
         results = to_results(
             self.job.schema, self.job.thresholds, scores, np.diff(offsets), table[TRUNCATED].to_numpy(), errors
         )
-        keys = [table[name].combine_chunks() for name in self.job.schema.keys.names]
+        carried = self.job.columns.carried.names
+        keys = [table[name].combine_chunks() for name in carried]
         named = pa.table(
             [*keys, *(column.combine_chunks() for column in results.columns)],
-            names=[*self.job.schema.keys.names, *results.column_names],
+            names=[*carried, *results.column_names],
         )
         return named.replace_schema_metadata(table.schema.metadata)
 

@@ -95,7 +95,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         archive=archive,
         output=output.at(version),
         version=version,
-        columns=Columns(text=columns.text, keys=schema.keys),
+        columns=Columns(text=columns.text, keys=schema.keys, bad_texts=config.output.dead_letter_text),
         schema=schema,
         model_url=config.model.path,
         model_digest=model.digest,

@@ -199,7 +199,11 @@ def test_code_from_another_place_is_refused_since_the_version_would_not_hold_it(
 
 def test_both_are_off_until_they_are_asked_for_and_are_no_part_of_the_version(classifier: str) -> None:
     scoring = {"input": {"path": "a"}, "model": {"path": classifier}, "output": {"path": "b"}}
-    asked = scoring | {"model": {"path": classifier, "allow_pickle": True, "trust_remote_code": True}}
+    asked = {
+        "input": {"path": "a"},
+        "model": {"path": classifier, "allow_pickle": True, "trust_remote_code": True},
+        "output": {"path": "b", "dead_letter_text": True},  # decides no score either
+    }
     plain, trusting = validate(ScoreConfig, scoring), validate(ScoreConfig, asked)
     assert (plain.model.trust, trusting.model.trust) == (Trust(), Trust(pickle=True, code=True))
     versions = [

@@ -12,22 +12,19 @@ from hypothesis import strategies as st
 from pyarrow.parquet.encryption import CryptoFactory, EncryptionConfiguration, KmsClient, KmsConnectionConfig
 
 from jobs.demo_store import LoopbackS3
-from lib import archive
+from lib import reading
 from lib.archive import (
     BadShardError,
-    ChangedShardError,
     Columns,
-    Rows,
-    check_texts,
     is_shard,
     list_shards,
     read_row_groups,
-    read_rows,
     refuse_output_inside,
     resolve_columns,
 )
 from lib.errors import UsageError
 from lib.planning import Chunk, chunks_of, identity
+from lib.reading import ChangedShardError, Rows, check_texts, read_rows
 from lib.schema import RowError
 from lib.storage import Store, open_store
 from tests.fakes import to_parquet, write_archive
@@ -118,7 +115,7 @@ def test_a_batch_of_texts_stays_small_whatever_the_footer_says(tmp_path: Path) -
     store = one_shard(tmp_path, table)
     columns = Columns(text=("text",), keys=pa.schema([("id", pa.int64())]))
     batches = [rows for _, rows in read_rows(store, plan(store, "x.parquet", columns), columns, MB)]
-    assert max(rows.size for rows in batches) <= archive.READ_BATCH_BYTES
+    assert max(rows.size for rows in batches) <= reading.READ_BATCH_BYTES
     assert [key for rows in batches for key in rows.keys["id"].to_pylist()] == list(range(1_001))
     assert [len(text) for rows in batches for text in rows.texts[0]] == [400_000] * 1_000 + [3]
 
@@ -221,7 +218,7 @@ def test_chunks_of_any_layout_read_back_every_row_once(
             writer.write_table(pa.table({"text": pa.array(texts[end - rows : end], pa.string())}))
     store = one_shard(folder, sink.getvalue().to_pybytes())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(archive, "READ_BATCH_ROWS", batch_rows)
+        patch.setattr(reading, "READ_BATCH_ROWS", batch_rows)
         chunks = plan(store, "x.parquet", TEXT, chunk_bytes=400)
         found = [text for _, rows in read_rows(store, chunks, TEXT, 400) for text in rows.texts[0]]
     assert found == texts

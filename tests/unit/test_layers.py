@@ -16,6 +16,7 @@ ORDER = (
     *(
         "planning",
         "archive",
+        "reading",
         "tokenization",
         "batching",
         "metrics",
