@@ -11,6 +11,7 @@ Exit codes: 0 done; 2 the command or configuration is wrong; 4 storage failed, r
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
@@ -20,15 +21,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib import checkpoint
-from lib.archive import check_texts
 from lib.config import PredictConfig, parse_command
 from lib.errors import UsageError, nearest, run_job
 from lib.predictor import Predictor, to_results
+from lib.reading import check_texts
 from lib.schema import PredictionSchema, RowError
-from lib.tokenization import load_tokenizer
 
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
 """A cell that starts like this is run as a formula by spreadsheets; written with an apostrophe before it, it is text."""
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,10 +46,10 @@ def main(argv: Sequence[str]) -> None:
     arguments, config = command.arguments, command.config
 
     table = read_texts(arguments.texts, arguments.csv, arguments.column)
-    model = checkpoint.load(config.model.path, config.model.max_length)
+    model = checkpoint.load(config.model.path, config.model.max_length, config.model.trust)
     predictor = Predictor(model, config.model.precision)
     results = predict(predictor, model, table[arguments.column if arguments.csv else "text"])
-    scored = pd.concat([table, results], axis=1).map(as_plain_text)
+    scored = pd.concat([table, results], axis=1).map(as_plain_text).rename(columns=as_plain_text)
     try:
         scored.to_csv(arguments.output or sys.stdout, index=False)
     except OSError as error:
@@ -75,7 +77,7 @@ def predict(predictor: Predictor, model: checkpoint.Checkpoint, texts: "pd.Serie
     """Score texts; the columns are those of `jobs.score`."""
     checked, errors = check_texts(pa.array(texts, pa.string()))
     good = errors == RowError.NONE
-    tokens = load_tokenizer(model.folder, model.card.max_length).encode(checked.filter(pa.array(good)).to_pylist())
+    tokens = checkpoint.tokenizer_of(model).encode(checked.filter(pa.array(good)).to_pylist())
     scores = np.full((len(errors), len(model.card.labels)), np.nan, np.float32)
     scores[good] = predictor.probabilities(tokens.ids, tokens.offsets)
     lengths, truncated = np.zeros(len(errors), np.int32), np.zeros(len(errors), np.bool_)
@@ -93,8 +95,14 @@ def predict(predictor: Predictor, model: checkpoint.Checkpoint, texts: "pd.Serie
 
 
 def as_plain_text(value: object) -> object:
-    """Keep a spreadsheet from running a text as a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
+    """Keep a spreadsheet from running a text as a formula; numbers stay numbers.
+
+    Line breaks become line feeds: pandas quotes no carriage return, and what stands behind one would start a new cell.
+    """
+    if not isinstance(value, str):
+        return value
+    plain = value.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{plain}" if plain.startswith(FORMULA_STARTS) and not NUMBER.fullmatch(plain) else plain
 
 
 if __name__ == "__main__":

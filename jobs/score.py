@@ -2,7 +2,7 @@
 
 Reads   the shards below input.path that have no predictions yet, and a model folder.
 Writes  <output.path>/<version>/<shard>-<identity>-<chunk>-of-<chunks>.parquet   predictions, one object a chunk
-        <output.path>/<version>/_dead_letter/...                                 rows with an error: shard, row, reason
+        <output.path>/<version>/_dead_letter/...                                 rows with an error: shard, row, reason (and text, if asked for)
         <output.path>/<version>/_runs/<run-id>/                                  run.json, report.html, manifest.parquet, _SUCCESS
         <output.path>/_published.json                                            the pointer to the manifest that readers use
 

@@ -25,7 +25,7 @@ class PredictBlock:
         self.report = Reporter(progress, ray.get_runtime_context().get_actor_id() or "")
         ray.get(progress.enlist.remote(self.report.actor, ray.get_runtime_context().current_actor))
         with reported(progress):
-            loaded = checkpoints.load(job.model_url, job.max_length)
+            loaded = checkpoints.load(job.model_url, job.max_length, job.trust)
             if loaded.digest != job.model_digest:
                 raise UsageError(
                     f"model.path {job.model_url}: on this node it is not the model that the run was planned with;"
@@ -51,10 +51,11 @@ class PredictBlock:
         results = to_results(
             self.job.schema, self.job.thresholds, scores, np.diff(offsets), table[TRUNCATED].to_numpy(), errors
         )
-        keys = [table[name].combine_chunks() for name in self.job.schema.keys.names]
+        carried = self.job.columns.carried.names
+        keys = [table[name].combine_chunks() for name in carried]
         named = pa.table(
             [*keys, *(column.combine_chunks() for column in results.columns)],
-            names=[*self.job.schema.keys.names, *results.column_names],
+            names=[*carried, *results.column_names],
         )
         return named.replace_schema_metadata(table.schema.metadata)
 

@@ -1,32 +1,36 @@
-"""The archive: its shards, their footers, and the rows of a chunk, with everything a bad file can do caught here.
+"""The archive: its shards, their footers and columns, with everything that a bad file can do caught here.
 
-A row that cannot be scored keeps its place with a `RowError`. A shard that cannot be read at all is a `BadShardError`.
-Storage that fails is neither: it raises as it is.
+A shard that cannot be read at all is a `BadShardError`. Storage that fails is none: it raises as it is.
 """
 
+import contextlib
 import fnmatch
 import io
-import itertools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.errors import UsageError, nearest
 from lib.listing import FileInfo, to_listing
-from lib.planning import Chunk, RowGroup, identity
-from lib.schema import RowError
+from lib.planning import RowGroup
 from lib.storage import Store, explained, open_store, path_below, split_pattern
 
-READ_BATCH_ROWS = 8_192
-"""Rows decoded at a time; the text of no more than these is in memory beside its tokens."""
-
 SHARD_ENDINGS = (".parquet", ".pq")
+
+RAY_TYPES = ("arrow_pickled_object", "arrow_tensor", "arrow_tensor_v2", "arrow_variable_shaped_tensor")
+"""Extension types of Ray Data: a file that names one has Ray's Python code read its metadata, which was once a pickle (CVE-2026-41486)."""
+
+BAD_FILE = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError)
+"""What a bad file raises: PyArrow's own errors, and what extension types make of metadata that they did not write (Ray's: TypeError)."""
+
+BAD_TEXT = "__bad_text"
+"""The column in which texts of rows with an error travel."""
+
+SIGNATURE_BYTES = 28
+"""Nonce and tag behind a plain footer of encrypted columns (Parquet Modular Encryption, 5.5)."""
 
 
 class BadShardError(Exception):
@@ -41,22 +45,13 @@ class Columns:
     """one name, or two for sentence pairs"""
     keys: pa.Schema
     """key columns in the types they are written in"""
+    bad_texts: bool = False
+    """whether the texts of rows with an error come along, as the column `BAD_TEXT` behind the keys"""
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a chunk, in order."""
-
-    texts: tuple[list[str], ...]
-    """for each text column, the texts of the rows without an error"""
-    errors: npt.NDArray[np.uint8]
-    """(N,), a `RowError` for each row"""
-    keys: pa.Table
-    """key columns; N rows"""
-
-
-class ChangedShardError(Exception):
-    """A shard that is not the one that was planned: another content, or gone."""
+    @property
+    def carried(self) -> pa.Schema:
+        """What comes along beside the texts."""
+        return self.keys.append(pa.field(BAD_TEXT, pa.string())) if self.bad_texts else self.keys
 
 
 class WatchedFile(io.RawIOBase):
@@ -66,13 +61,18 @@ class WatchedFile(io.RawIOBase):
         self.handle = handle
         self.info = info
         self.failure: Exception | None = None
+        self.last_bytes = b""
+        """the end of the file, once it was read: 4 bytes of the footer's length and `PAR1`"""
 
     def read(self, size: int = -1) -> bytes:
         try:
-            return self.handle.read(size)
+            found = self.handle.read(size)
         except Exception as error:
             self.failure = error
             raise
+        if found and self.handle.tell() == self.info.size:
+            self.last_bytes = found[-8:]
+        return found
 
     def seek(self, offset: int, whence: int = 0) -> int:
         return self.handle.seek(offset, whence)
@@ -146,12 +146,23 @@ def matches(parts: list[str], pattern: list[str]) -> bool:
 def open_parquet(store: Store, path: str) -> tuple[pq.ParquetFile, WatchedFile]:
     """Open one shard. Raises `BadShardError` if its footer cannot be read, storage errors as they are."""
     watched = WatchedFile(*store.open_described(path))
+    for name in RAY_TYPES:
+        with contextlib.suppress(pa.ArrowKeyError):  # not registered: Ray Data is not imported, or it was done before
+            pa.unregister_extension_type(f"ray.data.{name}")
     try:
-        return pq.ParquetFile(watched, pre_buffer=True, page_checksum_verification=True), watched
-    except (pa.ArrowException, OSError, ValueError) as error:
+        parquet = pq.ParquetFile(watched, pre_buffer=True, page_checksum_verification=True)
+    except BAD_FILE as error:
         if watched.failure is not None:
             raise watched.failure from error
         raise BadShardError(f"not a readable Parquet file: {first_line(error)}") from error
+    if is_signed(parquet.metadata, watched.last_bytes):
+        raise BadShardError("its columns are encrypted: write it without encryption")
+    return parquet, watched
+
+
+def is_signed(footer: pq.FileMetaData, last_bytes: bytes) -> bool:
+    """Whether a signature follows the footer: its columns are encrypted, and PyArrow ends the process when asked for their sizes."""
+    return int.from_bytes(last_bytes[:4], "little") - footer.serialized_size == SIGNATURE_BYTES
 
 
 def first_line(error: BaseException) -> str:
@@ -161,6 +172,7 @@ def first_line(error: BaseException) -> str:
 
 def read_row_groups(store: Store, path: str, columns: Columns) -> list[RowGroup]:
     """Read a shard's footer and check its columns. Raises `BadShardError`."""
+    check_name(path)
     parquet, watched = open_parquet(store, path)
     with watched:
         check_columns(parquet.schema_arrow, path, columns)
@@ -168,10 +180,22 @@ def read_row_groups(store: Store, path: str, columns: Columns) -> list[RowGroup]
         wanted = [
             index for index in range(footer.num_columns) if is_below(footer.schema.column(index).path, columns.text)
         ]
+        counts = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
+        if min(counts, default=0) < 0 or sum(counts) != footer.num_rows:
+            raise BadShardError(f"its footer says {footer.num_rows} rows, its row groups add up to {sum(counts)}")
         return [
             RowGroup(group.num_rows, sum(max(0, group.column(index).total_uncompressed_size) for index in wanted))
             for group in map(footer.row_group, range(footer.num_row_groups))
         ]
+
+
+def check_name(path: str) -> None:
+    """Raise `BadShardError` unless a file can be called so on any storage: keys of S3 can be `a//b` or hold a NUL.
+
+    Names with `.` and `..` as folders are no part of an archive, as all that start with a dot.
+    """
+    if "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise BadShardError(f"{path!r} cannot be the name of a file: rename it, or choose an input.path below it")
 
 
 def is_below(path: str, names: tuple[str, ...]) -> bool:
@@ -186,6 +210,8 @@ def check_columns(schema: pa.Schema, path: str, columns: Columns) -> None:
         if not is_text(found):
             raise BadShardError(f"column {name!r} is {found}, expected text (string, or binary that holds UTF-8)")
     for field in columns.keys:
+        if schema.names.count(field.name) > 1:
+            raise BadShardError(f"key column {field.name!r} is there {schema.names.count(field.name)} times")
         if field.name not in schema.names and field.name not in partition_values(path):
             raise BadShardError(
                 f"key column {field.name!r} is missing{nearest(field.name, schema.names)} (there are: {', '.join(schema.names)})"
@@ -279,109 +305,3 @@ def resolve_columns(
             raise UsageError(f"{store.url}/{path}: {error}; set input.text_column or input.key_columns") from None
         return columns
     raise UsageError(f"{store.url}: none of the first {len(reasons)} shards is a readable Parquet file ({reasons[0]})")
-
-
-def read_rows(
-    store: Store, chunks: Sequence[Chunk], columns: Columns, chunk_bytes: int
-) -> Iterator[tuple[Chunk, Rows]]:
-    """Read chunks of one shard, a batch of rows at a time, in order. Exactly `chunk.rows` rows come for each chunk.
-
-    Rows whose pages cannot be decoded come as `UNREADABLE` with null keys. Raises `ChangedShardError` if the shard is not
-    the one that was planned; storage that fails raises as it is.
-    """
-    path, planned = chunks[0].shard, chunks[0].identity
-    try:
-        parquet, watched = open_parquet(store, path)
-    except FileNotFoundError as error:
-        raise ChangedShardError(f"{path}: it was there when the archive was listed, and is gone") from error
-    with watched:
-        info = watched.info
-        if identity(info.size, info.etag, info.mtime_ns, chunk_bytes) != planned:
-            raise ChangedShardError(f"{path}: its content is not the one that was listed ({info.size} bytes now)")
-        groups = [parquet.metadata.row_group(index).num_rows for index in range(parquet.metadata.num_row_groups)]
-        bounds = [0, *itertools.accumulate(groups)]
-        for chunk in chunks:
-            for index, (first, last) in enumerate(itertools.pairwise(bounds)):
-                start, stop = max(chunk.start, first), min(chunk.start + chunk.rows, last)
-                if start < stop:
-                    for rows in read_group(parquet, watched, index, start - first, stop - start, columns):
-                        yield chunk, rows
-
-
-def read_group(
-    parquet: pq.ParquetFile, watched: WatchedFile, index: int, skip: int, count: int, columns: Columns
-) -> Iterator[Rows]:
-    """Read `count` rows of one row group after `skip`; what cannot be decoded comes as `UNREADABLE` rows."""
-    names = [*columns.text, *(name for name in columns.keys.names if name in parquet.schema_arrow.names)]
-    left = count
-    try:
-        for batch in parquet.iter_batches(READ_BATCH_ROWS, row_groups=[index], columns=names, use_threads=False):
-            part = batch.slice(min(skip, batch.num_rows), left)
-            skip -= min(skip, batch.num_rows)
-            if part.num_rows:
-                rows = decode(part, columns)
-                left -= part.num_rows
-                yield rows
-            if not left:
-                return
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if watched.failure is not None:
-            raise watched.failure from error
-    if left:
-        yield unreadable_rows(left, columns)
-
-
-def unreadable_rows(count: int, columns: Columns) -> Rows:
-    """Rows that keep their places though nothing of them can be read."""
-    keys = pa.table([pa.nulls(count, field.type) for field in columns.keys], schema=columns.keys)
-    return Rows(tuple([] for _ in columns.text), np.full(count, RowError.UNREADABLE, np.uint8), keys)
-
-
-def decode(batch: pa.RecordBatch, columns: Columns) -> Rows:
-    """Turn a record batch into texts, errors and keys."""
-    checked = [check_texts(pick(batch, name)) for name in columns.text]
-    errors = np.maximum.reduce([found for _, found in checked])
-    good = pa.array(errors == RowError.NONE)
-    texts = tuple(values.filter(good).to_pylist() for values, _ in checked)
-    keys = [
-        pick(batch, field.name).cast(field.type)
-        if field.name in batch.schema.names
-        else pa.nulls(batch.num_rows, field.type)
-        for field in columns.keys
-    ]
-    return Rows(texts, errors, pa.table(keys, schema=columns.keys))
-
-
-def pick(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """A column, or a nested field `a.b`, of a record batch."""
-    if name in batch.schema.names:
-        return batch.column(name)
-    head, *rest = name.split(".")
-    return pc.struct_field(batch.column(head), rest)
-
-
-def check_texts(column: pa.Array) -> tuple[pa.Array, npt.NDArray[np.uint8]]:
-    """Return a column as large_string (null where it has an error) and a `RowError` for each row."""
-    raw = (
-        column.cast(pa.large_binary())
-        if not pa.types.is_dictionary(column.type)
-        else column.dictionary_decode().cast(pa.large_binary())
-    )
-    errors = np.where(raw.is_null().to_numpy(zero_copy_only=False), RowError.NULL, RowError.NONE).astype(np.uint8)
-    try:
-        texts = raw.cast(pa.large_string())
-    except pa.ArrowInvalid:
-        decoded = [decode_or_none(value) for value in raw.to_pylist()]
-        texts = pa.array(decoded, pa.large_string())
-        errors[texts.is_null().to_numpy(zero_copy_only=False) & (errors == RowError.NONE)] = RowError.UNDECODABLE
-    blank = pc.fill_null(pc.equal(pc.binary_length(pc.utf8_trim_whitespace(texts)), 0), False)
-    errors[blank.to_numpy(zero_copy_only=False) & (errors == RowError.NONE)] = RowError.EMPTY
-    return texts, errors
-
-
-def decode_or_none(value: bytes | None) -> str | None:
-    """Decode UTF-8, strictly."""
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return None

@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lib.archive import BadShardError, ChangedShardError, Columns, Rows, read_row_groups, read_rows
+from lib.archive import BAD_TEXT, BadShardError, Columns, read_row_groups
 from lib.checkpoint import fetch
+from lib.config import Trust
 from lib.planning import Block, Chunk, RowGroup
 from lib.publishing import FOOTER_KEY, read_record
-from lib.schema import DEAD_LETTER_SCHEMA, PredictionSchema, RowError
+from lib.reading import ChangedShardError, Rows, read_rows
+from lib.schema import DEAD_LETTER_SCHEMA, DEAD_LETTER_TEXT, PredictionSchema, RowError
 from lib.storage import Store, explained
 from lib.tokenization import Tokens, load_tokenizer
 
@@ -48,6 +50,8 @@ class ScoreJob:
     schema: PredictionSchema
     model_url: str
     model_digest: str
+    trust: Trust
+    """what of the model's folder may be unpickled or run"""
     max_length: int
     thresholds: tuple[float, ...] | None
     precision: Literal["auto", "fp32", "bf16"]
@@ -102,7 +106,13 @@ def exclude(rows: Rows, start: int, ranges: Sequence[Sequence[int]]) -> Rows:
     out = np.any([(numbers >= first) & (numbers < last) for first, last in ranges], axis=0)
     good = rows.errors == RowError.NONE
     texts = tuple([text for text, left in zip(column, out[good], strict=True) if not left] for column in rows.texts)
-    return Rows(texts, np.where(out & good, RowError.CRASH, rows.errors).astype(np.uint8), rows.keys)
+    keys = rows.keys
+    if BAD_TEXT in keys.column_names:
+        found = keys[BAD_TEXT].to_pylist()
+        for place, *sides in zip(np.flatnonzero(good), *rows.texts, strict=True):
+            found[place] = "\n".join(sides) if out[place] else None
+        keys = keys.set_column(keys.column_names.index(BAD_TEXT), BAD_TEXT, pa.array(found, pa.string()))
+    return Rows(texts, np.where(out & good, RowError.CRASH, rows.errors).astype(np.uint8), keys)
 
 
 def pick(rows: Rows, start: int, only: Sequence[int] | None) -> Rows:
@@ -117,7 +127,7 @@ def pick(rows: Rows, start: int, only: Sequence[int] | None) -> Rows:
 
 def tokenize(job: ScoreJob, rows: Rows) -> pa.Table:
     """Turn rows into the table that travels: ids (an empty list for a row with an error), flags, key columns. The text stays behind."""
-    tokenizer = load_tokenizer(fetch(job.model_url), job.max_length)
+    tokenizer = load_tokenizer(fetch(job.model_url, job.trust), job.max_length, job.trust.code)
     tokens = tokenizer.encode(*rows.texts)
     lengths = np.zeros(len(rows.errors), np.int32)
     truncated = np.zeros(len(rows.errors), np.bool_)
@@ -150,14 +160,19 @@ def write_block(job: ScoreJob, table: pa.Table) -> pa.Table:
 def write_chunk(job: ScoreJob, chunk: Chunk, rows: pa.Table) -> dict[str, Any]:
     """Create a chunk's object, its dead letters first; returns what its footer says and its size in bytes."""
     numbers = pa.array(range(chunk.start, chunk.start + chunk.rows) if chunk.only is None else chunk.only, pa.int64())
+    texts = [rows[BAD_TEXT].combine_chunks()] if BAD_TEXT in rows.column_names else []
+    if texts:
+        rows = rows.drop_columns([BAD_TEXT])
     if not job.schema.keys.names:
         shards = pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.num_scored)
         rows = pa.table([shards, numbers, *rows.columns], names=["shard", "row", *rows.column_names])
     error = rows[job.schema.prefix + "error"]
     bad = pc.is_valid(error)
     if pc.any(bad).as_py():
-        letters = [pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.num_scored), numbers, error.combine_chunks()]
-        create(job, f"_dead_letter/{chunk.name}", pa.table(letters, schema=DEAD_LETTER_SCHEMA).filter(bad))
+        shards = pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.num_scored)
+        schema = DEAD_LETTER_SCHEMA.append(DEAD_LETTER_TEXT) if texts else DEAD_LETTER_SCHEMA
+        letters = pa.table([shards, numbers, error.combine_chunks(), *texts], schema=schema)
+        create(job, f"_dead_letter/{chunk.name}", letters.filter(bad))
     record = {
         "version": job.version,
         "shard": chunk.shard,

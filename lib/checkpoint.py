@@ -11,21 +11,23 @@ import secrets
 import shutil
 import tempfile
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lib.config import ScoreConfig
+from lib.config import TRUST_NOTHING, ScoreConfig, Trust
 from lib.errors import IncompleteError, UsageError
-from lib.model import ModelFacts, read_facts
+from lib.model import PICKLED_WEIGHTS, ModelFacts, has_safetensors, read_facts
 from lib.schema import Task
 from lib.storage import Store, explained, open_store
+from lib.tokenization import Tokenizer, load_tokenizer
 
 CARD_NAME = "textsweep.json"
 COMMIT_NAME = "config.json"
 
-SCORING_REVISION = 1
+SCORING_REVISION = 2
 """Raised by hand when the code scores differently; part of every version. A test pins scores to it."""
 
 DECIDING_ENDINGS = (".safetensors", ".json", ".model", "vocab.txt", "merges.txt")
@@ -64,31 +66,37 @@ class Checkpoint:
     card: Card
     digest: str
     """SHA-256 over the deciding files"""
+    trust: Trust = TRUST_NOTHING
 
 
-def load(url: str, max_length: int | None = None) -> Checkpoint:
+def load(url: str, max_length: int | None = None, trust: Trust = TRUST_NOTHING) -> Checkpoint:
     """Bring a model folder to this machine, once per machine, and describe it. Loads no weights.
 
     Raises `UsageError` if it is no classifier, or if a file is not the one that was committed.
     """
-    folder = fetch(url)
-    facts = read_facts(folder, url)
+    folder = fetch(url, trust)
+    facts = read_facts(folder, url, trust)
     card = read_card(folder, url)
-    digests = {name: digest_of(Path(folder) / name) for name in deciding_files(folder)}
+    used = used_trust(folder, trust)
+    digests = {name: digest_of(Path(folder) / name) for name in deciding_files(folder, used)}
     if card:
-        check_files(url, digests, card.files)
+        check_files(url, digests, {name: one for name, one in card.files.items() if is_deciding(name, used)})
     else:
         card = Card(labels=facts.labels, task=facts.task, max_length=default_max_length(folder, facts))
     length = min(max_length or card.max_length, facts.max_positions)
     digest = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-    return Checkpoint(
-        url=url, folder=folder, facts=facts, card=card.model_copy(update={"max_length": length}), digest=digest
-    )
+    card = card.model_copy(update={"max_length": length})
+    return Checkpoint(url=url, folder=folder, facts=facts, card=card, digest=digest, trust=trust)
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's tokenizer, loaded once per process."""
+    return load_tokenizer(checkpoint.folder, checkpoint.card.max_length, checkpoint.trust.code)
 
 
 def check_files(url: str, found: dict[str, str], committed: dict[str, str]) -> None:
     """Raise `UsageError` unless the deciding files are exactly those that were committed."""
-    for name in sorted(found.keys() | filter(is_deciding, committed)):
+    for name in sorted(found.keys() | committed.keys()):
         if name not in found:
             raise UsageError(f"model.path {url}: {name} is missing, {CARD_NAME} names it: the checkpoint is damaged")
         if name not in committed:
@@ -120,13 +128,20 @@ def default_max_length(folder: str, facts: ModelFacts) -> int:
     return min(int(limit or facts.max_positions), facts.max_positions)
 
 
-def deciding_files(folder: str) -> list[str]:
+def deciding_files(folder: str, trust: Trust = TRUST_NOTHING) -> list[str]:
     """Names of the files in a folder that can decide a score, sorted."""
-    return sorted(path.name for path in Path(folder).iterdir() if path.is_file() and is_deciding(path.name))
+    return sorted(path.name for path in Path(folder).iterdir() if path.is_file() and is_deciding(path.name, trust))
 
 
-def is_deciding(name: str) -> bool:
-    """Whether a file of this name can decide a score."""
+def used_trust(folder: str, trust: Trust) -> Trust:
+    """What loading the folder makes use of: pickled weights are left alone where there are safetensors ones."""
+    return Trust(pickle=trust.pickle and not has_safetensors(folder), code=trust.code)
+
+
+def is_deciding(name: str, trust: Trust = TRUST_NOTHING) -> bool:
+    """Whether a file of this name can decide a score, given what may be unpickled or run."""
+    if (trust.code and name.endswith(".py")) or (trust.pickle and fnmatchcase(name, PICKLED_WEIGHTS)):
+        return True
     return name.endswith(DECIDING_ENDINGS) and not name.startswith(".") and name not in NEVER_DECIDING
 
 
@@ -160,7 +175,7 @@ def version_of(checkpoint: Checkpoint, config: ScoreConfig, selection: str = "")
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def fetch(url: str) -> str:
+def fetch(url: str, trust: Trust = TRUST_NOTHING) -> str:
     """Make a model folder available on this machine and return its path: a local one as it is, others from a cache by content.
 
     `package:NAME` is the folder `model` inside an installed Python package that carries one.
@@ -179,11 +194,11 @@ def fetch(url: str) -> str:
     names = [
         name
         for name in listing["path"].to_pylist()
-        if "/" not in name and (name.endswith(DECIDING_ENDINGS) or name == CARD_NAME)
+        if "/" not in name and (name.endswith(DECIDING_ENDINGS) or name == CARD_NAME or is_deciding(name, trust))
     ]
     if COMMIT_NAME not in names:
         raise UsageError(f"{url}: no {COMMIT_NAME} in it, so it is no model folder, or its training did not finish")
-    key = hashlib.sha256(f"{url}|{listing.to_pylist()}".encode()).hexdigest()[:24]
+    key = hashlib.sha256(f"{url}|{names}|{listing.to_pylist()}".encode()).hexdigest()[:24]
     cache = Path(os.environ.get("TEXTSWEEP_CACHE", Path(tempfile.gettempdir()) / f"textsweep-{os.getuid()}")) / "models"
     final = cache / key
     if final.is_dir():

@@ -28,6 +28,26 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """What a model's folder may make this process do besides reading numbers."""
+
+    pickle: bool = False
+    code: bool = False
+
+
+TRUST_NOTHING = Trust()
+
+
+def raise_if_code_was_refused(folder: str, error: Exception) -> None:
+    """Raise `UsageError` if what transformers raised says that the folder's own code would have to be run."""
+    if "trust_remote_code" in str(error):
+        raise UsageError(
+            f"{folder}: asks for Python code of its own to be run, and none of it was run. If you have read that code and trust it:"
+            " --set model.trust_remote_code=true"
+        ) from None
+
+
 class InputSection(Section):
     """What is scored."""
 
@@ -52,6 +72,15 @@ class ModelSection(Section):
     """tokens kept of each text, special ones included; default: the checkpoint's, else the most the model can take"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the GPU or processor computes in it, else fp32"""
+    allow_pickle: bool = False
+    """take pytorch_model.bin weights where there are no safetensors ones: only from a source you trust"""
+    trust_remote_code: bool = False
+    """run the Python files of the model's folder, on every node: only from a source you trust"""
+
+    @property
+    def trust(self) -> Trust:
+        """What of the folder may be unpickled or run."""
+        return Trust(pickle=self.allow_pickle, code=self.trust_remote_code)
 
 
 class ScoreOutputSection(Section):
@@ -67,6 +96,8 @@ class ScoreOutputSection(Section):
     """objects of changed or removed shards leave the manifest at once, and the storage after so many hours"""
     single_writer: bool = False
     """a promise that no two runs ever write here at once, for a store without atomic conditional writes"""
+    dead_letter_text: bool = False
+    """add the texts of rows with an error to the dead letters: texts may be personal, so they are left out otherwise"""
 
 
 class PlanningSection(Section):
@@ -151,6 +182,15 @@ class TrainModelSection(Section):
     """of the forward and backward pass; the weights stay in fp32"""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """of encoder and head; default: as the base has it"""
+    allow_pickle: bool = False
+    """take pytorch_model.bin weights where there are no safetensors ones: only from a source you trust"""
+    trust_remote_code: bool = False
+    """run the Python files of the model's folder, on every node: only from a source you trust"""
+
+    @property
+    def trust(self) -> Trust:
+        """What of the folder may be unpickled or run."""
+        return Trust(pickle=self.allow_pickle, code=self.trust_remote_code)
 
 
 class OptimSection(Section):

@@ -119,7 +119,9 @@ class Fit:
         self.sets = open_sets(job)
         self.steps_per_epoch = math.ceil(len(self.sets["train"]) / job.config.optim.batch_size)
         optim, index = job.config.optim, job.index
-        model: Any = new_classifier(fetch(job.base), index.labels, index.task, job.config.model.dropout, optim.seed)
+        trust, dropout = job.config.model.trust, job.config.model.dropout
+        base = fetch(job.base, trust)
+        model: Any = new_classifier(base, index.labels, index.task, dropout, optim.seed, trust)
         self.learner = Learner(model.to(team.device), optim, index.task, team, self.steps_per_epoch * optim.epochs)
         self.progress = Progress()
         self.best_weights: dict[str, torch.Tensor] = {}
@@ -323,7 +325,8 @@ def publish(fit: Fit, tested: dict[str, Any] | None) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         fit.learner.model.save_pretrained(folder)
-        load_tokenizer(fetch(job.base), job.max_length).reference.save_pretrained(folder)
+        trust = job.config.model.trust
+        load_tokenizer(fetch(job.base, trust), job.max_length, trust.code).reference.save_pretrained(folder)
         (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         commit(job.output, folder, card)
     print(f"committed the weights of step {progress.best_step} to {job.output.url}", flush=True)

@@ -22,21 +22,19 @@ from pydantic import BaseModel, ConfigDict
 
 from lib.archive import (
     BadShardError,
-    ChangedShardError,
     Columns,
-    Rows,
     check_columns,
     find_type,
     key_type,
     list_shards,
     open_parquet,
     read_row_groups,
-    read_rows,
 )
 from lib.checkpoint import fetch
-from lib.config import TrainConfig
+from lib.config import TrainConfig, Trust
 from lib.errors import IncompleteError, TextsweepError, UsageError, nearest
 from lib.planning import Chunk, bundle, chunks_of, with_identities
+from lib.reading import ChangedShardError, Rows, read_rows
 from lib.schema import RowError, Task
 from lib.storage import Store, explained
 from lib.tokenization import load_tokenizer
@@ -176,7 +174,9 @@ def prepare(config: TrainConfig, sources: Sequence[Source], base: str, max_lengt
         for number, block in enumerate(source.blocks)
     ]
     reports = (
-        tokenize_all(items, {source.name: source for source in sources}, base, max_length, folder) if items else []
+        tokenize_all(items, {source.name: source for source in sources}, base, config.model.trust, max_length, folder)
+        if items
+        else []
     )
     index = build_index(fingerprint, sources, reports, config)
     folder.replace(INDEX_NAME, index.model_dump_json().encode())
@@ -184,7 +184,7 @@ def prepare(config: TrainConfig, sources: Sequence[Source], base: str, max_lengt
 
 
 def tokenize_all(
-    items: list[dict[str, Any]], sources: dict[str, Source], base: str, max_length: int, folder: Store
+    items: list[dict[str, Any]], sources: dict[str, Source], base: str, trust: Trust, max_length: int, folder: Store
 ) -> list[dict[str, Any]]:
     """Run one Ray Data task for each item; the tasks write files, what comes back is a report for each."""
 
@@ -192,7 +192,7 @@ def tokenize_all(
         reports = []
         for item in batch.to_pylist():
             try:
-                reports.append(tokenize_block(item, sources[item["set"]], base, max_length, folder))
+                reports.append(tokenize_block(item, sources[item["set"]], base, trust, max_length, folder))
             except TextsweepError as error:  # as a report: what a task raises comes back wrapped, its type lost
                 reports.append({"failure": str(error), "is_usage": isinstance(error, UsageError)})
         return pa.table({"report": [json.dumps(report) for report in reports]})
@@ -209,9 +209,11 @@ def tokenize_all(
     return sorted(reports, key=lambda one: (one["set"], one["number"]))
 
 
-def tokenize_block(item: dict[str, Any], source: Source, base: str, max_length: int, folder: Store) -> dict[str, Any]:
+def tokenize_block(
+    item: dict[str, Any], source: Source, base: str, trust: Trust, max_length: int, folder: Store
+) -> dict[str, Any]:
     """Read and tokenize one block of chunks into one Arrow file; running it again writes the same file."""
-    tokenizer = load_tokenizer(fetch(base), max_length)
+    tokenizer = load_tokenizer(fetch(base, trust), max_length, trust.code)
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     batches: list[pa.RecordBatch] = []

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from lib.batching import cut_by_tokens, pad
-from lib.checkpoint import Checkpoint
+from lib.checkpoint import Checkpoint, tokenizer_of
 from lib.errors import UsageError
 from lib.model import choose_dtype, load_classifier, logits_of
 from lib.schema import ROW_ERROR_NAMES, PredictionSchema, RowError, Task
-from lib.tokenization import Tokens, load_tokenizer
+from lib.tokenization import Tokens
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -58,8 +58,8 @@ class Predictor:
         if threads is not None and self.device.type == "cpu":
             torch.set_num_threads(threads)
         self.token_budget = token_budget or TOKEN_BUDGET[self.device.type]
-        self.model: nn.Module = load_classifier(checkpoint.folder)
-        tokens = load_tokenizer(checkpoint.folder, checkpoint.card.max_length).encode(CHECK_TEXTS)
+        self.model: nn.Module = load_classifier(checkpoint.folder, checkpoint.trust)
+        tokens = tokenizer_of(checkpoint).encode(CHECK_TEXTS)
         expected = self._score_singly(tokens)
         self.dtype = choose_dtype(precision, self.device)
         worst = self._convert(expected, tokens)
@@ -68,7 +68,7 @@ class Predictor:
                 f"{checkpoint.url}: bf16 moves a probability by {worst:.2g}, more than {TOLERANCE[self.dtype]:g}: scoring in fp32",
                 flush=True,
             )
-            self.dtype, self.model = torch.float32, load_classifier(checkpoint.folder)
+            self.dtype, self.model = torch.float32, load_classifier(checkpoint.folder, checkpoint.trust)
             worst = self._convert(expected, tokens)
         if not worst <= TOLERANCE[self.dtype]:
             raise UsageError(

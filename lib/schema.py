@@ -40,6 +40,9 @@ ROW_ERROR_NAMES = pa.array([None if error is RowError.NONE else error.name.lower
 DEAD_LETTER_SCHEMA = pa.schema([("shard", pa.string()), ("row", pa.int64()), ("error", pa.string())])
 """Rows with an error: where they stand in the archive, and why."""
 
+DEAD_LETTER_TEXT = pa.field("text", pa.string())
+"""Their texts, if asked for: bytes that are not UTF-8 as `\\xff`, a pair's texts on a line each, null where there is none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSchema:

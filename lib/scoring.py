@@ -111,7 +111,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
     columns = resolve_columns(
         archive, listing["path"].slice(0, 20).to_pylist(), config.input.text_column, config.input.key_columns
     )
-    model = checkpoint.load(config.model.path, config.model.max_length)
+    model = checkpoint.load(config.model.path, config.model.max_length, config.model.trust)
     selection = None if config.input.rows is None else read_selection(config.input.rows, shards)
     version = checkpoint.version_of(model, config, selection.digest if selection else "")
     if selection is not None:
@@ -135,10 +135,11 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         archive=archive,
         output=output.at(version),
         version=version,
-        columns=Columns(text=columns.text, keys=schema.keys),
+        columns=Columns(text=columns.text, keys=schema.keys, bad_texts=config.output.dead_letter_text),
         schema=schema,
         model_url=config.model.path,
         model_digest=model.digest,
+        trust=model.trust,
         max_length=model.card.max_length,
         thresholds=model.card.thresholds,
         precision=config.model.precision,

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from lib.config import raise_if_code_was_refused
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -45,11 +47,17 @@ class Tokens:
 class Tokenizer:
     """A Hugging Face tokenizer that cuts at `max_length` tokens and never pads."""
 
-    def __init__(self, folder: str, max_length: int) -> None:
+    def __init__(self, folder: str, max_length: int, trust_code: bool = False) -> None:
         from transformers import AutoTokenizer
 
         self.max_length = max_length
-        self.reference: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:  # with trust_remote_code left open, transformers asks on standard input
+            self.reference: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_code
+            )
+        except ValueError as error:
+            raise_if_code_was_refused(folder, error)
+            raise
         self.dtype = np.uint16 if len(self.reference) <= 2**16 else np.int32
         self.uses_segments = "token_type_ids" in self.reference.model_input_names
         self.backend: Any = getattr(self.reference, "backend_tokenizer", None)
@@ -90,6 +98,6 @@ class Tokenizer:
 
 
 @functools.lru_cache(maxsize=4)
-def load_tokenizer(folder: str, max_length: int) -> Tokenizer:
+def load_tokenizer(folder: str, max_length: int, trust_code: bool = False) -> Tokenizer:
     """Load a tokenizer once per process: the cache survives between the tasks of one worker."""
-    return Tokenizer(folder, max_length)
+    return Tokenizer(folder, max_length, trust_code)

@@ -21,11 +21,11 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.checkpoint import fetch
-from lib.config import TrainConfig
+from lib.config import TrainConfig, Trust
 from lib.errors import IncompleteError, TextsweepError, UsageError
 from lib.fitting import Job, deciding, find_committed, work
 from lib.labelled import LabelledIndex, Source, find_sources, prepare
-from lib.model import max_positions, read_config
+from lib.model import check_weights, max_positions, read_config
 from lib.runtime import Cluster
 from lib.storage import Store, explained, open_store
 from lib.tokenization import load_tokenizer
@@ -60,7 +60,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
     if output.is_local and len(cluster.nodes) > 1:
         print(f"output.path {output.url} is a local path: all {len(cluster.nodes)} nodes must see it there", flush=True)
     base = config.model.base if config.model.base.startswith("package:") else open_store(config.model.base).url
-    max_length, pad_token_id = check_base(base, config.model.max_length)
+    max_length, pad_token_id = check_base(base, config.model.max_length, config.model.trust)
     sources = find_sources(config)
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
     claim(folder, config, run_id)
@@ -110,19 +110,14 @@ def place_workers(config: TrainConfig, cluster: Cluster) -> tuple[bool, int]:
     )
 
 
-def check_base(base: str, max_length: int) -> tuple[int, int]:
+def check_base(base: str, max_length: int, trust: Trust) -> tuple[int, int]:
     """The most tokens of a text that the base can take, up to `max_length`, and its padding id; loads no weights."""
-    folder = fetch(base)
-    config = read_config(folder)
-    if not any(Path(folder).glob("*.safetensors")):
-        names = ", ".join(sorted(path.name for path in Path(folder).iterdir())[:5])
-        raise UsageError(
-            f"model.base {base}: no *.safetensors weights in it (there are: {names}); other formats can run code when they"
-            " are loaded: convert it once with transformers' save_pretrained"
-        )
+    folder = fetch(base, trust)
+    config = read_config(folder, trust)
+    check_weights(folder, "model.base", base, trust)
     length = min(max_length, max_positions(config))
     try:
-        load_tokenizer(folder, length)
+        load_tokenizer(folder, length, trust.code)
     except (OSError, ValueError) as error:
         raise UsageError(f"model.base {base}: its tokenizer cannot be loaded: {error}") from None
     return length, config.pad_token_id or 0

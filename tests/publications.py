@@ -9,6 +9,7 @@ import pyarrow as pa
 from lib import publishing
 from lib.archive import Columns
 from lib.blocks import ScoreJob, write_chunk
+from lib.config import Trust
 from lib.planning import Chunk
 from lib.publishing import MANIFEST_SCHEMA
 from lib.schema import PredictionSchema, Task
@@ -45,6 +46,7 @@ def write_objects(output: Store, version: str, shards: Mapping[str, int], bad_ro
         precision="fp32",
         token_budget=None,
         chunk_bytes=1,
+        trust=Trust(),
     )
     publishing.fix_archive(job.output, job.archive.url, pa.schema([]))
     rows = []

@@ -1,5 +1,6 @@
 """`jobs.predict`: texts from arguments, standard input or CSV; CSV out, the same scores as everywhere."""
 
+import csv
 import io
 from pathlib import Path
 
@@ -49,6 +50,29 @@ def test_a_csv_column_keeps_its_rows_and_the_other_columns(classifier: str, tmp_
     assert found["label"].tolist()[1] == ""
     assert found["body"].tolist()[2] == "'=1+1", "a spreadsheet must not run it"
     assert found["note"].tolist() == ["'@cmd", "'-", "x"]
+
+
+def test_no_cell_starts_a_formula_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    labels = ("=EVIL()", "@same", "+up")
+    fakes.make_classifier(tmp_path, "bert", labels)
+    formulas = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "x\r=1", "＝1+1", "-", "-1-1"]
+    numbers = ["-5", "+3.25", "-1e-3", "-.5", "7"]
+    texts = formulas + numbers
+    with (tmp_path / "in.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["=header", "body"], *([text, f"text {text}"] for text in texts)])
+    output = tmp_path / "out.csv"
+    run_predict(str(tmp_path), "--csv", str(tmp_path / "in.csv"), "--column", "body", "--output", str(output))
+    with output.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header[:2] == ["'=header", "body"]
+    assert [row[0] for row in rows] == [
+        *("'=1+1", "'+cmd|' /C calc'!A0", "'-2+3", "'@SUM(A1)", "'\t=1", "'\n=1", "x\n=1", "'＝1+1", "'-", "'-1-1"),
+        *numbers,
+    ]
+    assert {row[header.index("label")] for row in rows} <= {f"'{label}" for label in labels}
+    for cell in [*header, *(cell for row in rows for cell in row)]:
+        assert not cell.startswith(("=", "@", "\t", "\r", "\n")), cell
+        assert cell[:1] not in ("+", "-") or float(cell) == float(cell), cell
 
 
 def test_several_labels_are_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,11 +242,14 @@ OTHER_VALUES: dict[str, tuple[bool, Any]] = {
     "model.path": (False, "s3://b/other"),  # its files decide
     "model.max_length": (False, 16),  # what the checkpoint makes of it decides
     "model.precision": (True, "fp32"),
+    "model.allow_pickle": (False, True),  # the files that are loaded decide
+    "model.trust_remote_code": (False, True),
     "output.path": (False, "s3://b/other"),
     "output.prefix": (True, "pred_"),
     "output.probabilities": (True, True),
     "output.keep_stale_hours": (False, 1.0),
     "output.single_writer": (False, True),
+    "output.dead_letter_text": (False, True),
     "planning.chunk_mb": (False, 2.0),
     "limits.max_bad_rows": (False, 5),
     "limits.max_bad_shards": (False, 5),

@@ -17,6 +17,7 @@ ORDER = (
         "planning",
         "archive",
         "selection",
+        "reading",
         "tokenization",
         "batching",
         "metrics",
