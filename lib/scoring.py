@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -193,6 +194,12 @@ def judge(run: Run, outcome: Outcome, manifest: pa.Table) -> TextsweepError | No
         problems.append(f"{len(changed)} shards changed while they were scored ({', '.join(changed[:3])})")
     if not problems and outcome.finished_rows != outcome.planned_rows:
         problems.append(f"{outcome.planned_rows:,} rows were planned, {outcome.finished_rows:,} are in objects")
+    finished = run.finished.select(["path", "identity"]).rename_columns(["shard", "identity"])
+    gone = finished.join(manifest.select(["shard", "identity"]), ["shard", "identity"], join_type="left anti")
+    if gone.num_rows:
+        problems.append(
+            f"{gone.num_rows:,} shards had all their objects when the run began and have not any more (first: {gone['shard'][0]})"
+        )
     if problems:
         reported = f"; reported: {'; '.join(outcome.counts.failures)}" if outcome.counts.failures else ""
         return IncompleteError(f"{'; '.join(problems)}{reported}; what is finished is kept, run the same command again")
@@ -238,7 +245,9 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> No
     published = False
     for one in find_bad(run, outcome):
         letter = pa.Table.from_pylist([{**one, "row": None}], schema=DEAD_LETTER_SCHEMA)
-        publishing.write_table(run.job.output, f"_dead_letter/{one['shard']}-{one['identity']}.parquet", letter)
+        # Never by its own name: a bad shard may be one because no file can be called so, or because it leads elsewhere.
+        letter_name = f"_dead_letter/shard-{sha256(one['shard'].encode()).hexdigest()[:12]}-{one['identity']}.parquet"
+        publishing.write_table(run.job.output, letter_name, letter)
     if problem is None:
         name = publishing.write_manifest(folder, manifest)
         single = run.config.output.single_writer
@@ -311,8 +320,10 @@ def sweep(run: Run, manifest: pa.Table, name: str) -> str:
         pc.is_in(stale["path"], old["path"].combine_chunks()),
     )
     removed = stale.filter(due)["path"].to_pylist()
-    for path in removed:
-        run.job.output.delete(path)
+    shown = publishing.read_published(run.output)
+    if shown is None or shown.pointer.manifest != f"{run.job.version}/_runs/{run.run_id}/{name}":
+        return "stale objects were left: readers were moved to another run meanwhile\n"
+    run.job.output.delete_all(removed)
     left = stale.filter(pc.invert(due)).group_by(["shard", "identity"]).aggregate([("since_ns", "min")])
     if left.num_rows:
         publishing.write_table(folder, publishing.STALE_NAME, left.rename_columns(["shard", "identity", "since_ns"]))

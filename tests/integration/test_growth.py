@@ -2,7 +2,6 @@
 
 import datetime
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -201,15 +200,6 @@ def forget(store: Store) -> None:
     for path in store.list()["path"].to_pylist():
         if "/_runs/" in path or path == "_published.json":
             store.delete(path)
-
-
-def test_success_is_marked_with_what_was_published(tmp_path: Path, classifier: str) -> None:
-    archive, output = str(tmp_path / "archive"), str(tmp_path / "scores")
-    fakes.write_archive(archive, {"one.parquet": texts_table(5)})
-    run_score(archive, classifier, output, run_id="first")
-    store = open_store(output)
-    pointer = read_json(store, "_published.json")
-    assert json.loads(store.read(f"{pointer['version']}/_runs/first/_SUCCESS") or b"") == pointer
 
 
 def test_dead_letters_are_scored_again_once_their_cause_is_mended(tmp_path: Path, classifier: str) -> None:
