@@ -1,5 +1,6 @@
 """`jobs.score` on the worst that an archive can hold: a bad row costs a row, a bad shard a shard, and nothing escapes."""
 
+import contextlib
 import http.client
 import io
 import pickle
@@ -10,13 +11,14 @@ from urllib.parse import quote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.data._internal.tensor_extensions.arrow import ArrowVariableShapedTensorType
 
 from jobs.demo_store import LoopbackS3
 from lib.schema import DEAD_LETTER_SCHEMA, DEAD_LETTER_TEXT
 from lib.storage import Store, open_store
 from tests import fakes
 from tests.integration.test_scoring import read_json, read_predictions, run_score
-from tests.unit.test_archive import damaged, encrypted
+from tests.unit.test_archive import damaged, encrypted, read_all
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -127,6 +129,16 @@ def test_a_shard_that_carries_a_pickle_is_refused_or_scored_and_never_run(classi
         assert not canary.exists()
     pickle.loads(attack)
     assert canary.exists(), "the attack must work where nothing stops it"
+
+
+def test_a_column_of_one_of_rays_types_is_not_shown_to_ray(tmp_path: Path) -> None:
+    with contextlib.suppress(pa.ArrowKeyError):  # registered already: whether it is depends on what ran before
+        pa.register_extension_type(ArrowVariableShapedTensorType(pa.int64(), 0))
+    table = extension("ray.data.arrow_variable_shaped_tensor", pa.array([[1.0], [2.0]]), b"no JSON")
+    fakes.write_archive(str(tmp_path), {"x.parquet": table})
+    with pytest.raises(TypeError):
+        pq.read_schema(tmp_path / "x.parquet")
+    assert read_all(open_store(str(tmp_path)), "x.parquet").texts == (["good", "good"],)
 
 
 def test_texts_stand_in_dead_letters_if_they_are_asked_for(classifier: str, tmp_path: Path) -> None:
