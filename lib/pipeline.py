@@ -97,7 +97,7 @@ def write_counted(job: ScoreJob, table: pa.Table, progress: Any) -> pa.Table:
         return work.write_block(job, table)
 
 
-@ray.remote(num_cpus=0.25)
+@ray.remote(num_cpus=0.25, max_retries=1)
 def read_footer_batch(archive: Store, columns: Columns, shards: list[str]) -> list[Footer]:
     """Read the footers of some shards; one that cannot be read says why."""
     return [work.read_footer(archive, columns, shard) for shard in shards]
@@ -105,15 +105,32 @@ def read_footer_batch(archive: Store, columns: Columns, shards: list[str]) -> li
 
 def read_footers(job: ScoreJob, shards: pa.ChunkedArray, batch: int = 64) -> Iterator[Footer]:
     """Read the footers of shards with Ray tasks, in order; a few batches ahead of who asks, not all at once."""
-    batches = (shards.slice(start, batch).to_pylist() for start in range(0, len(shards), batch))
-    tasks = (read_footer_batch.remote(job.archive, job.columns, names) for names in batches)
+    starts = range(0, len(shards), batch)
+    names = (shards.slice(start, batch).to_pylist() for start in starts)
+    tasks = ((some, read_footer_batch.remote(job.archive, job.columns, some)) for some in names)
     pending = deque(islice(tasks, FOOTER_BATCHES_AHEAD))
     while pending:
-        while not ray.wait([pending[0]], timeout=1)[0]:
+        some, reference = pending.popleft()
+        while not ray.wait([reference], timeout=1)[0]:
             raise_if_stopped()
-        footers = ray.get(pending.popleft())
         pending.extend(islice(tasks, 1))
-        yield from footers
+        try:
+            yield from ray.get(reference)
+        except ray.exceptions.WorkerCrashedError:  # some damaged footers abort PyArrow's process: which one is it?
+            yield from (read_footer_alone(job, shard) for shard in some)
+
+
+def read_footer_alone(job: ScoreJob, shard: str) -> Footer:
+    """Read one footer in a task of its own; one that kills its process makes a bad shard."""
+    try:
+        found: list[Footer] = ray.get(read_footer_batch.remote(job.archive, job.columns, [shard]))
+    except ray.exceptions.WorkerCrashedError:
+        return Footer(
+            shard,
+            (),
+            "reading its footer kills the process: it is damaged in a way that the Parquet reader does not survive",
+        )
+    return found[0]
 
 
 def build_dataset(job: ScoreJob, blocks: Sequence[Block], layout: Layout, progress: Any) -> Dataset:

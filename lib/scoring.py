@@ -29,6 +29,8 @@ from lib.schema import DEAD_LETTER_SCHEMA, PredictionSchema
 from lib.selection import Selection, read_selection
 from lib.storage import Store, open_store, split_pattern
 
+SHOWN_BAD_SHARDS = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -277,6 +279,10 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> No
     record = run_record(facts)
     write_report(folder, record)
     print(f"report: {folder.url}/report.html", flush=True)
+    for shard, why in sorted(outcome.bad_shards.items())[:SHOWN_BAD_SHARDS]:
+        print(f"bad shard {shard!r}: {why}; the next run tries it again", flush=True)
+    if len(outcome.bad_shards) > SHOWN_BAD_SHARDS:
+        print(f"{len(outcome.bad_shards) - SHOWN_BAD_SHARDS:,} more bad shards are in the report", flush=True)
     if problem:
         raise problem
     pointer = "" if published else " (not moved: a run planned later is published)"

@@ -89,6 +89,15 @@ def break_reader(module: ModuleType) -> None:
         return read(job, chunks)
 
     module.read_chunks = poisoned  # type: ignore[attr-defined]
+    footer = module.read_footer
+
+    def poisoned_footer(archive: Any, columns: Any, shard: str) -> Any:
+        if shard == spec().get("footer"):
+            happened("footer kill")
+            do("kill")
+        return footer(archive, columns, shard)
+
+    module.read_footer = poisoned_footer  # type: ignore[attr-defined]
 
 
 def break_store(module: ModuleType) -> None:

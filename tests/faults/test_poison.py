@@ -1,5 +1,7 @@
 """Texts that kill, hang or break the process that scores them: found, narrowed to the guilty rows, and nobody else pays."""
 
+from typing import Any
+
 import pyarrow as pa
 import pytest
 
@@ -88,11 +90,16 @@ def test_an_error_in_the_forward_pass_ends_the_run_as_a_bug_with_its_traceback(
     assert bench.events
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [{"read": {"shard": "part-005.parquet", "do": "kill"}}, {"footer": "part-005.parquet"}],
+    ids=["rows", "footer"],
+)
 def test_a_shard_that_kills_its_reader_is_a_bad_shard(
-    bench: Bench, s3: LoopbackS3, classifier: str, archive: str, undamaged: pa.Table
+    fault: dict[str, Any], bench: Bench, s3: LoopbackS3, classifier: str, archive: str, undamaged: pa.Table
 ) -> None:
     output = f"{s3.bucket()}/scores"
-    bench.plant(read={"shard": "part-005.parquet", "do": "kill"})
+    bench.plant(**fault)
     with scoring(bench, archive, classifier, output, "limits.max_bad_shards=1", run_id="reader") as job:
         assert job.wait(400) == 0, job.text
     assert bench.events
