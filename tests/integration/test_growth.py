@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.demo_store import LoopbackS3
-from lib import scoring
-from lib.errors import OverLimitError, UsageError
+from lib import pipeline, scoring
+from lib.errors import IncompleteError, OverLimitError, UsageError
+from lib.outcome import Outcome
 from lib.storage import Store, open_store
 from tests import fakes
 from tests.integration.test_scoring import read_json, read_predictions, run_score, texts_table
@@ -84,6 +85,27 @@ def test_stale_objects_wait_for_their_time_from_when_they_became_stale(
     run_score(archive, classifier, output, run_id="third")
     left = [path for path in objects(output) if path not in manifest_of(output)["path"].to_pylist()]
     assert {path.partition("/")[2][:11] for path in left} == {"two.parquet"}, "one went, two has only just become stale"
+
+
+def test_an_object_that_vanishes_during_a_run_makes_it_incomplete(
+    tmp_path: Path, classifier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, output = str(tmp_path / "archive"), str(tmp_path / "scores")
+    fakes.write_archive(archive, {"one.parquet": texts_table(20)})
+    run_score(archive, classifier, output, run_id="first")
+    fakes.write_archive(archive, {"two.parquet": texts_table(10, 20)})
+    score = pipeline.score
+
+    def score_and_lose(*arguments: Any) -> Outcome:
+        open_store(output).delete(objects(output)[0])
+        return score(*arguments)
+
+    monkeypatch.setattr(pipeline, "score", score_and_lose)
+    with pytest.raises(IncompleteError, match=r"1 shards had all their objects .* one\.parquet"):
+        run_score(archive, classifier, output, run_id="second")
+    monkeypatch.undo()
+    run_score(archive, classifier, output, run_id="third")
+    assert shards_seen(output) == {"one.parquet": 20, "two.parquet": 10}
 
 
 def test_predictions_of_a_deleted_shard_are_kept_or_removed_as_configured(any_url: str, classifier: str) -> None:
