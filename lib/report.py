@@ -129,6 +129,7 @@ def run_record(facts: RunFacts) -> dict[str, Any]:
         "bad_shards": outcome.bad_shards,
         "changed_shards": sorted(outcome.changed),
         "missing_objects": outcome.missing,
+        "crashing_rows": outcome.guilty,
         "failures": list(outcome.counts.failures),
         "config": facts.config.model_dump(mode="json"),
         "packages": {name: package_version(name) for name in PACKAGES},

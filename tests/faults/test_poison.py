@@ -1,5 +1,6 @@
 """Texts that kill, hang or break the process that scores them: found, narrowed to the guilty rows, and nobody else pays."""
 
+import json
 from typing import Any
 
 import pyarrow as pa
@@ -61,6 +62,9 @@ def test_rows_that_kill_or_hang_the_process_are_found_and_cost_only_themselves(
     for shard, numbers in guilty.items():
         for number in numbers:
             assert f"{shard}: row {number} kills the process" in job.text
+    version = json.loads(open_store(output).read("_published.json") or b"{}")["version"]
+    record = json.loads(open_store(output).read(f"{version}/_runs/{action}/run.json") or b"{}")
+    assert record["crashing_rows"] == guilty
     letters = [path for path in open_store(output).list()["path"].to_pylist() if "/_dead_letter/" in path]
     assert len(letters) == len(guilty)
 
