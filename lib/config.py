@@ -198,6 +198,10 @@ class OptimSection(Section):
 
     learning_rate: float = Field(default=5e-5, gt=0)
     """at the end of the warm-up"""
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    """of the pooler and the head; default: learning_rate"""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """each layer learns at so much of the rate of the one above it, the embeddings at the least (Sun et al. 2019: 0.95)"""
     epochs: int = Field(default=4, ge=1)
     """passes over the training rows, at most"""
     batch_size: int = Field(default=32, ge=1)
@@ -210,6 +214,8 @@ class OptimSection(Section):
     """not applied to biases and norms"""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """gradients are clipped to this norm"""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """evaluate and keep an exponential moving average of the weights: 0.99 spans about 100 steps; default: the weights"""
     seed: int = 0
     """of weights of the head, order and dropout"""
 

@@ -175,13 +175,12 @@ class Fit:
         elif is_better(entry[stopping.metric], progress.best_value, stopping.metric):
             progress.best_value, progress.best_step, progress.stale = entry[stopping.metric], progress.step, 0
             if self.team.rank == 0:
-                self.best_weights = {
-                    name: one.detach().cpu().clone() for name, one in self.learner.model.state_dict().items()
-                }
+                self.best_weights = copy_weights(self.learner.candidate)
         else:
             progress.stale += 1
             progress.stopped = progress.stale >= stopping.patience
         self.print_evaluation(entry)
+        self.printed = (time.monotonic(), progress.step)
 
     def print_progress(self) -> None:
         """On rank 0, every few seconds."""
@@ -208,7 +207,7 @@ class Fit:
         note = (
             "the best so far"
             if progress.best_step == progress.step
-            else f"best: {progress.best_value} at step {progress.best_step}"
+            else f"best: {progress.best_value:.4f} at step {progress.best_step}"
         )
         print(
             f"validation at step {progress.step}: accuracy {entry['accuracy']:.4f}, macro-F1 {entry['macro_f1']:.4f},"
@@ -223,10 +222,11 @@ class Fit:
         if self.team.rank:
             ray.train.report(metrics, checkpoint=None)
             return
-        is_best = self.progress.best_step == self.progress.step
+        is_best, average = self.progress.best_step == self.progress.step, self.learner.average
         state = {
             "model": self.learner.model.state_dict(),
             "optimizer": self.learner.optimizer.state_dict(),
+            "average": None if average is None else average.state_dict(),
             "progress": asdict(self.progress),
             "best": None if is_best else self.best_weights,
         }
@@ -243,18 +243,25 @@ class Fit:
             state = torch.load(Path(folder) / STATE_NAME, map_location="cpu", weights_only=True)
         self.learner.model.load_state_dict(state["model"])
         self.learner.optimizer.load_state_dict(state["optimizer"])
+        if self.learner.average is not None:
+            self.learner.average.load_state_dict(state["average"])
         self.progress = Progress(**state["progress"])
         self.progress.resumed_after.append(self.progress.step)
         if self.team.rank == 0:
-            self.best_weights = state["best"] or state["model"]
+            self.best_weights = state["best"] or copy_weights(self.learner.candidate)
             print(f"resuming after step {self.progress.step} of {self.learner.total_steps}", flush=True)
 
     def restore_best(self) -> None:
-        """Put the best weights, which rank 0 keeps, into every worker's model."""
+        """Make the best weights, which rank 0 keeps, every worker's candidate."""
         if self.team.rank == 0:
-            self.learner.model.load_state_dict(self.best_weights)
-        for one in self.learner.model.state_dict().values():
+            self.learner.candidate.load_state_dict(self.best_weights)
+        for one in self.learner.candidate.state_dict().values():
             dist.broadcast(one, src=0)
+
+
+def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights as they are now, in host memory."""
+    return {name: one.detach().cpu().clone() for name, one in model.state_dict().items()}
 
 
 def evaluation_places(steps_per_epoch: int, evaluations: int) -> set[int]:
@@ -324,7 +331,7 @@ def publish(fit: Fit, tested: dict[str, Any] | None) -> None:
         trained=trained,
     )
     with tempfile.TemporaryDirectory() as folder:
-        fit.learner.model.save_pretrained(folder)
+        fit.learner.candidate.save_pretrained(folder)
         trust = job.config.model.trust
         load_tokenizer(fetch(job.base, trust), job.max_length, trust.code).reference.save_pretrained(folder)
         (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")

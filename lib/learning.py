@@ -6,9 +6,10 @@ Knows torch and its collectives, not Ray. Letters: B rows of a forward pass, L p
 
 import contextlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 
 from lib.batching import IntArray, cut_by_tokens, share_of
@@ -28,6 +30,9 @@ from lib.schema import Task
 
 EVALUATION_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 """Tokens, padding included, of one forward pass without gradients."""
+
+LAYER_NUMBER = re.compile(r"(?:layers?|layer_groups)\.([0-9]+)\.")
+"""In a parameter's name inside the encoder, in all families."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,29 +80,41 @@ class Learner:
             else self.model
         )
         self.optimizer = new_optimizer(self.model, self.optim)
+        self.average: AveragedModel | None = None
+        """of the weights after each step"""
+        if optim.ema_decay is not None:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema_decay))
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=team.device)
         """this worker's share of the steps' losses since the last evaluation"""
         self.norm_sum = torch.zeros((), dtype=torch.float64, device=team.device)
         self.num_steps = 0
         """since the last evaluation"""
 
+    @property
+    def candidate(self) -> PreTrainedModel:
+        """The weights that are evaluated, and kept if they are the best: the average, if there is one."""
+        found: Any = self.model if self.average is None else self.average.module
+        return cast(PreTrainedModel, found)
+
     def step(self, number: int, data: LabelledSet, batch: IntArray) -> None:
         """Make optimizer step `number` with the rows `batch`, of which this worker computes its share."""
         self.wrapped.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, self.total_steps, self.optim)
+            group["lr"] = group["peak"] * rate_factor(number, self.total_steps, self.optim.warmup_fraction)
         torch.manual_seed(dropout_seed(self.optim.seed, number, self.team.rank))
         self.optimizer.zero_grad()
         shares = share_of(batch, self.team.rank, self.team.size, self.optim.accumulation_steps)
         self.loss_sum += accumulate(self.wrapped, data, shares, len(batch), self.task, self.team)
         self.norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         self.num_steps += 1
 
     def evaluate(self, rows: Subset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] | None:
         """Answers and loss of every row, in row order, on rank 0; None on the others. Every row is computed once."""
         mine = rows.chosen[self.team.rank :: self.team.size]
-        parts = self.team.gather(answer(self.model, rows.data, mine, self.task, self.team))
+        parts = self.team.gather(answer(self.candidate, rows.data, mine, self.task, self.team))
         if parts is None:
             return None
         answers = np.empty((len(rows), *parts[0][0].shape[1:]), dtype=np.int64)
@@ -117,22 +134,45 @@ class Learner:
         return sum(found or []) / steps, norm
 
 
-def new_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
-    """AdamW; biases and norms, the parameters with one dimension, do not decay."""
-    parameters = [one for one in model.parameters() if one.requires_grad]
-    groups = [
-        {"params": [one for one in parameters if one.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [one for one in parameters if one.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=optim.learning_rate, fused=True)
+def new_optimizer(model: PreTrainedModel, optim: OptimSection) -> torch.optim.AdamW:
+    """AdamW; biases and norms, the parameters with one dimension, do not decay. `peak` of a group is its learning rate."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, one in model.named_parameters():
+        if one.requires_grad:
+            decay = optim.weight_decay if one.ndim >= 2 else 0.0
+            groups.setdefault((peak_rate(depth_of(name, model), optim), decay), []).append(one)
+    return torch.optim.AdamW(
+        [{"params": ones, "peak": peak, "weight_decay": decay} for (peak, decay), ones in groups.items()],
+        lr=optim.learning_rate,
+        fused=True,
+    )
 
 
-def learning_rate(step: int, total_steps: int, optim: OptimSection) -> float:
-    """The rate of step 0, 1, ...: linear up to the configured one at the end of the warm-up, then linear down to zero."""
-    warmup = math.ceil(total_steps * optim.warmup_fraction)
+def depth_of(name: str, model: PreTrainedModel) -> int:
+    """How far below the head a parameter lies: 0 head and pooler, 1 the top layer, ..., N + 1 the embeddings."""
+    inner = name.removeprefix(f"{model.base_model_prefix}.")
+    if inner == name or inner.startswith("pooler."):
+        return 0
+    layers = max((one for one in model.base_model.modules() if isinstance(one, nn.ModuleList)), key=len)
+    found = LAYER_NUMBER.search(inner)
+    if found:
+        return len(layers) - int(found[1])
+    return len(layers) + 1 if "embed" in inner else 1
+
+
+def peak_rate(depth: int, optim: OptimSection) -> float:
+    """The learning rate of a depth at the end of the warm-up (Sun et al. 2019, arXiv 1905.05583, section 5.3.4)."""
+    if depth == 0:
+        return optim.head_learning_rate or optim.learning_rate
+    return float(optim.learning_rate * optim.layer_decay ** (depth - 1))
+
+
+def rate_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
+    """What part of its peak a rate is at step 0, 1, ...: linear up to the end of the warm-up, then linear down to zero."""
+    warmup = math.ceil(total_steps * warmup_fraction)
     if step < warmup:
-        return optim.learning_rate * (step + 1) / warmup
-    return optim.learning_rate * (total_steps - step) / max(1, total_steps - warmup)
+        return (step + 1) / warmup
+    return (total_steps - step) / max(1, total_steps - warmup)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -22,7 +22,7 @@ from lib import checkpoint
 from lib.batching import share_of
 from lib.config import OptimSection, TrainConfig, validate
 from lib.errors import UsageError
-from lib.learning import Learner, Team, accumulate
+from lib.learning import Learner, Team, accumulate, depth_of, new_optimizer
 from lib.mapped import LabelledSet, Subset
 from lib.model import load_classifier, new_classifier
 from lib.runtime import Cluster, Node, cluster_facts
@@ -355,10 +355,10 @@ def killer(tmp_path: Path) -> Iterator[list[int]]:
 def test_a_killed_worker_resumes_to_the_same_weights(
     data: dict[str, str], base: str, ray_session: None, tmp_path: Path, killer: list[int]
 ) -> None:
-    """With dropout, and in the middle of epochs: order, rates, moments and randomness must all go on where they were."""
+    """With dropout, and in the middle of epochs: order, rates, moments, the average and randomness must all go on where they were."""
     changes: dict[str, dict[str, Any]] = {
         "model": {"dropout": 0.2},
-        "optim": {"epochs": 3},
+        "optim": {"epochs": 3, "ema_decay": 0.8, "layer_decay": 0.9},
         "stopping": {"metric": "loss", "evaluations_per_epoch": 6, "patience": 100},
         "resources": {"num_workers": 2},
     }
@@ -558,6 +558,68 @@ def test_steps_are_those_of_a_plain_torch_loop(base: str, small_set: LabelledSet
         optimizer.step()
     ours = {name: one.detach() for name, one in learner.model.named_parameters()}
     assert difference(ours, {name: one.detach() for name, one in plain.named_parameters()}) < 1e-5
+
+
+def test_each_layer_learns_at_its_own_rate(base: str) -> None:
+    optim = OptimSection(learning_rate=1e-3, head_learning_rate=5e-3, layer_decay=0.5)
+    model = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7)
+    assert model.config.num_hidden_layers == 2
+    names = {id(one): name for name, one in model.named_parameters()}
+    rates = {
+        names[id(one)]: group["peak"] for group in new_optimizer(model, optim).param_groups for one in group["params"]
+    }
+    expected = {
+        "bert.embeddings.": 1e-3 / 4,
+        "bert.encoder.layer.0.": 1e-3 / 2,
+        "bert.encoder.layer.1.": 1e-3,
+        "bert.pooler.": 5e-3,
+        "classifier.": 5e-3,
+    }
+    assert rates == {name: next(rate for start, rate in expected.items() if name.startswith(start)) for name in rates}
+    assert rates.keys() == set(names.values())
+
+
+@pytest.mark.parametrize("family", fakes.FAMILIES)
+def test_every_family_has_a_depth_for_each_layer(family: str, tmp_path: Path) -> None:
+    fakes.make_encoder(tmp_path / family, family)
+    model = new_classifier(str(tmp_path / family), LABELS, Task.MULTI_CLASS, None, 7)
+    depths = {name: depth_of(name, model) for name, _ in model.named_parameters()}
+    layers = (
+        1 if family == "albert" else model.config.num_hidden_layers
+    )  # ALBERT's layers are one, used again and again
+    assert set(depths.values()) == set(range(layers + 2))
+    words = next(name for name, one in model.named_parameters() if one is model.get_input_embeddings().weight)
+    assert depths[words] == layers + 1
+    encoder = {id(one) for one in model.base_model.parameters()}
+    assert {depths[name] for name, one in model.named_parameters() if id(one) not in encoder} == {0}
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated(
+    base: str, small_set: LabelledSet, process_group: None
+) -> None:
+    """Its first value is the first step's; from then on a tenth of each step's weights comes in."""
+    optim = OptimSection(learning_rate=1e-2, ema_decay=0.9)
+    learner = Learner(new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7), optim, Task.MULTI_CLASS, ALONE, 4)
+    expected: Weights = {}
+    for number in range(4):
+        learner.step(number, small_set, np.arange(23))
+        for name, one in learner.model.state_dict().items():
+            expected[name] = one.clone() if number == 0 else 0.9 * expected[name] + 0.1 * one
+    average = learner.candidate.state_dict()
+    assert difference(average, expected) < 1e-6
+    assert difference(average, learner.model.state_dict()) > 1e-3
+    found = learner.evaluate(Subset(small_set, np.arange(23)))
+    assert found is not None
+    plain = plain_loss(learner.candidate.eval(), small_set, range(23)).item()
+    assert found[1].mean() == pytest.approx(plain, rel=1e-5)
 
 
 def test_a_set_gives_its_rows_in_any_order(small_set: LabelledSet) -> None:

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.batching import epoch_batches, share_of
-from lib.config import OptimSection
 from lib.fitting import evaluation_places
-from lib.learning import dropout_seed, learning_rate
+from lib.learning import dropout_seed, rate_factor
 from lib.mapped import split_rows
 
 lengths_lists = st.lists(st.integers(2, 128), min_size=1, max_size=400)
@@ -74,17 +73,11 @@ def test_a_split_parts_the_rows_by_class(classes: list[int], fraction: float, se
 
 
 def test_the_rate_warms_up_then_falls_to_zero() -> None:
-    optim = OptimSection(learning_rate=1.0, warmup_fraction=0.2)
-    rates = [learning_rate(step, 10, optim) for step in range(10)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[2:] == pytest.approx([1 - index / 8 for index in range(8)])
-    assert [learning_rate(step, 4, OptimSection(learning_rate=1.0, warmup_fraction=0)) for step in range(4)] == [
-        1,
-        0.75,
-        0.5,
-        0.25,
-    ]
-    assert learning_rate(3, 4, OptimSection(learning_rate=1.0, warmup_fraction=1)) == 1.0
+    factors = [rate_factor(step, 10, 0.2) for step in range(10)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[2:] == pytest.approx([1 - index / 8 for index in range(8)])
+    assert [rate_factor(step, 4, 0) for step in range(4)] == [1, 0.75, 0.5, 0.25]
+    assert rate_factor(3, 4, 1) == 1.0
 
 
 def test_dropout_differs_from_step_to_step_and_from_worker_to_worker() -> None:
