@@ -22,8 +22,7 @@ class PredictBlock:
 
     def __init__(self, job: ScoreJob, threads: int, progress: Any) -> None:
         self.job, self.progress = job, progress
-        self.report = Reporter(progress, ray.get_runtime_context().get_actor_id() or "")
-        ray.get(progress.enlist.remote(self.report.actor, ray.get_runtime_context().current_actor))
+        self.report = Reporter(progress)
         with reported(progress):
             loaded = checkpoints.load(job.model_url, job.max_length, job.trust)
             if loaded.digest != job.model_digest:

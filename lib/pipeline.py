@@ -28,7 +28,7 @@ from lib.config import LimitsSection
 from lib.errors import UsageError, raise_if_stopped
 from lib.outcome import Outcome
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity, select_rows
-from lib.progress import Counts, Progress, end_actors, read_progress, reported
+from lib.progress import Counts, end_actors, read_progress, reported, start_progress
 from lib.runtime import Layout
 from lib.storage import Store
 from lib.suspects import settle
@@ -194,8 +194,7 @@ def score(
 
     Raises `IncompleteError` when the cluster or the storage fails for good; whatever was finished by then stays finished.
     """
-    progress = Progress.remote()  # type: ignore[attr-defined]
-    run = Running(job=job, layout=layout, limits=limits, progress=progress, outcome=Outcome(), show=show)
+    run = Running(job=job, layout=layout, limits=limits, progress=start_progress(), outcome=Outcome(), show=show)
     blocks = bundle(plan_chunks(job, shards, run.outcome, selected), job.chunk_bytes)
     while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
         run_wave(run, wave)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lib.errors import DeniedError, TextsweepError, UsageError
 
@@ -44,9 +45,12 @@ class Busy:
     """when it began, or finished its last micro-batch"""
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Progress:
-    """Counts finished micro-batches of all actors, for the line that people watch, the stall check and the watchdog."""
+    """Counts finished micro-batches of all actors, for the line that people watch, the stall check and the watchdog.
+
+    If its process dies a new one counts from zero: nothing that is written, published or retried rests on what it holds.
+    """
 
     def __init__(self) -> None:
         self.counts = Counts()
@@ -67,7 +71,8 @@ class Progress:
         self.actors, self.busy = {}, {}
         return dismissed
 
-    def begin(self, actor: str, shards: list[str]) -> None:
+    def begin(self, actor: str, handle: Any, shards: list[str]) -> None:
+        self.actors[actor] = handle
         self.busy[actor] = Busy(shards, time.monotonic())
 
     def end(self, actor: str) -> None:
@@ -116,14 +121,16 @@ class Progress:
 class Reporter:
     """Sends an actor's progress at most twice a second."""
 
-    def __init__(self, progress: Any, actor: str) -> None:
-        self.progress, self.actor = progress, actor
+    def __init__(self, progress: Any) -> None:
+        context = ray.get_runtime_context()
+        self.progress, self.actor, self.handle = progress, context.get_actor_id() or "", context.current_actor
+        ray.get(progress.enlist.remote(self.actor, self.handle))
         self.rows = self.tokens = self.batches = 0
         self.sent_at = time.monotonic()
 
     def begin(self, shards: list[str]) -> None:
         """A block is begun."""
-        self.progress.begin.remote(self.actor, shards)
+        self.progress.begin.remote(self.actor, self.handle, shards)
 
     def end(self) -> None:
         """The block is done."""
@@ -154,11 +161,21 @@ def reported(progress: Any) -> Iterator[None]:
         raise
 
 
+def start_progress() -> Any:
+    """Start the progress actor beside the driver, so that no other node's end takes it along."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+SILENT = (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+"""What asking a progress actor that is dead, or starting again, can raise."""
+
+
 def read_progress(progress: Any) -> Counts | None:
     """Ask the progress actor; None if it does not answer."""
     try:
         counts: Counts = ray.get(progress.read.remote(), timeout=5)
-    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+    except SILENT:
         return None
     return counts
 
@@ -167,7 +184,7 @@ def take_hung(progress: Any, seconds: float) -> list[tuple[Any, list[str]]]:
     """Ask for the actors that hang (see `Progress.take_hung`); none if the progress actor does not answer."""
     try:
         hung: list[tuple[Any, list[str]]] = ray.get(progress.take_hung.remote(seconds), timeout=5)
-    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+    except SILENT:
         return []
     return hung
 
@@ -178,7 +195,7 @@ def end_actors(progress: Any) -> None:
     Ray Data 2.60 only drops its references to actors at the end of a pipeline. The traceback of a failed block, or a log
     record of it, keeps them alive, and with them the CPUs that the next pipeline waits for: seen as a wait without end.
     """
-    with contextlib.suppress(ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+    with contextlib.suppress(*SILENT):
         for actor in ray.get(progress.dismiss.remote(), timeout=5):
             ray.kill(actor)
     gc.collect()  # actors that had not started yet, and so are not enlisted, hang on cycles of the same tracebacks

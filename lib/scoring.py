@@ -1,7 +1,8 @@
 """A scoring run around the pipeline: what is to do, what was done, and whether readers get to see it."""
 
+import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
 import pyarrow as pa
@@ -38,7 +39,8 @@ class Run:
 
     config: ScoreConfig
     run_id: str
-    planned_at: datetime
+    begun: float
+    """when the archive was about to be listed, on a clock that nobody sets (`time.monotonic`)"""
     output: Store
     """the folder of all versions"""
     job: ScoreJob
@@ -55,6 +57,11 @@ class Run:
     """the manifest of this version's latest successful run"""
     selection: Selection | None
     """the rows to score, if not all"""
+
+    @property
+    def planned_at(self) -> datetime:
+        """When the archive was about to be listed, by the clock as it goes now: it may have been set since."""
+        return datetime.now(UTC) - timedelta(seconds=time.monotonic() - self.begun)
 
     @property
     def is_published(self) -> bool:
@@ -99,7 +106,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
 
     Raises `UsageError` for everything that a user can get wrong.
     """
-    planned_at = datetime.now(UTC)
+    begun = time.monotonic()
     output = open_store(config.output.path)
     refuse_output_inside(config.input.path, output)
     if config.input.deleted == "remove" and split_pattern(config.input.path)[1]:
@@ -152,7 +159,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
     return Run(
         config=config,
         run_id=run_id,
-        planned_at=planned_at,
+        begun=begun,
         output=output,
         job=job,
         shards=shards,

@@ -3,13 +3,29 @@
 import logging
 import os
 import sys
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+
+import time_machine
 
 from jobs import score
 from lib.errors import run_job
+from tests.faults import injection
 
 import ray  # isort: skip  # after lib, which sets how Ray authenticates
 
+
+def set_clock() -> None:
+    """Set this process's clock, and no other's, by as many seconds as the test asks for; the monotonic one goes on as it went."""
+    while not (seconds := injection.spec().get("clock")):
+        time.sleep(0.05)
+    time_machine.travel(datetime.now(UTC) + timedelta(seconds=seconds), tick=True).start()
+    injection.happened(f"clock set by {seconds} s")
+
+
 if __name__ == "__main__":
+    threading.Thread(target=set_clock, daemon=True).start()
     ray.init(
         address=os.environ["RAY_ADDRESS"],
         logging_level=logging.WARNING,

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pyarrow as pa
@@ -51,6 +52,11 @@ class Bench:
     def lose_node(self) -> None:
         """One worker node is gone without a word."""
         self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
+
+    def add_node(self, **settings: str) -> Any:
+        """Add a worker node whose Ray has some settings of its own, given as it reads them from the environment."""
+        with mock.patch.dict(os.environ, settings):
+            return self.cluster.add_node(**NODE)
 
     def plant(self, **faults: Any) -> None:
         """Set the faults that workers do from now on."""
@@ -186,7 +192,8 @@ def assert_alike(rows: pa.Table, like: pa.Table) -> None:
 class Reader(threading.Thread):
     """A reader that follows the pointer all the time and keeps every state it sees."""
 
-    store: Store
+    find_store: Callable[[], Store]
+    """a scenario may choose where the output is"""
     states: dict[bytes, pa.Table] = field(default_factory=dict)
     looks: int = 0
 
@@ -199,10 +206,11 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         while not self.over.wait(POLL_SECONDS):
-            pointer = self.store.read("_published.json")
+            store = self.find_store()
+            pointer = store.read("_published.json")
             self.looks += 1
             if pointer is not None and pointer not in self.states:
-                manifest = read_manifest(self.store)
+                manifest = read_manifest(store)
                 assert manifest is not None
                 self.states[pointer] = manifest
 

@@ -3,13 +3,17 @@
 A scenario takes the bench and a seed, which decides when and where it strikes. The check of `harness` comes after it.
 """
 
+import contextlib
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import pyarrow as pa
@@ -34,6 +38,8 @@ class Scene:
     chance: random.Random
     zombies: list[psutil.Process] = field(default_factory=list)
     endpoint: str = ""
+    cleanup: ExitStack = field(default_factory=ExitStack)
+    """what is undone after the last check"""
 
     @contextmanager
     def job(self, run_id: str = "run", *settings: str) -> Iterator[Job]:
@@ -128,6 +134,17 @@ def kill_actors_three_times(scene: Scene) -> Ending:
     return kill_actors(scene, 3)
 
 
+def kill_progress(scene: Scene) -> Ending:
+    """The actor that counts what is done dies: it counts again from zero, and nothing else changes."""
+    with scene.job() as job:
+        scene.wait_for_some(job)
+        victims = scene.bench.workers("ray::Progress")
+        for victim in victims:
+            victim.kill()
+        assert job.wait(400) == 0, job.text
+    return Ending(len(victims))
+
+
 def kill_reader(scene: Scene) -> Ending:
     """A process dies while it reads and tokenizes."""
     scene.bench.plant(read={"shard": scene.shard(), "do": "kill", "times": 2})
@@ -184,6 +201,71 @@ def add_node(scene: Scene) -> Ending:
         scene.bench.heal()
         assert job.wait(400) == 0, job.text
     return Ending(1)
+
+
+# the machine
+
+MEMORY_MARGIN = 3 * 2**30
+"""Bytes that a node short of memory had left when it started."""
+
+
+def set_clock(scene: Scene) -> Ending:
+    """The driver's clock is set, a day back or up to a year ahead; the next run's plan counts as the later one all the same."""
+    with scene.job("jumped") as job:
+        scene.wait_for_some(job)
+        scene.bench.plant(clock=scene.chance.choice([-86_400, 86_400, 365 * 86_400]))
+        wait_until(lambda: bool(scene.bench.events), "the clock to be set", 60)
+        assert job.wait(400) == 0, job.text
+    faults = len(scene.bench.events)
+    assert published_run(scene) == "jumped"
+    scene.bench.heal()
+    fakes.write_archive(scene.archive, {"part-new.parquet": pa.table({"text": ["what came", "the day after"]})})
+    scene.run("day-after")
+    return Ending(faults, "day-after", archive_changed=True)
+
+
+def run_out_of_memory(scene: Scene) -> Ending:
+    """Another program takes a node's memory: Ray ends workers there until some is free again."""
+    used = psutil.virtual_memory()
+    limit = (used.total - used.available + MEMORY_MARGIN) / used.total
+    scene.bench.lose_node()
+    node = scene.bench.add_node(RAY_memory_usage_threshold=f"{limit:.4f}")
+    scene.cleanup.callback(scene.bench.cluster.remove_node, node)
+    with scene.job() as job:
+        scene.wait_for_some(job)
+        victims = scene.bench.workers("ray::")
+        with subprocess.Popen(
+            [sys.executable, "-c", f"b = b'x' * {2 * MEMORY_MARGIN}; input()"], stdin=subprocess.PIPE
+        ) as other:
+            try:
+                wait_until(lambda: any(not one.is_running() for one in victims), "Ray to end a worker", 120)
+            finally:
+                other.kill()
+        assert job.wait(400) == 0, job.text
+    return Ending(1)
+
+
+def fill_disk(scene: Scene) -> Ending:
+    """The output's disk is full from some point on: exit code 4 with the system's words, and the next run goes on."""
+    disk = Path(scene.bench.folder, f"disk-{scene.chance.getrandbits(32):x}")
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
+    scene.cleanup.callback(subprocess.run, ["umount", str(disk)], check=True)
+    scene.output = str(disk / "scores")
+    ballast = disk / "ballast"
+    with scene.job("full") as job:
+        kept = scene.wait_for_some(job)
+        with ballast.open("wb", buffering=0) as sink, contextlib.suppress(OSError):
+            while sink.write(bytes(4096)):
+                pass
+        assert psutil.disk_usage(str(disk)).free == 0
+        assert job.wait(400) == 4, job.text
+    assert "No space left on device" in job.text
+    assert scene.objects >= kept
+    assert open_store(scene.output).read("_published.json") is None
+    ballast.unlink()
+    scene.run("rerun")
+    return Ending(1, "rerun")
 
 
 # doubles
@@ -362,6 +444,7 @@ SCENARIOS: dict[str, Scenario] = {
     "driver stopped": stop_driver,
     "actors killed": kill_actors,
     "actors killed three times": kill_actors_three_times,
+    "progress actor killed": kill_progress,
     "reader killed": kill_reader,
     "writer killed before its put": kill_writer,
     "writer killed after its put": kill_writer_after_its_put,
@@ -369,6 +452,9 @@ SCENARIOS: dict[str, Scenario] = {
     "node lost": lose_node,
     "node replaced": replace_node,
     "node added": add_node,
+    "clock set": set_clock,
+    "host memory short": run_out_of_memory,
+    "disk full": fill_disk,
     "job submitted twice": submit_twice,
     "500 for 5%": through_proxy(0.05, Fault.ERROR),
     "503 SlowDown for 30%": through_proxy(0.3, Fault.SLOW_DOWN),

@@ -19,7 +19,7 @@ from lib.storage import open_store
 from tests import fakes
 from tests.faults.conftest import make_shards
 from tests.faults.harness import Bench, Reader, check_idempotent, check_nothing_lost
-from tests.faults.scenarios import SCENARIOS, Scene
+from tests.faults.scenarios import SCENARIOS, Scenario, Scene
 
 ALWAYS = (
     "actors killed",
@@ -45,9 +45,15 @@ def play(name: str, seed: int, bench: Bench, s3: LoopbackS3, model: str, undamag
         chance=random.Random(f"{name} {seed}"),
     )
     fakes.write_archive(scene.archive, make_shards())
-    with Reader(open_store(scene.output)) as reader:
-        ending = SCENARIOS[name](scene)
-    bench.heal()
+    with scene.cleanup:
+        return play_scene(SCENARIOS[name], scene, undamaged)
+
+
+def play_scene(scenario: Scenario, scene: Scene, undamaged: pa.Table) -> int:
+    """Play a scenario and check; returns how many faults happened."""
+    with Reader(lambda: open_store(scene.output)) as reader:
+        ending = scenario(scene)
+    scene.bench.heal()
     check_nothing_lost(
         scene.archive,
         scene.output,
@@ -59,7 +65,7 @@ def play(name: str, seed: int, bench: Bench, s3: LoopbackS3, model: str, undamag
         zombies=scene.zombies,
         stale_allowed=ending.archive_changed,
     )
-    check_idempotent(s3, bench, scene.archive, model, scene.output)
+    check_idempotent(scene.s3, scene.bench, scene.archive, scene.model, scene.output)
     return ending.faults
 
 

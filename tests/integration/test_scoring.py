@@ -20,6 +20,7 @@ from lib import checkpoint, pipeline
 from lib.config import ScoreConfig, ScoreResources, validate
 from lib.errors import OverLimitError, UsageError
 from lib.planning import Chunk
+from lib.progress import start_progress
 from lib.runtime import Cluster, Node, plan_layout
 from lib.schema import Task
 from lib.scoring import Run, prepare
@@ -338,7 +339,7 @@ def test_ray_keeps_three_operators_apart(small_archive: str, classifier: str, tm
     chunk = Chunk("one.parquet", "0" * 12, 0, 1, 0, 2, 10)
     for cluster in (Cluster((Node(4, 0),)), Cluster((Node(1, 0),)), Cluster((Node(16, 2),))):
         layout = plan_layout(cluster, ScoreResources())
-        progress = pipeline.Progress.remote()  # type: ignore[attr-defined]
+        progress = start_progress()
         names = pipeline.operator_names(pipeline.build_dataset(job, [(chunk,)], layout, progress))
         assert [name.split("(")[0].removesuffix("Chunks") for name in names] == ["Read", "MapBatches", "MapBatches"]
 
