@@ -25,7 +25,7 @@ from lib.actors import PredictBlock
 from lib.archive import Columns
 from lib.blocks import Footer, ScoreJob
 from lib.config import LimitsSection
-from lib.errors import UsageError, raise_if_stopped
+from lib.errors import UsageError
 from lib.outcome import Outcome
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity, select_rows
 from lib.progress import Counts, end_actors, read_progress, reported, start_progress
@@ -103,16 +103,21 @@ def read_footer_batch(archive: Store, columns: Columns, shards: list[str]) -> li
     return [work.read_footer(archive, columns, shard) for shard in shards]
 
 
-def read_footers(job: ScoreJob, shards: pa.ChunkedArray, batch: int = 64) -> Iterator[Footer]:
-    """Read the footers of shards with Ray tasks, in order; a few batches ahead of who asks, not all at once."""
+def read_footers(run: Running, shards: pa.ChunkedArray, batch: int = 64) -> Iterator[Footer]:
+    """Read the footers of shards with Ray tasks, in order; a few batches ahead of who asks, not all at once.
+
+    Raises `IncompleteError` if none was read for `limits.stall_seconds`.
+    """
+    job = run.job
     starts = range(0, len(shards), batch)
     names = (shards.slice(start, batch).to_pylist() for start in starts)
     tasks = ((some, read_footer_batch.remote(job.archive, job.columns, some)) for some in names)
     pending = deque(islice(tasks, FOOTER_BATCHES_AHEAD))
     while pending:
         some, reference = pending.popleft()
+        watch = Watch(run)
         while not ray.wait([reference], timeout=1)[0]:
-            raise_if_stopped()
+            watch.look()
         pending.extend(islice(tasks, 1))
         try:
             yield from ray.get(reference)
@@ -195,17 +200,18 @@ def score(
     Raises `IncompleteError` when the cluster or the storage fails for good; whatever was finished by then stays finished.
     """
     run = Running(job=job, layout=layout, limits=limits, progress=start_progress(), outcome=Outcome(), show=show)
-    blocks = bundle(plan_chunks(job, shards, run.outcome, selected), job.chunk_bytes)
+    blocks = bundle(plan_chunks(run, shards, selected), job.chunk_bytes)
     while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
         run_wave(run, wave)
         run.outcome.close_wave()
     return run.outcome
 
 
-def plan_chunks(job: ScoreJob, shards: pa.Table, outcome: Outcome, selected: Selected | None) -> Iterator[Chunk]:
+def plan_chunks(run: Running, shards: pa.Table, selected: Selected | None) -> Iterator[Chunk]:
     """Read footers and yield the chunks that have rows; empty ones are written here, bad shards noted."""
+    job, outcome = run.job, run.outcome
     identities = (value.as_py() for value in shards["identity"])
-    for footer, shard_identity in zip(read_footers(job, shards["path"]), identities, strict=True):
+    for footer, shard_identity in zip(read_footers(run, shards["path"]), identities, strict=True):
         if footer.problem is not None:
             outcome.bad_shards[footer.shard] = footer.problem
             continue

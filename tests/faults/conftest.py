@@ -26,12 +26,12 @@ def bench(damaged: Bench) -> Bench:
     return damaged
 
 
-def make_shards() -> dict[str, pa.Table]:
+def make_shards(shards: int = SHARDS, rows: int = ROWS) -> dict[str, pa.Table]:
     """Small shards of long texts: a run takes long enough to be damaged in the middle."""
-    texts = [" ".join(real_texts(500)[index % 400 : index % 400 + 20]) for index in range(SHARDS * ROWS)]
+    texts = [" ".join(real_texts(500)[index % 400 : index % 400 + 20]) for index in range(shards * rows)]
     return {
-        f"part-{shard:03d}.parquet": pa.table({"text": texts[shard * ROWS : (shard + 1) * ROWS]})
-        for shard in range(SHARDS)
+        f"part-{shard:03d}.parquet": pa.table({"text": texts[shard * rows : (shard + 1) * rows]})
+        for shard in range(shards)
     }
 
 

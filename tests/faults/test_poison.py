@@ -16,6 +16,9 @@ from tests.faults.harness import ROWS, Bench, assert_alike, check_nothing_lost, 
 
 POISON = "qxjzq vwkxz"
 
+TRIAL = pytest.mark.trial
+"""Every suspect costs a process and a model to load, so only the shortest searches run with every test run."""
+
 
 @pytest.fixture
 def poison_tokens(classifier: str) -> list[int]:
@@ -42,13 +45,23 @@ def without(rows: pa.Table, guilty: dict[str, list[int]]) -> pa.Table:
     return rows.filter(pa.array(keep))
 
 
-@pytest.mark.parametrize("action", ["kill", "hang"])
+@pytest.mark.parametrize(
+    ("action", "guilty"),
+    [
+        ("kill", {"part-003.parquet": [17]}),
+        pytest.param("kill", {"part-003.parquet": [17, 63], "part-007.parquet": [ROWS - 1]}, marks=TRIAL),
+        pytest.param("hang", {"part-007.parquet": [5]}, marks=TRIAL),
+    ],
+)
 def test_rows_that_kill_or_hang_the_process_are_found_and_cost_only_themselves(
-    action: str, bench: Bench, s3: LoopbackS3, classifier: str, undamaged: pa.Table, poison_tokens: list[int]
+    action: str,
+    guilty: dict[str, list[int]],
+    bench: Bench,
+    s3: LoopbackS3,
+    classifier: str,
+    undamaged: pa.Table,
+    poison_tokens: list[int],
 ) -> None:
-    guilty = {"part-003.parquet": [17, 63], "part-007.parquet": [ROWS - 1]}
-    if action == "hang":
-        guilty = {"part-007.parquet": [5]}
     url = s3.bucket()
     archive, output = poisoned_archive(url, guilty), f"{url}/scores"
     bench.plant(predict={"tokens": poison_tokens, "do": action})
@@ -69,6 +82,7 @@ def test_rows_that_kill_or_hang_the_process_are_found_and_cost_only_themselves(
     assert len(letters) == len(guilty)
 
 
+@TRIAL
 def test_a_search_for_guilty_rows_ends_at_its_limit(
     bench: Bench, s3: LoopbackS3, classifier: str, poison_tokens: list[int]
 ) -> None:
@@ -96,8 +110,10 @@ def test_an_error_in_the_forward_pass_ends_the_run_as_a_bug_with_its_traceback(
 
 @pytest.mark.parametrize(
     "fault",
-    [{"read": {"shard": "part-005.parquet", "do": "kill"}}, {"footer": "part-005.parquet"}],
-    ids=["rows", "footer"],
+    [
+        pytest.param({"read": {"shard": "part-005.parquet", "do": "kill"}}, marks=TRIAL, id="rows"),
+        pytest.param({"footer": "part-005.parquet"}, id="footer"),
+    ],
 )
 def test_a_shard_that_kills_its_reader_is_a_bad_shard(
     fault: dict[str, Any], bench: Bench, s3: LoopbackS3, classifier: str, archive: str, undamaged: pa.Table

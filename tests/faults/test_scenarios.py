@@ -5,9 +5,11 @@ A few run with every test run; all of them, with many seeds, are a trial that pr
     make faults SEEDS=20
 """
 
+import contextlib
 import json
 import os
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from jobs.demo_store import LoopbackS3
 from lib.storage import open_store
 from tests import fakes
 from tests.faults.conftest import make_shards
-from tests.faults.harness import Bench, Reader, check_idempotent, check_nothing_lost
+from tests.faults.harness import Bench, Reader, check_idempotent, check_nothing_lost, scoring
 from tests.faults.scenarios import SCENARIOS, Scenario, Scene
 
 ALWAYS = (
@@ -29,6 +31,8 @@ ALWAYS = (
     "credentials expired",
 )
 """Part of every test run, beside `test_killed` and `test_poison`."""
+
+KILLS = int(os.environ.get("KILLS", "100"))
 
 SEEDS = int(os.environ.get("SEEDS", "1"))
 
@@ -72,6 +76,36 @@ def play_scene(scenario: Scenario, scene: Scene, undamaged: pa.Table) -> int:
 @pytest.mark.parametrize("name", ALWAYS)
 def test_nothing_is_lost(name: str, bench: Bench, s3: LoopbackS3, classifier: str, undamaged: pa.Table) -> None:
     play(name, 0, bench, s3, classifier, undamaged)
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(3 * 3_600)
+def test_a_driver_killed_at_many_random_points(
+    bench: Bench, s3: LoopbackS3, classifier: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """200 small shards, run and killed until they are done; then all over again, until `KILLS` drivers have died."""
+    chance, killed, nights = random.Random(0), 0, 0
+    url = s3.bucket()
+    archive = f"{url}/archive"
+    fakes.write_archive(archive, make_shards(200, 20))
+    while killed < KILLS:
+        nights += 1
+        output, code, kept, run = f"{url}/scores-{nights}", None, 0, 0
+        while code is None:
+            run += 1
+            with scoring(bench, archive, classifier, output, run_id=f"run-{run}") as job:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = job.process.wait(chance.uniform(0.5, 40) if killed < KILLS else 600)
+                job.process.kill()
+            killed += code is None
+            objects = sum("-of-" in path for path in open_store(output).list()["path"].to_pylist())
+            assert kept <= objects <= 200, "what was finished is kept"
+            kept = objects
+        assert code == 0, job.text
+        check_nothing_lost(archive, output, faults=run - 1, exit_code=0, run_id=f"run-{run}")
+        check_idempotent(s3, bench, archive, classifier, output)
+        with capsys.disabled():
+            print(f"\n{killed} drivers killed; 200 shards done after {run} runs, nothing lost", flush=True)
 
 
 @pytest.mark.trial

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from jobs import score
 from jobs.demo_store import LoopbackS3
 from lib import checkpoint, pipeline
 from lib.config import ScoreConfig, ScoreResources, validate
-from lib.errors import OverLimitError, UsageError
+from lib.errors import IncompleteError, OverLimitError, UsageError
+from lib.outcome import Outcome
 from lib.planning import Chunk
 from lib.progress import start_progress
 from lib.runtime import Cluster, Node, plan_layout
 from lib.schema import Task
 from lib.scoring import Run, prepare
 from lib.storage import Store, open_store
+from lib.watch import Running, Watch
 from tests import fakes
 from tests.integration.test_equality import real_texts, score_singly
 from tests.waiting import wait_until
@@ -329,6 +332,59 @@ def test_a_failed_run_gives_its_cpus_back_while_its_error_is_still_held(
     finally:
         gc.enable()
     assert held.value is not None
+
+
+@ray.remote(num_cpus=4)
+class Squatter:
+    """Another job that holds every CPU."""
+
+    def ready(self) -> None:
+        """Return when the CPUs are taken."""
+
+
+@pytest.fixture
+def squatter() -> Iterator[None]:
+    other = Squatter.remote()  # type: ignore[attr-defined]
+    ray.get(other.ready.remote())
+    yield
+    ray.kill(other)
+    wait_until(lambda: ray.available_resources().get("CPU") == 4, "all CPUs to be free")
+
+
+@pytest.mark.usefixtures("squatter")
+def test_a_cluster_without_a_free_cpu_ends_as_a_stall_that_says_so(
+    small_archive: str, classifier: str, tmp_path: Path
+) -> None:
+    assert ray.available_resources().get("CPU", 0) == 0
+    with pytest.raises(IncompleteError) as stalled:
+        run_score(small_archive, classifier, str(tmp_path / "scores"), "limits.stall_seconds=2")
+    assert "finished for 2 s (limits.stall_seconds): only 0 of 1 actors have started; no CPU is free" in str(
+        stalled.value
+    )
+    assert "0 of 4 CPUs" in str(stalled.value)
+    assert "run the same command again" in str(stalled.value)
+
+
+def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it(
+    small_archive: str, classifier: str, tmp_path: Path
+) -> None:
+    """What Ray's worker does is not to be had here: the progress actor is told that an actor has begun and hears no more."""
+    run = prepared(small_archive, classifier, str(tmp_path / "scores"))
+    progress = start_progress()
+    ray.get(progress.enlist.remote("an actor", None))
+    ray.get(progress.begin.remote("an actor", None, ["part-007.parquet"]))
+    limits = run.config.limits.model_copy(update={"stall_seconds": 0.1})
+    running = Running(
+        job=run.job,
+        layout=plan_layout(Cluster((Node(4, 0),)), ScoreResources()),
+        limits=limits,
+        progress=progress,
+        outcome=Outcome(),
+        show=lambda _: None,
+    )
+    watch = Watch(running)
+    with pytest.raises(IncompleteError, match=r"at work: part-007\.parquet; 4 of 4 CPUs"):
+        wait_until(lambda: bool(watch.look()) and False, "a stall")
 
 
 # The pipeline's shape
