@@ -174,7 +174,8 @@ def with_names(objects: pa.Table) -> pa.Table:
 def split_finished(shards: pa.Table, objects: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Split shards (with identities) into finished and unfinished ones: finished means every one of its chunks has an object.
 
-    Done for a sixteenth of all identities at a time: joins and groups need several times the memory of what they work on.
+    Done for a sixteenth of all identities at a time, by one thread, and given back: joins and groups need several times the
+    memory of what they work on, on each of their threads.
     """
     numbered = shards.select(["path", "identity"]).append_column("number", pa.array(np.arange(shards.num_rows)))
     digits = [pc.utf8_slice_codeunits(table["identity"], 0, 1) for table in (numbered, objects)]
@@ -183,10 +184,13 @@ def split_finished(shards: pa.Table, objects: pa.Table) -> tuple[pa.Table, pa.Ta
         some, made = (
             table.filter(pc.equal(first, digit)) for table, first in zip((numbered, objects), digits, strict=True)
         )
-        counted = made.group_by(["shard", "identity", "chunks"]).aggregate([("chunk", "count_distinct")])
+        by_shard = made.group_by(["shard", "identity", "chunks"], use_threads=False)
+        counted = by_shard.aggregate([("chunk", "count_distinct")])
         whole = counted.filter(pc.equal(counted["chunks"], counted["chunk_count_distinct"]))
-        joined = some.join(whole, ["path", "identity"], ["shard", "identity"], join_type="left semi")
+        joined = some.join(whole, ["path", "identity"], ["shard", "identity"], "left semi", use_threads=False)
         finished[joined["number"].to_numpy()] = True
+        del some, made, by_shard, counted, whole, joined
+        pa.default_memory_pool().release_unused()
     return shards.filter(pa.array(finished)), shards.filter(pa.array(~finished))
 
 
