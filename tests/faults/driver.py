@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import time_machine
 
 from jobs import score
-from lib.errors import run_job
+from lib.errors import run_job, stop_on_signals
 from tests.faults import injection
 
 import ray  # isort: skip  # after lib, which sets how Ray authenticates
@@ -34,4 +34,5 @@ if __name__ == "__main__":
             "env_vars": {"AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"]},
         },
     )
+    stop_on_signals()  # as `lib.runtime.ray_session` does when it is the one that connects
     sys.exit(run_job(score.main))
