@@ -116,9 +116,10 @@ def plan_layout(cluster: Cluster, wanted: ScoreResources) -> Layout:
     nodes = [node for node in cluster.nodes if node.cpus]
     actors = wanted.num_actors or len(nodes)
     per_node = math.ceil(actors / len(nodes))
-    share = max(smallest - 1, smallest / 2) / per_node
+    # Beside other nodes each keeps room for as many actors again: a lost node's come here, and must not take every CPU either.
+    share = max(smallest - 1, smallest / 2) / per_node / (1 if len(nodes) == 1 else 2)
     if share < TASK_CPUS_WITHOUT_GPU:
-        most = int(max(smallest - 1, smallest / 2) / TASK_CPUS_WITHOUT_GPU) * len(nodes)
+        most = int(share * per_node / TASK_CPUS_WITHOUT_GPU) * len(nodes)
         raise UsageError(
             f"resources.num_actors = {actors} leaves {share:.2g} CPUs for each, but the cluster has {cluster}; ask for at most {most}"
         )

@@ -410,3 +410,21 @@ def test_a_layout_always_leaves_cpus_to_read_and_write(nodes: tuple[Node, ...]) 
     assert layout.num_actors * layout.actor_cpus + layout.task_cpus <= cluster.cpus
     assert layout.num_actors * layout.actor_gpus <= cluster.gpus
     assert layout.actor_cpus != layout.task_cpus
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4, 16])
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("per_node", [None, 1, 2])
+def test_a_lost_nodes_actors_leave_a_cpu_on_the_others(cpus: int, count: int, per_node: int | None) -> None:
+    """Ray may put them all on the same nodes."""
+    if per_node and per_node * 0.5 > cpus / 2:
+        pytest.skip("refused: too many actors")
+    wanted = ScoreResources(num_actors=per_node and per_node * count)
+    layout = plan_layout(Cluster((Node(cpus, 0),) * count), wanted)
+    left = layout.num_actors
+    free: list[float] = []
+    for _ in range(count - 1):
+        here = min(left, int(cpus / layout.actor_cpus))
+        left, free = left - here, [*free, cpus - here * layout.actor_cpus]
+    assert left == 0, "all actors fit"
+    assert max(free) >= layout.task_cpus
