@@ -24,13 +24,11 @@ from tests.faults.harness import Bench, Reader, check_idempotent, check_nothing_
 from tests.faults.scenarios import SCENARIOS, Scenario, Scene
 
 ALWAYS = (
-    "actors killed",
     "node replaced",
-    "job submitted twice",
     "everything for 5%",
     "credentials expired",
 )
-"""Part of every test run, beside `test_killed` and `test_poison`."""
+"""Part of every test run, beside `test_killed`, `test_rescore` and `test_poison`, whose rows kill actors."""
 
 KILLS = int(os.environ.get("KILLS", "100"))
 
