@@ -52,7 +52,9 @@ class ProgressLine:
         planned, counts = outcome.planned_rows, outcome.counts
         done = min(planned, max(counts.rows, outcome.finished_rows))
         elapsed = f"{duration(now - self.started_at)}"
-        if self.first is None or not planned:
+        if not planned:
+            return f"scoring: reading the shards' footers, {elapsed} so far"
+        if self.first is None:
             return f"scoring: {planned:,} rows planned, starting actors and loading the model, {elapsed} so far"
         since, rows_before, tokens_before = self.first
         seconds = now - since
