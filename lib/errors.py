@@ -44,10 +44,6 @@ class DeniedError(UsageError):
     """The storage does not let us in. Once a run is at work this is trouble of the storage, not of the command: see `at_work`."""
 
 
-class RefusedError(DeniedError):
-    """The credentials themselves are not taken, expired ones for example: whoever asks, and for whatever, is refused."""
-
-
 class OverLimitError(TextsweepError):
     """More bad rows or shards than `limits` allows."""
 

@@ -25,23 +25,20 @@ from lib.actors import PredictBlock
 from lib.archive import Columns
 from lib.blocks import Footer, ScoreJob
 from lib.config import LimitsSection
-from lib.errors import IncompleteError, UsageError
+from lib.errors import UsageError
 from lib.outcome import Outcome
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity, select_rows
 from lib.progress import Counts, end_actors, read_progress, reported, start_progress
 from lib.runtime import Layout
 from lib.storage import Store
 from lib.suspects import settle
-from lib.watch import AGAIN, Running, Show, Watch, explain_ray_error
+from lib.watch import Running, Show, Watch, explain_ray_error
 
 Selected = Mapping[str, npt.NDArray[np.int64]]
 """Row numbers, sorted, by shard."""
 
 MAX_FAILURES = 16
 """Tasks of one wave that may fail with an error before the wave is cut short to see whether the error stays."""
-
-MAX_REFUSALS = 2
-"""Tasks that may find their credentials refused before the run ends: one node's clock or settings may be wrong, not all."""
 
 MAX_ATTEMPTS = 3
 """Times that a block is tried in the pipeline if it, or a neighbour, kills its worker."""
@@ -116,16 +113,21 @@ def read_footers(run: Running, shards: pa.ChunkedArray, batch: int = 64) -> Iter
     names = (shards.slice(start, batch).to_pylist() for start in starts)
     tasks = ((some, read_footer_batch.remote(job.archive, job.columns, some)) for some in names)
     pending = deque(islice(tasks, FOOTER_BATCHES_AHEAD))
-    while pending:
-        some, reference = pending.popleft()
-        watch = Watch(run)
-        while not ray.wait([reference], timeout=1)[0]:
-            watch.look()
-        pending.extend(islice(tasks, 1))
-        try:
-            yield from ray.get(reference)
-        except ray.exceptions.WorkerCrashedError:  # some damaged footers abort PyArrow's process: which one is it?
-            yield from (read_footer_alone(job, shard) for shard in some)
+    try:
+        while pending:
+            some, reference = pending[0]
+            watch = Watch(run)
+            while not ray.wait([reference], timeout=1)[0]:
+                watch.look()
+            pending.popleft()
+            pending.extend(islice(tasks, 1))
+            try:
+                yield from ray.get(reference)
+            except ray.exceptions.WorkerCrashedError:  # some damaged footers abort PyArrow's process: which one is it?
+                yield from (read_footer_alone(job, shard) for shard in some)
+    finally:
+        for _, reference in pending:
+            ray.cancel(reference)
 
 
 def read_footer_alone(job: ScoreJob, shard: str) -> Footer:
@@ -276,8 +278,6 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
                 counts = watch.look()
                 if counts and counts.mistake is not None:
                     raise UsageError(counts.mistake) from None
-                if counts and counts.num_refused > MAX_REFUSALS:
-                    raise IncompleteError(f"{'; '.join(counts.failures)}; {AGAIN}") from None
                 if counts and counts.num_failures - before.num_failures > MAX_FAILURES:
                     return True
                 continue

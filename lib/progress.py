@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lib.errors import DeniedError, RefusedError, TextsweepError, UsageError
+from lib.errors import DeniedError, TextsweepError, UsageError
 
 SHOWN_FAILURES = 3
 
@@ -30,8 +30,6 @@ class Counts:
     num_failures: int = 0
     mistake: str | None = None
     """the first reason that no further attempt would change: the model, not the infrastructure"""
-    num_refused: int = 0
-    """tasks whose credentials the storage did not take"""
     has_bug: bool = False
     """whether a task failed with an error that is not one of ours"""
     busy: tuple[str, ...] = ()
@@ -51,7 +49,8 @@ class Busy:
 class Progress:
     """Counts finished micro-batches of all actors, for the line that people watch, the stall check and the watchdog.
 
-    If its process dies a new one counts from zero: nothing that is written, published or retried rests on what it holds.
+    If its process dies a new one counts from zero, which may cost some attempts more: nothing that is written or published
+    rests on what it holds.
     """
 
     def __init__(self) -> None:
@@ -92,11 +91,10 @@ class Progress:
         self.reads[block] += 1
         return self.reads[block]
 
-    def fail(self, reason: str, is_mistake: bool, is_bug: bool, is_refused: bool) -> None:
+    def fail(self, reason: str, is_mistake: bool, is_bug: bool) -> None:
         """A task ended with an error."""
         self.failures[reason] += 1
         self.counts.num_failures += 1
-        self.counts.num_refused += is_refused
         self.counts.has_bug |= is_bug
         if is_mistake and self.counts.mistake is None:
             self.counts.mistake = reason
@@ -160,7 +158,7 @@ def reported(progress: Any) -> Iterator[None]:
         known = isinstance(error, TextsweepError)
         reason = str(error) if known else f"{type(error).__name__}: {str(error)[:300]}"
         mistake = isinstance(error, UsageError) and not isinstance(error, DeniedError)
-        ray.get(progress.fail.remote(reason, mistake, not known, isinstance(error, RefusedError)))
+        ray.get(progress.fail.remote(reason, mistake, not known))
         raise
 
 

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import s3fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
-from lib.errors import DeniedError, IncompleteError, RefusedError, TextsweepError, UsageError
+from lib.errors import DeniedError, IncompleteError, TextsweepError, UsageError
 from lib.listing import LISTING_SCHEMA, FileInfo, describe, is_temporary, to_listing
 
 SINGLE_PUT_BYTES = 5 * 2**30
@@ -422,7 +422,7 @@ def explained(url: str, verb: str) -> Iterator[None]:
     except (OSError, BotoCoreError, ClientError) as error:
         code = code_of(error)
         if code in REFUSED:
-            raise RefusedError(
+            raise DeniedError(
                 f"{url}: not allowed to {verb} it ({code}); renew or check the credentials, and this machine's clock"
             ) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOTDIR, errno.EROFS):
