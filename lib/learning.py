@@ -93,8 +93,7 @@ class Learner:
     @property
     def candidate(self) -> PreTrainedModel:
         """The weights that are evaluated, and kept if they are the best: the average, if there is one."""
-        found: Any = self.model if self.average is None else self.average.module
-        return cast(PreTrainedModel, found)
+        return self.model if self.average is None else cast(PreTrainedModel, self.average.module)
 
     def step(self, number: int, data: LabelledSet, batch: IntArray) -> None:
         """Make optimizer step `number` with the rows `batch`, of which this worker computes its share."""

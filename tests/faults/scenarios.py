@@ -4,6 +4,7 @@ A scenario takes the bench and a seed, which decides when and where it strikes. 
 """
 
 import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -14,9 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
+import pytest
 
 from jobs.demo_store import LoopbackS3
 from lib.storage import open_store
@@ -139,6 +142,9 @@ def kill_progress(scene: Scene) -> Ending:
     with scene.job() as job:
         scene.wait_for_some(job)
         victims = scene.bench.workers("ray::Progress")
+        head: Any = scene.bench.cluster.head_node
+        beside_driver = head.all_processes["raylet"][0].process.pid
+        assert [victim.ppid() for victim in victims] == [beside_driver], "another node's end would take it along"
         for victim in victims:
             victim.kill()
         assert job.wait(400) == 0, job.text
@@ -247,6 +253,8 @@ def run_out_of_memory(scene: Scene) -> Ending:
 
 def fill_disk(scene: Scene) -> Ending:
     """The output's disk is full from some point on: exit code 4 with the system's words, and the next run goes on."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
     disk = Path(scene.bench.folder, f"disk-{scene.chance.getrandbits(32):x}")
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)

@@ -5,6 +5,7 @@ import gc
 import io
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import time_machine
 from ray.exceptions import RayTaskError
 
 from jobs import score
@@ -22,7 +24,7 @@ from lib.config import ScoreConfig, ScoreResources, validate
 from lib.errors import IncompleteError, OverLimitError, UsageError
 from lib.outcome import Outcome
 from lib.planning import Chunk
-from lib.progress import start_progress
+from lib.progress import read_progress, start_progress
 from lib.runtime import Cluster, Node, plan_layout
 from lib.schema import Task
 from lib.scoring import Run, prepare
@@ -368,7 +370,7 @@ def test_a_cluster_without_a_free_cpu_ends_as_a_stall_that_says_so(
 def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it(
     small_archive: str, classifier: str, tmp_path: Path
 ) -> None:
-    """What Ray's worker does is not to be had here: the progress actor is told that an actor has begun and hears no more."""
+    """The actor is a fake: the progress actor is told that it has begun, and hears no more of it."""
     run = prepared(small_archive, classifier, str(tmp_path / "scores"))
     progress = start_progress()
     ray.get(progress.enlist.remote("an actor", None))
@@ -383,8 +385,35 @@ def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it(
         show=lambda _: None,
     )
     watch = Watch(running)
+
+    def is_over() -> bool:
+        watch.look()
+        return False
+
     with pytest.raises(IncompleteError, match=r"at work: part-007\.parquet; 4 of 4 CPUs"):
-        wait_until(lambda: bool(watch.look()) and False, "a stall")
+        wait_until(is_over, "a stall")
+
+
+def test_a_progress_actor_that_was_killed_comes_back_and_learns_of_the_actors_again() -> None:
+    progress = start_progress()
+    ray.get(progress.enlist.remote("an actor", "its handle"))
+    ray.kill(progress, no_restart=False)
+    ray.get(progress.begin.remote("an actor", "its handle", ["part-007.parquet"]))
+    counts = read_progress(progress)
+    assert counts is not None
+    assert counts.num_actors == 0, "it is another process, which counts from zero"
+    assert counts.busy == ("part-007.parquet",)
+    assert ray.get(progress.dismiss.remote()) == ["its handle"]
+
+
+@pytest.mark.parametrize("hours", [-24, 24, 365 * 24])
+def test_a_clock_that_is_set_during_a_run_does_not_move_its_plan(
+    hours: int, small_archive: str, classifier: str, tmp_path: Path
+) -> None:
+    run = prepared(small_archive, classifier, str(tmp_path / "scores"))
+    age = datetime.now(UTC) - run.planned_at
+    with time_machine.travel(datetime.now(UTC) + timedelta(hours=hours), tick=True):
+        assert abs(datetime.now(UTC) - run.planned_at - age) < timedelta(minutes=1)
 
 
 # The pipeline's shape
