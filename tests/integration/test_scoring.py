@@ -398,10 +398,16 @@ def test_a_progress_actor_that_was_killed_comes_back_and_learns_of_the_actors_ag
     progress = start_progress()
     ray.get(progress.enlist.remote("an actor", "its handle"))
     ray.kill(progress, no_restart=False)
+
+    def counts_from_zero() -> bool:
+        """Killing returns at once: until the process is gone, it is the old one that answers."""
+        counts = read_progress(progress)
+        return counts is not None and counts.num_actors == 0
+
+    wait_until(counts_from_zero, "the actor's return as another process")
     ray.get(progress.begin.remote("an actor", "its handle", ["part-007.parquet"]))
     counts = read_progress(progress)
     assert counts is not None
-    assert counts.num_actors == 0, "it is another process, which counts from zero"
     assert counts.busy == ("part-007.parquet",)
     assert ray.get(progress.dismiss.remote()) == ["its handle"]
 
