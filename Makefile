@@ -42,7 +42,7 @@ trials: install  ## the long runs on real data
 	@$(BIN)/python -m pytest -m trial -s tests/integration
 
 faults: install  ## everything that can go wrong, SEEDS times each (default 1), written to faults.jsonl: hours for many
-	@SEEDS=$(or $(SEEDS),1) FAULTS_LOG=faults.jsonl $(BIN)/python -m pytest -m trial tests/faults
+	@SEEDS=$(or $(SEEDS),1) FIRST_SEED=$(or $(FIRST_SEED),0) FAULTS_LOG=faults.jsonl $(BIN)/python -m pytest -m trial tests/faults
 
 clean:  ## remove the environment and the demo's files
 	rm -rf $(VENV) demo
