@@ -216,6 +216,8 @@ class OptimSection(Section):
     """gradients are clipped to this norm"""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """evaluate and keep an exponential moving average of the weights: 0.99 spans about 100 steps; default: the weights"""
+    rdrop: float = Field(default=0.0, ge=0)
+    """weight of R-Drop: each row passes twice, and what dropout makes of the two answers is pulled together; a step takes 1.6 times as long"""
     seed: int = 0
     """of weights of the head, order and dropout"""
 
@@ -225,6 +227,8 @@ class StoppingSection(Section):
 
     metric: Literal["accuracy", "macro_f1", "micro_f1", "loss"] = "macro_f1"
     """on the validation rows; the checkpoint with the best one is kept"""
+    keep: Literal["best", "last"] = "best"
+    """last: the weights of the last step, without early stopping; on a few hundred validation rows the best one is chance"""
     patience: int = Field(default=4, ge=1)
     """evaluations without a better value before training stops"""
     evaluations_per_epoch: int = Field(default=1, ge=1)

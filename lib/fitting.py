@@ -172,7 +172,7 @@ class Fit:
         if not math.isfinite(entry["train_loss"]):
             progress.failure = f"the training loss is {entry['train_loss']} at step {progress.step}"
             progress.stopped = True
-        elif is_better(entry[stopping.metric], progress.best_value, stopping.metric):
+        elif stopping.keep == "last" or is_better(entry[stopping.metric], progress.best_value, stopping.metric):
             progress.best_value, progress.best_step, progress.stale = entry[stopping.metric], progress.step, 0
             if self.team.rank == 0:
                 self.best_weights = copy_weights(self.learner.candidate)
@@ -205,7 +205,9 @@ class Fit:
             return
         progress, metric = self.progress, self.job.config.stopping.metric
         note = (
-            "the best so far"
+            "kept until the next one"
+            if self.job.config.stopping.keep == "last"
+            else "the best so far"
             if progress.best_step == progress.step
             else f"best: {progress.best_value:.4f} at step {progress.best_step}"
         )

@@ -103,7 +103,7 @@ class Learner:
         torch.manual_seed(dropout_seed(self.optim.seed, number, self.team.rank))
         self.optimizer.zero_grad()
         shares = share_of(batch, self.team.rank, self.team.size, self.optim.accumulation_steps)
-        self.loss_sum += accumulate(self.wrapped, data, shares, len(batch), self.task, self.team)
+        self.loss_sum += accumulate(self.wrapped, data, shares, len(batch), self.task, self.team, self.optim.rdrop)
         self.norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
         self.optimizer.step()
         if self.average is not None:
@@ -187,6 +187,24 @@ def row_losses(logits: torch.Tensor, targets: torch.Tensor, task: Task) -> torch
     return functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
+def rdrop_losses(logits: torch.Tensor, losses: torch.Tensor, task: Task, weight: float) -> torch.Tensor:
+    """Loss of each row (B,) from two passes over it, given logits (2B, C) and losses (2B,): the first ones, then the second.
+
+    Half of R-Drop's (Liang et al. 2021, arXiv 2106.14448, equation 4), so that it is the plain loss without dropout: the mean
+    of both passes' losses and `weight` / 2 of the mean of both Kullback-Leibler divergences, for multi-label its labels' mean.
+    """
+    plain = losses.view(2, -1).mean(dim=0)
+    logits = logits.float()
+    if task is Task.MULTI_LABEL:
+        # the log odds' difference stands for both classes
+        (p, q), (log_p, log_q) = logits.sigmoid().chunk(2), logits.chunk(2)
+        divergence = ((p - q) * (log_p - log_q)).mean(dim=1)
+    else:
+        (p, q), (log_p, log_q) = logits.softmax(dim=-1).chunk(2), logits.log_softmax(dim=-1).chunk(2)
+        divergence = ((p - q) * (log_p - log_q)).sum(dim=1)
+    return plain + weight / 2 * divergence / 2
+
+
 def forward(
     model: nn.Module, data: LabelledSet, rows: IntArray, task: Task, team: Team
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +219,13 @@ def forward(
 
 
 def accumulate(
-    model: nn.Module, data: LabelledSet, shares: Sequence[IntArray], num_rows: int, task: Task, team: Team
+    model: nn.Module,
+    data: LabelledSet,
+    shares: Sequence[IntArray],
+    num_rows: int,
+    task: Task,
+    team: Team,
+    rdrop: float = 0.0,
 ) -> torch.Tensor:
     """Add the gradient of a step's mean loss to the parameters, and return this worker's part of that mean.
 
@@ -214,7 +238,10 @@ def accumulate(
     for index, rows in enumerate(passes or [np.zeros(1, dtype=np.int64)]):
         waits = index + 1 < len(passes) and isinstance(model, DistributedDataParallel)
         with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
-            _, losses = forward(model, data, rows, task, team)
+            if rdrop:
+                losses = rdrop_losses(*forward(model, data, np.tile(rows, 2), task, team), task, rdrop)
+            else:
+                _, losses = forward(model, data, rows, task, team)
             loss = losses.sum() * weight
             loss.backward()
         total += loss.detach() / team.size

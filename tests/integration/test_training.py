@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix, f1_score
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from jobs.demo_store import LoopbackS3
@@ -22,7 +23,7 @@ from lib import checkpoint
 from lib.batching import share_of
 from lib.config import OptimSection, TrainConfig, validate
 from lib.errors import UsageError
-from lib.learning import Learner, Team, accumulate, depth_of, new_optimizer
+from lib.learning import Learner, Team, accumulate, depth_of, new_optimizer, rdrop_losses
 from lib.mapped import LabelledSet, Subset
 from lib.model import load_classifier, new_classifier
 from lib.runtime import Cluster, Node, cluster_facts
@@ -248,30 +249,36 @@ def test_a_finished_run_returns_at_once_and_another_is_refused(
 # best, stopping, multi-label
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
 def test_the_best_weights_are_kept_and_training_stops_early(
-    data: dict[str, str], base: str, ray_session: None, tmp_path: Path
+    keep: str, data: dict[str, str], base: str, ray_session: None, tmp_path: Path
 ) -> None:
-    """The validation labels are rotated: the better the model learns, the worse it gets there."""
+    """The validation labels are rotated: the better the model learns, the worse it gets there. `last` takes no notice."""
     config = configure(
         data | {"valid": data["wrong"]},
         base,
         str(tmp_path / "checkpoint"),
-        optim={"epochs": 20, "learning_rate": 3e-3},
-        stopping={"metric": "loss", "patience": 3},
+        optim={"epochs": 20 if keep == "best" else 6, "learning_rate": 3e-3},
+        stopping={"metric": "loss", "patience": 3, "keep": keep},
     )
     found = train(config, "night-1", cluster_facts())
     history = found["history"]
     losses = [entry["loss"] for entry in history]
     best = int(np.argmin(losses))
-    assert len(history) == best + 1 + 3 < 20
-    assert found["best"] == history[best] != history[-1]
+    if keep == "last":
+        assert len(history) == 6 > best + 1
+        assert found["best"] == history[-1]
+        best = 5
+    else:
+        assert len(history) == best + 1 + 3 < 20
+        assert found["best"] == history[best] != history[-1]
+        assert abs(losses[-1] - losses[best]) > 1e-2
 
     rotated = {label: (index + 1) % 3 for index, label in enumerate(LABELS)}
     texts, labels = make_rows(VALID_ROWS, 4)
     logits = score_plainly(config.output.path, texts)
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor([rotated[label] for label in labels]))
     assert float(loss) == pytest.approx(losses[best], abs=1e-5)
-    assert abs(losses[-1] - losses[best]) > 1e-2
 
 
 def test_lists_of_numbers_train_a_multi_label_model_with_a_split_of_its_own(
@@ -358,7 +365,7 @@ def test_a_killed_worker_resumes_to_the_same_weights(
     """With dropout, and in the middle of epochs: order, rates, moments, the average and randomness must all go on where they were."""
     changes: dict[str, dict[str, Any]] = {
         "model": {"dropout": 0.2},
-        "optim": {"epochs": 3, "ema_decay": 0.8, "layer_decay": 0.9},
+        "optim": {"epochs": 3, "ema_decay": 0.8, "layer_decay": 0.9, "rdrop": 1.0},
         "stopping": {"metric": "loss", "evaluations_per_epoch": 6, "patience": 100},
         "resources": {"num_workers": 2},
     }
@@ -513,11 +520,15 @@ def plain_loss(model: Any, data: LabelledSet, rows: Sequence[int]) -> torch.Tens
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("accumulation_steps", [1, 2, 5, 30])
-def test_the_gradient_is_that_of_the_mean_loss(base: str, small_set: LabelledSet, accumulation_steps: int) -> None:
+@pytest.mark.parametrize(("accumulation_steps", "rdrop"), [(1, 0.0), (2, 0.0), (5, 0.0), (30, 0.0), (2, 3.0)])
+def test_the_gradient_is_that_of_the_mean_loss(
+    base: str, small_set: LabelledSet, accumulation_steps: int, rdrop: float
+) -> None:
+    """Without dropout R-Drop's two passes are equal, and change nothing."""
     rows = np.random.default_rng(1).permutation(23)[:17]
     ours = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7)
-    loss = accumulate(ours, small_set, share_of(rows, 0, 1, accumulation_steps), 17, Task.MULTI_CLASS, ALONE)
+    shares = share_of(rows, 0, 1, accumulation_steps)
+    loss = accumulate(ours, small_set, shares, 17, Task.MULTI_CLASS, ALONE, rdrop)
     plain = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7)
     expected = plain_loss(plain, small_set, rows.tolist())
     expected.backward()
@@ -525,6 +536,27 @@ def test_the_gradient_is_that_of_the_mean_loss(base: str, small_set: LabelledSet
     for (name, left), right in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert left.grad is not None and right.grad is not None, name
         assert torch.allclose(left.grad, right.grad, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("task", [Task.MULTI_CLASS, Task.MULTI_LABEL])
+def test_rdrop_is_the_formula_of_its_paper(task: Task) -> None:
+    """By torch's own distributions; half of it, see `rdrop_losses`."""
+    logits, losses = torch.randn(2 * 5, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10.0)
+    distribution: Any = Categorical if task is Task.MULTI_CLASS else Bernoulli
+    first, second = (distribution(logits=some) for some in logits.chunk(2))
+    both = (kl_divergence(first, second) + kl_divergence(second, first)) / 2
+    both = both if both.ndim == 1 else both.mean(dim=1)
+    expected = (losses[:5] + losses[5:] + 0.7 * both) / 2
+    assert torch.allclose(rdrop_losses(logits, losses, task, 0.7), expected, atol=1e-6)
+
+
+def test_rdrop_weighs_what_dropout_makes_of_a_row(base: str, small_set: LabelledSet) -> None:
+    model = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.3, 7).train()
+    found = []
+    for weight in (1e-9, 4.0):
+        torch.manual_seed(3)
+        found.append(float(accumulate(model, small_set, [np.arange(23)], 23, Task.MULTI_CLASS, ALONE, weight)))
+    assert found[1] > found[0] + 1e-4
 
 
 @pytest.mark.parametrize("family", fakes.FAMILIES)
