@@ -13,6 +13,23 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from lib.config import raise_if_code_was_refused
+from lib.cutting import cutter_of
+from lib.layout import Layout, find_layout, fit, lay_out
+from lib.wordwise import Wordwise
+
+CHECK_TEXTS = (
+    "",
+    "The parcel arrived two days late, but the support team answered within minutes and sent a new one.",
+    " FREE  entry!!!\tText WIN to 80086 now & claim your prize…\r\n",
+    "naïve café, re\u0301sume\u0301 \u0301 ÅNGSTRÖM İstanbul ﬁn ½ ǆ ß ﷺ Ĳ ΟΔΟΣ",
+    "東京は日本の首都です。一二三 привет, мир! שָׁלוֹם العربية हिन्दी ภาษาไทย 한국어",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 \u200b\u200d\ufeff\u2028\u00a0\u3000\x00\x0b\x1c\x85 \ufffd a\x00b \u00adc",
+    "[CLS] a[SEP]b <s></s> [MASK]<mask> x<mask>y [PAD] <pad> [UNK]<unk> ##ing ▁the Ġthe",
+    "don't can't I'LL we've 'tis ``quoted'' \"both\" -- 1,204.75 3.20-2.75 http://example.com/a?b=c&d $x^{2}$ snake_case",
+    " ".join(("x" * 100, "x" * 101, "é" * 100, "e\u0301" * 101, "中" * 50)),
+    "Nothing works. " * 40,
+)
+"""Tokenized both ways whenever a tokenizer is loaded, so that a fast way that is wrong for it is never taken."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,14 @@ class Tokens:
     """(N,), whether text was cut off"""
     type_ids: npt.NDArray[np.uint8] | None
     """(total,), which of a pair's two texts; None for single texts and for models without segments"""
+
+    def equals(self, other: "Tokens") -> bool:
+        """Whether all of it is the same."""
+        mine, theirs = ([one.ids, one.lengths, one.truncated, one.type_ids] for one in (self, other))
+        return all(
+            left is right is None or (left is not None and right is not None and np.array_equal(left, right))
+            for left, right in zip(mine, theirs, strict=True)
+        )
 
     @property
     def offsets(self) -> npt.NDArray[np.int32]:
@@ -61,28 +86,82 @@ class Tokenizer:
         self.dtype = np.uint16 if len(self.reference) <= 2**16 else np.int32
         self.uses_segments = "token_type_ids" in self.reference.model_input_names
         self.backend: Any = getattr(self.reference, "backend_tokenizer", None)
+        self.wordwise: Wordwise | None = None
+        """the fast way, if it is right for this tokenizer"""
+        self.layouts: tuple[Layout, ...] = ()
+        """of a text and of a pair, for the fast way"""
         if self.backend is not None:
             self.backend.no_padding()
             self.backend.enable_truncation(
                 max_length, strategy="longest_first", direction=self.reference.truncation_side
             )
+            self._try_wordwise(folder)
 
-    def encode(self, texts: Sequence[str], seconds: Sequence[str] | None = None) -> Tokens:
-        """Tokenize texts, or pairs of them, with special tokens, cut to `max_length` as `truncation=True` does."""
-        if self.backend is None:
-            return self._encode_reference(texts, seconds)
-        inputs = list(texts) if seconds is None else list(zip(texts, seconds, strict=True))
+    def _try_wordwise(self, folder: str) -> None:
+        """Take the fast way if it gives the same on a few texts that are hard to get right."""
+        cutter = cutter_of(self.backend)
+        if cutter is None:
+            return
+        wordwise = Wordwise(self.backend, cutter, self.dtype)
+        single, pair = (find_layout(wordwise.cache.backend, number) for number in (1, 2))
+        if single is None or pair is None or self.max_length <= max(len(single), len(pair)):
+            return
+        self.layouts = (single, pair)
+        for firsts, seconds in ((CHECK_TEXTS, None), (CHECK_TEXTS, CHECK_TEXTS[::-1])):
+            sides = [as_texts(side) for side in (firsts, seconds) if side is not None]
+            if not self._encode_wordwise(wordwise, sides).equals(self._encode_backend(sides)):
+                print(
+                    f"{folder}: word by word its tokenizer gives other ids than transformers: the slow way it is",
+                    flush=True,
+                )
+                return
+        self.wordwise = wordwise
+
+    def encode(self, texts: pa.Array | Sequence[str], seconds: pa.Array | Sequence[str] | None = None) -> Tokens:
+        """Tokenize texts, or pairs of them, with special tokens, cut to `max_length` as `truncation=True` does.
+
+        Arrow arrays of strings without nulls are taken as they are.
+        """
+        sides = [as_texts(side) for side in (texts, seconds) if side is not None]
+        if len({len(side) for side in sides}) > 1:
+            raise ValueError(f"{len(sides[0])} first texts and {len(sides[1])} second ones, expected as many")
+        if self.wordwise is not None:
+            return self._encode_wordwise(self.wordwise, sides)
+        return self._encode_reference(sides) if self.backend is None else self._encode_backend(sides)
+
+    def _encode_wordwise(self, wordwise: Wordwise, sides: list[pa.Array]) -> Tokens:
+        layout = self.layouts[len(sides) - 1]
+        room, cut_side = self.max_length - len(layout), self.reference.truncation_side
+        if len(sides) == 1:
+            found = wordwise.tokenize(sides[0], room + 1, cut_side)
+        else:  # which of two long texts gives way depends on the whole length of both
+            order = np.arange(2 * len(sides[0])).reshape(2, -1).T.ravel()
+            found = wordwise.tokenize(pa.concat_arrays(sides).take(pa.array(order)))
+        counts = np.diff(found.offsets.to_numpy()).astype(np.int64).reshape(-1, len(sides))
+        kept = fit(counts, room)
+        ids, type_ids = lay_out(found, kept, layout, cut_side)
+        return Tokens(
+            ids=ids,
+            lengths=(kept.sum(axis=1) + len(layout)).astype(np.int32),
+            truncated=counts.sum(axis=1) > room,
+            type_ids=type_ids if len(sides) == 2 and self.uses_segments else None,
+        )
+
+    def _encode_backend(self, sides: list[pa.Array]) -> Tokens:
+        """The way of tokenizers whose texts cannot be taken apart."""
+        lists = [side.to_pylist() for side in sides]
+        inputs = lists[0] if len(lists) == 1 else list(zip(*lists, strict=True))
         found = self.backend.encode_batch_fast(inputs, add_special_tokens=True)
-        type_ids = [one.type_ids for one in found] if seconds is not None and self.uses_segments else None
+        type_ids = [one.type_ids for one in found] if len(sides) == 2 and self.uses_segments else None
         return self._tokens([one.ids for one in found], [bool(one.overflowing) for one in found], type_ids)
 
-    def _encode_reference(self, texts: Sequence[str], seconds: Sequence[str] | None) -> Tokens:
+    def _encode_reference(self, sides: list[pa.Array]) -> Tokens:
         """The way of tokenizers that are written in Python: slow, and the definition of right."""
-        pairs = (list(texts),) if seconds is None else (list(texts), list(seconds))
+        pairs = [side.to_pylist() for side in sides]
         found = self.reference(*pairs, truncation=True, max_length=self.max_length)
         whole = self.reference(*pairs, truncation=False, verbose=False)
         cut = [len(short) < len(long) for short, long in zip(found["input_ids"], whole["input_ids"], strict=True)]
-        return self._tokens(found["input_ids"], cut, found.get("token_type_ids") if seconds is not None else None)
+        return self._tokens(found["input_ids"], cut, found.get("token_type_ids") if len(sides) == 2 else None)
 
     def _tokens(self, ids: list[list[int]], truncated: list[bool], type_ids: list[list[int]] | None) -> Tokens:
         lengths = np.fromiter(map(len, ids), dtype=np.int32, count=len(ids))
@@ -95,6 +174,15 @@ class Tokenizer:
             if type_ids is None
             else np.fromiter((segment for row in type_ids for segment in row), dtype=np.uint8, count=total),
         )
+
+
+def as_texts(texts: pa.Array | Sequence[str]) -> pa.Array:
+    """Texts as large_string."""
+    if not isinstance(texts, pa.Array):
+        return pa.array(list(texts), pa.large_string())
+    if texts.null_count:
+        raise ValueError(f"{texts.null_count} of {len(texts)} texts are null, expected none: filter them out before")
+    return texts.cast(pa.large_string())
 
 
 @functools.lru_cache(maxsize=4)
