@@ -77,7 +77,7 @@ def predict(predictor: Predictor, model: checkpoint.Checkpoint, texts: "pd.Serie
     """Score texts; the columns are those of `jobs.score`."""
     checked, errors = check_texts(pa.array(texts, pa.string()))
     good = errors == RowError.NONE
-    tokens = checkpoint.tokenizer_of(model).encode(checked.filter(pa.array(good)).to_pylist())
+    tokens = checkpoint.tokenizer_of(model).encode(checked.filter(pa.array(good)))
     scores = np.full((len(errors), len(model.card.labels)), np.nan, np.float32)
     scores[good] = predictor.probabilities(tokens.ids, tokens.offsets)
     lengths, truncated = np.zeros(len(errors), np.int32), np.zeros(len(errors), np.bool_)

@@ -105,12 +105,13 @@ def exclude(rows: Rows, start: int, ranges: Sequence[Sequence[int]]) -> Rows:
     numbers = np.arange(start, start + len(rows.errors))
     out = np.any([(numbers >= first) & (numbers < last) for first, last in ranges], axis=0)
     good = rows.errors == RowError.NONE
-    texts = tuple([text for text, left in zip(column, out[good], strict=True) if not left] for column in rows.texts)
+    texts = tuple(column.filter(pa.array(~out[good])) for column in rows.texts)
     keys = rows.keys
     if BAD_TEXT in keys.column_names:
         found = keys[BAD_TEXT].to_pylist()
-        for place, *sides in zip(np.flatnonzero(good), *rows.texts, strict=True):
-            found[place] = "\n".join(sides) if out[place] else None
+        sides = (column.filter(pa.array(out[good])).to_pylist() for column in rows.texts)
+        for place, *joined in zip(np.flatnonzero(out & good), *sides, strict=True):
+            found[place] = "\n".join(joined)
         keys = keys.set_column(keys.column_names.index(BAD_TEXT), BAD_TEXT, pa.array(found, pa.string()))
     return Rows(texts, np.where(out & good, RowError.CRASH, rows.errors).astype(np.uint8), keys)
 
@@ -121,7 +122,7 @@ def pick(rows: Rows, start: int, only: Sequence[int] | None) -> Rows:
         return rows
     kept = np.isin(np.arange(start, start + len(rows.errors)), np.asarray(only, np.int64))
     good = rows.errors == RowError.NONE
-    texts = tuple([text for text, stays in zip(column, kept[good], strict=True) if stays] for column in rows.texts)
+    texts = tuple(column.filter(pa.array(kept[good])) for column in rows.texts)
     return Rows(texts, rows.errors[kept], rows.keys.filter(pa.array(kept)) if rows.keys.num_columns else rows.keys)
 
 

@@ -258,7 +258,7 @@ def read_block(source: Source, chunks: list[Chunk]) -> Iterator[Rows]:
             raise IncompleteError(f"{source.name}.path: {where} changed while it was read: {error}") from error
 
 
-def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[list[str]], pa.Array]:
+def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[pa.LargeStringArray], pa.Array]:
     """Leave out rows without a text or a label, count them by reason, and give labels as strings (or lists of them)."""
     labels = rows.keys.column(0).combine_chunks()
     labels = labels.cast(pa.list_(pa.string()) if is_list(labels.type) else pa.string())
@@ -272,9 +272,8 @@ def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[list[str]], pa.
         valid[np.unique(parents.filter(labels.flatten().is_null()).to_numpy(zero_copy_only=False))] = False
     if count := int((~valid).sum()):
         dropped["null label"] += count
-    keep = np.flatnonzero(valid)
-    texts = [[column[index] for index in keep] for column in rows.texts]
-    return texts, labels.take(pa.array(keep))
+    keep = pa.array(valid)
+    return [column.filter(keep) for column in rows.texts], labels.filter(keep)
 
 
 def build_index(

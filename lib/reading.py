@@ -37,7 +37,7 @@ BLANK = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u2
 class Rows:
     """Some rows of a chunk, in order."""
 
-    texts: tuple[list[str], ...]
+    texts: tuple[pa.LargeStringArray, ...]
     """for each text column, the texts of the rows without an error"""
     errors: npt.NDArray[np.uint8]
     """(N,), a `RowError` for each row"""
@@ -46,8 +46,8 @@ class Rows:
 
     @property
     def size(self) -> int:
-        """Characters of all texts."""
-        return sum(sum(map(len, texts)) for texts in self.texts)
+        """Bytes of all texts."""
+        return sum(pc.sum(pc.binary_length(texts)).as_py() or 0 for texts in self.texts)
 
 
 class ChangedShardError(Exception):
@@ -123,7 +123,7 @@ def split(rows: Rows) -> Iterator[Rows]:
 
 def join(parts: Sequence[Rows]) -> Rows:
     """Several parts as one, in order."""
-    texts = tuple([text for one in side for text in one] for side in zip(*(part.texts for part in parts), strict=True))
+    texts = tuple(pa.concat_arrays(side) for side in zip(*(part.texts for part in parts), strict=True))
     errors = np.concatenate([part.errors for part in parts])
     return Rows(texts, errors, pa.concat_tables([part.keys for part in parts]))
 
@@ -158,7 +158,11 @@ def read_group(
 def unreadable_rows(count: int, columns: Columns) -> Rows:
     """Rows that keep their places though nothing of them can be read."""
     keys = pa.table([pa.nulls(count, field.type) for field in columns.carried], schema=columns.carried)
-    return Rows(tuple([] for _ in columns.text), np.full(count, RowError.UNREADABLE, np.uint8), keys)
+    return Rows(
+        tuple(pa.array([], pa.large_string()) for _ in columns.text),
+        np.full(count, RowError.UNREADABLE, np.uint8),
+        keys,
+    )
 
 
 def decode(batch: pa.RecordBatch, columns: Columns) -> Rows:
@@ -166,7 +170,7 @@ def decode(batch: pa.RecordBatch, columns: Columns) -> Rows:
     checked = [check_texts(pick(batch, name)) for name in columns.text]
     errors = np.maximum.reduce([found for _, found in checked])
     good = pa.array(errors == RowError.NONE)
-    texts = tuple(values.filter(good).to_pylist() for values, _ in checked)
+    texts = tuple(values.filter(good) for values, _ in checked)
     keys = [
         pick(batch, field.name).cast(field.type)
         if field.name in batch.schema.names

@@ -52,7 +52,7 @@ def plan(store: Store, path: str, columns: Columns, chunk_bytes: int = MB) -> li
 
 
 def read_all(store: Store, path: str, columns: Columns = TEXT, chunk_bytes: int = MB) -> Rows:
-    """Plan and read a whole shard, and check that every chunk has the rows that were planned."""
+    """Plan and read a whole shard, texts as lists, and check that every chunk has the rows that were planned."""
     chunks = plan(store, path, columns, chunk_bytes)
     found = list(read_rows(store, chunks, columns, chunk_bytes))
     for chunk in chunks:
@@ -60,7 +60,9 @@ def read_all(store: Store, path: str, columns: Columns = TEXT, chunk_bytes: int 
     parts = [rows for _, rows in found]
     assert all(part.keys.num_rows == len(part.errors) or not columns.keys for part in parts)
     assert all(len(texts) == np.count_nonzero(part.errors == GOOD) for part in parts for texts in part.texts)
-    texts = tuple([text for part in parts for text in part.texts[side]] for side in range(len(columns.text)))
+    texts = tuple(
+        [text for part in parts for text in part.texts[side].to_pylist()] for side in range(len(columns.text))
+    )
     return Rows(texts, np.concatenate([part.errors for part in parts]), pa.concat_tables([part.keys for part in parts]))
 
 
@@ -117,7 +119,7 @@ def test_a_batch_of_texts_stays_small_whatever_the_footer_says(tmp_path: Path) -
     batches = [rows for _, rows in read_rows(store, plan(store, "x.parquet", columns), columns, MB)]
     assert max(rows.size for rows in batches) <= reading.READ_BATCH_BYTES
     assert [key for rows in batches for key in rows.keys["id"].to_pylist()] == list(range(1_001))
-    assert [len(text) for rows in batches for text in rows.texts[0]] == [400_000] * 1_000 + [3]
+    assert [len(text) for rows in batches for text in rows.texts[0].to_pylist()] == [400_000] * 1_000 + [3]
 
 
 def test_invalid_utf8_in_a_column_that_claims_to_be_text(tmp_path: Path) -> None:
@@ -220,7 +222,7 @@ def test_chunks_of_any_layout_read_back_every_row_once(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "READ_BATCH_ROWS", batch_rows)
         chunks = plan(store, "x.parquet", TEXT, chunk_bytes=400)
-        found = [text for _, rows in read_rows(store, chunks, TEXT, 400) for text in rows.texts[0]]
+        found = [text for _, rows in read_rows(store, chunks, TEXT, 400) for text in rows.texts[0].to_pylist()]
     assert found == texts
     assert sum(chunk.rows for chunk in chunks) == total
 
