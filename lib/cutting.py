@@ -112,12 +112,10 @@ class BlankCutter:
         assert not whole.any()  # added tokens that a cut could touch are refused
         text = np.frombuffer(data, np.uint8)
         blanks = 2 + np.flatnonzero(text[2:] == ord(" "))
+        # Texts that begin in the middle of a character all end with a whole one, so no first byte is taken for a last one.
         blanks = blanks[PLAIN[text[blanks - 2], text[blanks - 1]]]
-        starts = np.zeros(len(data) + 2, np.bool_)
+        starts = np.zeros(len(data) + 1, np.bool_)
         starts[blanks] = True
-        starts[offsets + 1] = (
-            False  # one byte is not enough to know the character, if a text begins in the middle of one
-        )
         starts[offsets] = True
         firsts = np.flatnonzero(starts[: len(data)])
         return chunks_of(text, firsts), np.searchsorted(firsts, offsets)

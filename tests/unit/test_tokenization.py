@@ -25,6 +25,7 @@ from lib.checkpoint import fetch
 from lib.config import TRUST_NOTHING
 from lib.tokenization import Tokenizer, load_tokenizer
 from tests import fakes
+from tests.benchmarks.tokenization import DATA, compare, documents, read_texts
 
 MAX_LENGTH = 16
 
@@ -50,6 +51,7 @@ AWKWARD = [
     "".join(f"a{chr(code)}b, {chr(code)} " for code in (*range(32), *range(0x7F, 0xA1), 0xAD, 0x34F, 0x180E)),
     "a[SEP]b [SEP] [SEP]. <mask>  <mask> a  [MASK]  , [SE P] <s></s>",
     "  two  blanks   three  ",
+    "a䷀b䷿c 中䷀ 䶿a一鿿b",
 ]
 
 HARD = (
@@ -389,3 +391,11 @@ def test_no_object_is_made_for_a_text_or_a_token(ours: Tokenizer) -> None:
         found.append((calls, peak - before))
     assert found[0][0] == found[1][0]
     assert found[1][1] - found[0][1] < 500, f"{len(few)} texts, then {len(many)}: (calls, objects alive) {found}"
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(3_600)
+@pytest.mark.skipif(not DATA.exists(), reason=f"no labelled sets in {DATA}")
+def test_no_text_of_the_labelled_sets_differs(folder: str) -> None:
+    found = read_texts(DATA)
+    assert compare(folder, [*found, *documents(found)], 64) == 0
