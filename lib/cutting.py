@@ -69,11 +69,11 @@ class WordCutter:
     def cut(self, data: bytes, offsets: Places, whole: npt.NDArray[np.bool_]) -> tuple[pa.Array, Places]:
         kinds = np.frombuffer(bytearray(data.translate(self.kinds)), np.uint8)
         text = np.frombuffer(data, np.uint8)
-        hexagrams = (text[:-1] == 0xE4) & (
-            text[1:] == 0xB7
-        )  # U+4DC0 to U+4DFF, the only ones here that are no ideographs
+        # U+4DC0 to U+4DFF, the only ones here that are no ideographs
+        hexagrams = (text[:-1] == 0xE4) & (text[1:] == 0xB7)
         kinds[:-1][hexagrams] = WORD
-        kinds[-1:][text[-1:] == 0xE4] = WORD  # a text that was cut in the middle of a character
+        lasts = offsets[1:][np.diff(offsets) > 0] - 1
+        kinds[lasts[text[lasts] == 0xE4]] = WORD  # texts torn in the middle of a character may hide one
         if whole.any():
             kinds[np.repeat(whole, np.diff(offsets)) & (kinds > WHITE)] = WORD
         starts = kinds >= PUNCTUATION
@@ -131,12 +131,8 @@ def plain_characters() -> npt.NDArray[np.bool_]:
     """(256, 256), whether a character ends in these two bytes that is seen, is no mark, and stays so in every normal form."""
     plain = np.zeros((256, 256), np.bool_)
     plain[:, 0x21:0x7F] = True
-    for first in (
-        *range(0xC3, 0xCB),
-        0xCE,
-        0xD0,
-        0xD1,
-    ):  # Latin, Greek, Cyrillic: U+00C0 to U+02BF, U+0386, U+0400 to U+047F
+    # Latin, Greek, Cyrillic: U+00C0 to U+02BF, U+0386, U+0400 to U+047F
+    for first in (*range(0xC3, 0xCB), 0xCE, 0xD0, 0xD1):
         plain[first, 0x80:0xC0] = True
     plain[0xCE, :0x86] = False  # the bare accents U+0384 and U+0385 become a blank and a mark
     plain[0xCE, 0x21:0x7F] = True

@@ -7,6 +7,7 @@ import resource
 import shutil
 import string
 import sys
+import tracemalloc
 import unicodedata
 from collections.abc import Iterator
 from itertools import product
@@ -242,10 +243,47 @@ def test_texts_of_any_length_are_cut_as_the_reference_cuts_them(family: str, sid
     long += [text + "\u0301" * 200 + text for text in long]  # 200 marks: many bytes, hardly a token
     for max_length in (3, 7, 64):
         ours = Tokenizer(str(tmp_path), max_length)
+        assert (ours.wordwise is None) == (max_length == 3), "there is no room for a token"
         check(ours, theirs, long)
         if max_length > 4:  # RoBERTa's pairs have four special tokens, and the reference panics
             check(ours, theirs, long, long[::-1])
             check(ours, theirs, [*long, "a b"], ["a b", *long])
+
+
+def test_blanks_that_stay_together_are_not_parted(tmp_path: Path) -> None:
+    fakes.save_tokenizer(tmp_path, "modernbert")
+    fakes.make_config("modernbert").save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    state = json.loads(file.read_text())
+    state["model"]["vocab"]["ĠĠ"] = len(state["model"]["vocab"])
+    state["model"]["merges"].insert(0, ["Ġ", "Ġ"])
+    state["normalizer"] = {"type": "NFC"}
+    file.write_text(json.dumps(state))
+    ours = Tokenizer(str(tmp_path), 64)
+    assert ours.wordwise is not None
+    assert state["model"]["vocab"]["ĠĠ"] in ours.encode(["a   b"]).ids
+    blanks = [" ", "  ", "   ", "    ", "\t  ", " \t ", "\u2003  ", "\u00a0 ", "\u3000 ", "\x85  ", "\x1c ", "\u200b  "]
+    found = [
+        f"{before}{blank}{after}" for before, blank, after in product(["", "a", "é", "м", "中", "."], blanks, ["", "b"])
+    ]
+    check(ours, AutoTokenizer.from_pretrained(tmp_path), [*found, *AWKWARD])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2"])
+def test_a_text_may_be_torn_at_any_byte(family: str, side: str, tmp_path: Path) -> None:
+    fakes.make_config(family).save_pretrained(tmp_path)
+    fakes.save_tokenizer(tmp_path, family)
+    change_settings(tmp_path, truncation_side=side)
+    ours = Tokenizer(str(tmp_path), MAX_LENGTH)
+    room = MAX_LENGTH - 2
+    far = wordwise.BYTES_PER_TOKEN * (room + 1) + 64
+    marks = ["\u0301" * (space // 2) + " " * (space % 2) for space in range(far - room - 16, far)]
+    words = ["qzq䷀b", "harbour中q", "é\u2003é", "quiet [SEP]x", "xм y"]
+    found = [f"{many}{'.' * (room - 1)}{word} and more" for many in marks for word in words]
+    if side == "left":
+        found = [f"more and {word}{'.' * (room - 1)}{many}" for many in marks for word in words]
+    check(ours, AutoTokenizer.from_pretrained(tmp_path), found)
 
 
 @pytest.mark.parametrize(
@@ -254,9 +292,11 @@ def test_texts_of_any_length_are_cut_as_the_reference_cuts_them(family: str, sid
 def test_the_settings_of_bert_are_heeded(lower: bool, accents: bool | None, ideographs: bool, tmp_path: Path) -> None:
     settings = {"do_lower_case": lower, "strip_accents": accents, "tokenize_chinese_chars": ideographs}
     folder = copy_pretrained(tmp_path, **settings)
-    normalizer = json.loads(Tokenizer(folder, 64).backend.to_str())["normalizer"]
+    ours = Tokenizer(folder, 64)
+    assert ours.wordwise is not None
+    normalizer = json.loads(ours.backend.to_str())["normalizer"]
     assert (normalizer["lowercase"], normalizer["handle_chinese_chars"]) == (lower, ideographs)
-    check(Tokenizer(folder, 64), AutoTokenizer.from_pretrained(folder), [*AWKWARD, *HARD])
+    check(ours, AutoTokenizer.from_pretrained(folder), [*AWKWARD, *HARD])
 
 
 def test_what_is_remembered_changes_nothing(ours: Tokenizer, folder: str) -> None:
@@ -367,6 +407,11 @@ def test_a_long_text_costs_little_and_gets_the_same(part: str, side: str, tmp_pa
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = ours.encode([huge])
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    if part in ("word ", "中", "..", "word\n", "a,b"):
+        tracemalloc.start()
+        ours.encode([huge])
+        assert tracemalloc.get_traced_memory()[1] < 2**20 + 3 * len(huge.encode()), "only an end is looked at"
+        tracemalloc.stop()
     again = theirs(part * 2_000, truncation=True, max_length=128)["input_ids"]
     assert found.ids.tolist() == again
     assert grown < 256 * 1024, "the reference takes 1.9 GB"
