@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from lib.config import raise_if_code_was_refused
 from lib.cutting import cutter_of
-from lib.layout import Layout, find_layout, fit, lay_out
+from lib.template import Template, find_template, fit, lay_out
 from lib.wordwise import Wordwise
 
 CHECK_TEXTS = (
@@ -88,7 +88,7 @@ class Tokenizer:
         self.backend: Any = getattr(self.reference, "backend_tokenizer", None)
         self.wordwise: Wordwise | None = None
         """the fast way, if it is right for this tokenizer"""
-        self.layouts: tuple[Layout, ...] = ()
+        self.templates: tuple[Template, ...] = ()
         """of a text and of a pair, for the fast way"""
         if self.backend is not None:
             self.backend.no_padding()
@@ -103,10 +103,10 @@ class Tokenizer:
         if cutter is None:
             return
         wordwise = Wordwise(self.backend, cutter, self.dtype)
-        single, pair = (find_layout(wordwise.cache.backend, number) for number in (1, 2))
+        single, pair = (find_template(wordwise.cache.backend, number) for number in (1, 2))
         if single is None or pair is None or self.max_length <= max(len(single), len(pair)):
             return
-        self.layouts = (single, pair)
+        self.templates = (single, pair)
         for firsts, seconds in ((CHECK_TEXTS, None), (CHECK_TEXTS, CHECK_TEXTS[::-1])):
             sides = [as_texts(side) for side in (firsts, seconds) if side is not None]
             if not self._encode_wordwise(wordwise, sides).equals(self._encode_backend(sides)):
@@ -130,8 +130,8 @@ class Tokenizer:
         return self._encode_reference(sides) if self.backend is None else self._encode_backend(sides)
 
     def _encode_wordwise(self, wordwise: Wordwise, sides: list[pa.Array]) -> Tokens:
-        layout = self.layouts[len(sides) - 1]
-        room, cut_side = self.max_length - len(layout), self.reference.truncation_side
+        template = self.templates[len(sides) - 1]
+        room, cut_side = self.max_length - len(template), self.reference.truncation_side
         if len(sides) == 1:
             found = wordwise.tokenize(sides[0], room + 1, cut_side)
         else:  # which of two long texts gives way depends on the whole length of both
@@ -139,10 +139,10 @@ class Tokenizer:
             found = wordwise.tokenize(pa.concat_arrays(sides).take(pa.array(order)))
         counts = np.diff(found.offsets.to_numpy()).astype(np.int64).reshape(-1, len(sides))
         kept = fit(counts, room)
-        ids, type_ids = lay_out(found, kept, layout, cut_side)
+        ids, type_ids = lay_out(found, kept, template, cut_side)
         return Tokens(
             ids=ids,
-            lengths=(kept.sum(axis=1) + len(layout)).astype(np.int32),
+            lengths=(kept.sum(axis=1) + len(template)).astype(np.int32),
             truncated=counts.sum(axis=1) > room,
             type_ids=type_ids if len(sides) == 2 and self.uses_segments else None,
         )

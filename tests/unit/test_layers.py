@@ -20,7 +20,7 @@ ORDER = (
         "reading",
         "cutting",
         "wordwise",
-        "layout",
+        "template",
         "tokenization",
         "batching",
         "metrics",

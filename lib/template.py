@@ -14,7 +14,7 @@ IntArray = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True)
-class Layout:
+class Template:
     """Where the special tokens stand: before, between and behind the sequences."""
 
     specials: tuple[tuple[int, ...], ...]
@@ -28,7 +28,7 @@ class Layout:
         return sum(map(len, self.specials))
 
 
-def find_layout(backend: Any, num_sequences: int) -> Layout | None:
+def find_template(backend: Any, num_sequences: int) -> Template | None:
     """Find out with a word for each sequence where a tokenizer puts its special tokens; None if it does something else."""
     words = ("a", "b")[:num_sequences]
     found = backend.encode(*words, add_special_tokens=True)
@@ -42,8 +42,8 @@ def find_layout(backend: Any, num_sequences: int) -> Layout | None:
         special_types.append(tuple(found.type_ids[at:start]))
         types.append(found.type_ids[start])
         at = start + len(ids)
-    layout = Layout((*specials, tuple(found.ids[at:])), (*special_types, tuple(found.type_ids[at:])), tuple(types))
-    return layout if len(layout) == backend.num_special_tokens_to_add(num_sequences == 2) else None
+    template = Template((*specials, tuple(found.ids[at:])), (*special_types, tuple(found.type_ids[at:])), tuple(types))
+    return template if len(template) == backend.num_special_tokens_to_add(num_sequences == 2) else None
 
 
 def fit(counts: npt.NDArray[np.int64], room: int) -> npt.NDArray[np.int64]:
@@ -60,7 +60,7 @@ def fit(counts: npt.NDArray[np.int64], room: int) -> npt.NDArray[np.int64]:
 
 
 def lay_out(
-    tokens: pa.ListArray, kept: npt.NDArray[np.int64], layout: Layout, side: Literal["left", "right"]
+    tokens: pa.ListArray, kept: npt.NDArray[np.int64], template: Template, side: Literal["left", "right"]
 ) -> tuple[IntArray, npt.NDArray[np.uint8]]:
     """Put special tokens around what is kept of (N * S) lists, and take the rest away on `side`: ids and segments, (T,) each."""
     offsets = tokens.offsets.to_numpy().astype(np.int64)
@@ -69,18 +69,18 @@ def lay_out(
     if (flat < stops - starts).any():
         first = starts if side == "right" else stops - flat
         ids = np.compress(spans(first[flat > 0], (first + flat)[flat > 0], len(ids)), ids)
-    lengths = kept.sum(axis=1) + len(layout)
+    lengths = kept.sum(axis=1) + len(template)
     at = np.cumsum(lengths) - lengths
     out = np.empty(int(lengths.sum()), ids.dtype)
     types = np.empty(len(out), np.uint8)
     is_text = np.ones(len(out), np.bool_)
-    for index, (special, special_types) in enumerate(zip(layout.specials, layout.special_types, strict=True)):
+    for index, (special, special_types) in enumerate(zip(template.specials, template.special_types, strict=True)):
         places = at[:, None] + np.arange(len(special))
         out[places], types[places], is_text[places] = special, special_types, False
-        at = at + len(special) + (kept[:, index] if index < len(layout.types) else 0)
+        at = at + len(special) + (kept[:, index] if index < len(template.types) else 0)
     out[is_text] = ids
-    if len(layout.types) == 2:
-        types[is_text] = np.repeat(np.resize(np.array(layout.types, np.uint8), flat.shape), flat)
+    if len(template.types) == 2:
+        types[is_text] = np.repeat(np.resize(np.array(template.types, np.uint8), flat.shape), flat)
     return out, types
 
 
