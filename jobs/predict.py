@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
 
     table = read_texts(arguments.texts, arguments.csv, arguments.column)
     model = checkpoint.load(config.model.path, config.model.max_length, config.model.trust)
-    predictor = Predictor(model, config.model.precision)
+    predictor = Predictor(model, config.model.precision, config.model.engine)
     results = predict(predictor, model, table[arguments.column if arguments.csv else "text"])
     scored = pd.concat([table, results], axis=1).map(as_plain_text).rename(columns=as_plain_text)
     try:

@@ -30,7 +30,7 @@ class PredictBlock:
                     f"model.path {job.model_url}: on this node it is not the model that the run was planned with;"
                     " give every node the same folder, and do not change a model in place"
                 )
-            self.predictor = Predictor(loaded, job.precision, job.token_budget, threads)
+            self.predictor = Predictor(loaded, job.precision, job.engine, job.token_budget, threads)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Score a block: key columns and the columns that scoring adds, rows in the order they came."""

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from lib.archive import BAD_TEXT, BadShardError, Columns, read_row_groups
 from lib.checkpoint import fetch
-from lib.config import Trust
+from lib.config import EngineChoice, PrecisionChoice, Trust
 from lib.planning import Block, Chunk, RowGroup
 from lib.publishing import FOOTER_KEY, read_record
 from lib.reading import ChangedShardError, Rows, read_rows
@@ -54,7 +54,8 @@ class ScoreJob:
     """what of the model's folder may be unpickled or run"""
     max_length: int
     thresholds: tuple[float, ...] | None
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: PrecisionChoice
+    engine: EngineChoice
     token_budget: int | None
     chunk_bytes: int
 

@@ -166,6 +166,7 @@ def version_of(checkpoint: Checkpoint, config: ScoreConfig, selection: str = "")
         "temperature": card.temperature,
         "thresholds": card.thresholds,
         "precision": config.model.precision,
+        "engine": config.model.engine,
         "text_column": config.input.text_column,
         "key_columns": config.input.key_columns,
         "prefix": config.output.prefix,

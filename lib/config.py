@@ -22,6 +22,11 @@ Share = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
 """A limit: a whole number counts, a number with a point (0.0 to 1.0) is a fraction."""
 
 
+PrecisionChoice = Literal["auto", "fp32", "bf16"]
+
+EngineChoice = Literal["auto", "torch", "openvino"]
+
+
 class Section(BaseModel):
     """A frozen record that refuses unknown keys; the text under each field is its help."""
 
@@ -70,8 +75,10 @@ class ModelSection(Section):
     """a checkpoint of jobs.train, or any Hugging Face sequence-classification folder with safetensors weights"""
     max_length: int | None = Field(default=None, ge=4)
     """tokens kept of each text, special ones included; default: the checkpoint's, else the most the model can take"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: PrecisionChoice = "auto"
     """auto: bf16 where the GPU or processor computes in it, else fp32"""
+    engine: EngineChoice = "auto"
+    """what runs the forward pass; auto: openvino on processors where it is installed and scores rightly, else torch"""
     allow_pickle: bool = False
     """take pytorch_model.bin weights where there are no safetensors ones: only from a source you trust"""
     trust_remote_code: bool = False
@@ -130,7 +137,7 @@ class ScoreResources(Section):
     num_actors: int | None = Field(default=None, ge=1)
     """predictor actors; default: one for each GPU, without GPUs one for each node"""
     token_budget: int | None = Field(default=None, ge=1)
-    """tokens, padding included, in one forward pass; default: 65,536 on a GPU, 4,096 on a CPU"""
+    """tokens, padding included, in one forward pass; default: 65,536 on a GPU, 1,024 on a CPU"""
 
 
 class ScoreConfig(Section):
@@ -178,7 +185,7 @@ class TrainModelSection(Section):
     """a pretrained encoder or classifier: a Hugging Face folder with safetensors weights, on any fsspec URL"""
     max_length: int = Field(default=128, ge=4)
     """tokens kept of each text, special ones included; scoring uses the same"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: PrecisionChoice = "auto"
     """of the forward and backward pass; the weights stay in fp32"""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """of encoder and head; default: as the base has it"""

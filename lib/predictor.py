@@ -4,8 +4,8 @@ Rows are put in length order, cut into micro-batches by a token budget, scored, 
 Letters: N rows of a block, B rows of a micro-batch, L its padded length, C classes.
 """
 
-from collections.abc import Callable
-from typing import Literal
+import sys
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ from torch import nn
 
 from lib.batching import cut_by_tokens, pad
 from lib.checkpoint import Checkpoint, tokenizer_of
+from lib.config import EngineChoice, PrecisionChoice
+from lib.engine import Engine, EngineError, TorchEngine, openvino_engines
 from lib.errors import UsageError
 from lib.model import choose_dtype, load_classifier, logits_of
 from lib.schema import ROW_ERROR_NAMES, PredictionSchema, RowError, Task
@@ -22,8 +24,8 @@ from lib.tokenization import Tokens
 
 FloatArray = npt.NDArray[np.float32]
 
-TOKEN_BUDGET = {"cuda": 65_536, "cpu": 4_096}
-"""Padded tokens of one forward pass. CPU: MiniLM-L6 on two cores lost speed below 2,048 and gained none above 4,096."""
+TOKEN_BUDGET = {"cuda": 65_536, "cpu": 1_024}
+"""Padded tokens of one forward pass. CPU: what a micro-batch computes stays in a core's cache."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest difference of a probability from plain fp32 transformers, one row at a time, that the self-check lets pass."""
@@ -48,33 +50,67 @@ class Predictor:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        precision: PrecisionChoice = "auto",
+        engine: EngineChoice = "auto",
         token_budget: int | None = None,
         threads: int | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.task = checkpoint.facts.task
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if engine == "openvino" and self.device.type == "cuda":
+            raise UsageError(
+                "model.engine = openvino computes on processors, and there is a GPU here, which would stand idle; set it to auto or torch"
+            )
         if threads is not None and self.device.type == "cpu":
             torch.set_num_threads(threads)
         self.token_budget = token_budget or TOKEN_BUDGET[self.device.type]
-        self.model: nn.Module = load_classifier(checkpoint.folder, checkpoint.trust)
-        tokens = tokenizer_of(checkpoint).encode(CHECK_TEXTS)
-        expected = self._score_singly(tokens)
-        self.dtype = choose_dtype(precision, self.device)
-        worst = self._convert(expected, tokens)
-        if precision == "auto" and self.dtype != torch.float32 and not worst <= TOLERANCE[self.dtype]:
-            print(
-                f"{checkpoint.url}: bf16 moves a probability by {worst:.2g}, more than {TOLERANCE[self.dtype]:g}: scoring in fp32",
-                flush=True,
-            )
-            self.dtype, self.model = torch.float32, load_classifier(checkpoint.folder, checkpoint.trust)
-            worst = self._convert(expected, tokens)
-        if not worst <= TOLERANCE[self.dtype]:
-            raise UsageError(
-                f"model.path {checkpoint.url}: on {len(CHECK_TEXTS)} fixed texts the engine ({self.dtype}, {self.device}) is {worst:.2g} away from"
-                f" plain fp32 transformers, expected at most {TOLERANCE[self.dtype]:g}; try --set model.precision=fp32"
-            )
+        self.engine = self._choose(engine, choose_dtypes(precision, self.device))
+
+    def _choose(self, wanted: EngineChoice, dtypes: tuple[torch.dtype, ...]) -> Engine:
+        """The first engine and precision that score the fixed texts as plain fp32 transformers does.
+
+        Says why each one before it does not; raises `UsageError` if none does.
+        """
+        model = load_classifier(self.checkpoint.folder, self.checkpoint.trust)
+        checks = [(tokens, self._score_singly(model, tokens)) for tokens in self._check_tokens()]
+        problem = ""
+        for engine in self._engines(wanted, dtypes, model, checks[0][0]):
+            if problem:
+                say(f"{problem}: going on with {engine.name} in {engine.dtype}")
+            self.engine = engine
+            problem = self._problem(checks)
+            if not problem:
+                return engine
+        raise UsageError(f"{problem}; try --set model.engine=torch --set model.precision=fp32")
+
+    def _problem(self, checks: list[tuple[Tokens, FloatArray]]) -> str:
+        """What is wrong with the engine, by the fixed texts and their expected scores; empty if nothing is."""
+        shown = f"model.path {self.checkpoint.url}: on {len(CHECK_TEXTS)} fixed texts the engine ({self.engine.name}, {self.engine.dtype}, {self.device})"
+        try:
+            worst = max(self._distance(tokens, expected) for tokens, expected in checks)
+        except EngineError as error:
+            return f"{shown} fails: {error}"
+        most = TOLERANCE[self.engine.dtype]
+        if worst <= most:
+            return ""
+        return f"{shown} is {worst:.2g} away from plain fp32 transformers, expected at most {most:g}"
+
+    def _engines(
+        self, wanted: EngineChoice, dtypes: tuple[torch.dtype, ...], model: nn.Module, tokens: Tokens
+    ) -> Iterator[Engine]:
+        """Build the engines that may be used, best first, each when it is asked for."""
+        if wanted != "torch" and self.device.type == "cpu":
+            example = pad(tokens.ids, tokens.offsets, np.arange(2), self.checkpoint.facts.pad_token_id)
+            try:
+                yield from openvino_engines(model, example, dtypes, torch.get_num_threads())
+            except EngineError as error:
+                if wanted == "openvino":
+                    raise UsageError(f"model.engine = openvino: {error}; or set it to auto or torch") from error
+                say(f"model.path {self.checkpoint.url}: {error}; going on with torch")
+        if wanted != "openvino":
+            for dtype in dtypes:
+                yield TorchEngine(model, self.device, dtype)
 
     def probabilities(
         self,
@@ -94,13 +130,13 @@ class Predictor:
         while left.any():
             pending: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
             try:
-                with torch.inference_mode():
-                    for rows in cut_by_tokens(left, self.token_budget):
-                        pending.append((rows, self._forward(ids, offsets, type_ids, rows)))
-                        if on_batch:
-                            on_batch(len(rows), int(left[rows].sum()))
+                for rows in cut_by_tokens(left, self.token_budget):
+                    pending.append((rows, self._launch(ids, offsets, type_ids, rows)))
+                    if on_batch:
+                        on_batch(len(rows), int(left[rows].sum()))
             except torch.OutOfMemoryError as error:
                 self._shrink(rows, int(left.max()), error)
+            self.engine.wait()
             for rows, logits in pending:
                 found[rows] = self._activate(logits).cpu().numpy()
                 left[rows] = 0
@@ -115,13 +151,12 @@ class Predictor:
             ) from error
         before, self.token_budget = self.token_budget, max(1, min(self.token_budget, len(rows) * longest) // 2)
         torch.cuda.empty_cache()
-        print(
+        say(
             f"WARNING: {before:,} tokens in one forward pass do not fit the memory of {self.device}; going on with {self.token_budget:,}"
-            " (resources.token_budget)",
-            flush=True,
+            " (resources.token_budget)"
         )
 
-    def _forward(
+    def _launch(
         self,
         ids: npt.NDArray[np.integer],
         offsets: npt.NDArray[np.integer],
@@ -129,12 +164,8 @@ class Predictor:
         rows: npt.NDArray[np.int64],
     ) -> torch.Tensor:
         padded, mask = pad(ids, offsets, rows, self.checkpoint.facts.pad_token_id)
-        segments = None if type_ids is None else self._to_device(pad(type_ids, offsets, rows, 0)[0])
-        return logits_of(self.model, self._to_device(padded), self._to_device(mask.astype(np.int64)), segments)
-
-    def _to_device(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        segments = None if type_ids is None else pad(type_ids, offsets, rows, 0)[0]
+        return self.engine.launch(padded, mask, segments)
 
     def _activate(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (B, C) to probabilities in fp32, whatever the forward pass ran in."""
@@ -144,21 +175,47 @@ class Predictor:
         logits = logits / self.checkpoint.card.temperature
         return torch.sigmoid(logits) if self.task is Task.MULTI_LABEL else torch.softmax(logits, dim=-1)
 
-    def _score_singly(self, tokens: Tokens) -> FloatArray:
-        """Score each row alone in fp32 on the CPU: what plain transformers gives."""
-        with torch.inference_mode():
-            rows = [
-                torch.from_numpy(tokens.ids[start:stop].astype(np.int64))[None]
-                for start, stop in zip(tokens.offsets, tokens.offsets[1:], strict=False)
-            ]
-            logits = [logits_of(self.model, row, torch.ones_like(row), None) for row in rows]
-            return self._activate(torch.cat(logits)).numpy()
+    def _check_tokens(self) -> list[Tokens]:
+        """The fixed texts, and pairs of them where the model tells the two texts of a pair apart."""
+        tokenizer = tokenizer_of(self.checkpoint)
+        pairs = tokenizer.encode(CHECK_TEXTS, CHECK_TEXTS[::-1])
+        return [tokenizer.encode(CHECK_TEXTS), *([] if pairs.type_ids is None else [pairs])]
 
-    def _convert(self, expected: FloatArray, tokens: Tokens) -> float:
-        """Bring the model to the device in `self.dtype`; returns the largest difference from the expected scores."""
-        self.model = self.model.to(self.device).to(self.dtype)
+    def _score_singly(self, model: nn.Module, tokens: Tokens) -> FloatArray:
+        """Score each row alone in fp32 on the CPU: what plain transformers gives."""
+
+        def row(values: npt.NDArray[np.integer], index: int) -> torch.Tensor:
+            start, stop = tokens.offsets[index : index + 2]
+            return torch.from_numpy(values[start:stop].astype(np.int64))[None]
+
+        logits = []
+        with torch.inference_mode():
+            for index in range(len(tokens.lengths)):
+                ids = row(tokens.ids, index)
+                segments = None if tokens.type_ids is None else row(tokens.type_ids, index)
+                logits.append(logits_of(model, ids, torch.ones_like(ids), segments))
+        return self._activate(torch.cat(logits)).numpy()
+
+    def _distance(self, tokens: Tokens, expected: FloatArray) -> float:
+        """The largest difference of a score from the expected one, with neighbours and alone."""
         scale = np.maximum(1.0, np.abs(expected)) if self.task is Task.REGRESSION else 1.0
-        return float(np.max(np.abs(expected - self.probabilities(tokens.ids, tokens.offsets)) / scale))
+        together = self.probabilities(tokens.ids, tokens.offsets, tokens.type_ids)
+        alone = [
+            self.probabilities(tokens.ids, tokens.offsets[index : index + 2], tokens.type_ids)
+            for index in range(len(expected))
+        ]
+        return max(float(np.max(np.abs(expected - found) / scale)) for found in (together, np.concatenate(alone)))
+
+
+def choose_dtypes(wanted: PrecisionChoice, device: torch.device) -> tuple[torch.dtype, ...]:
+    """Which precisions to try, best first: with auto, fp32 is there for a model that bf16 would spoil."""
+    chosen = choose_dtype(wanted, device)
+    return (chosen, torch.float32) if wanted == "auto" and chosen != torch.float32 else (chosen,)
+
+
+def say(line: str) -> None:
+    """Tell whoever runs the job. Not on standard output: that is where `jobs.predict` writes its CSV."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def to_results(

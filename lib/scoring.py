@@ -153,6 +153,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         max_length=model.card.max_length,
         thresholds=model.card.thresholds,
         precision=config.model.precision,
+        engine=config.model.engine,
         token_budget=config.resources.token_budget,
         chunk_bytes=chunk_bytes,
     )

@@ -44,6 +44,7 @@ def write_objects(output: Store, version: str, shards: Mapping[str, int], bad_ro
         max_length=8,
         thresholds=None,
         precision="fp32",
+        engine="torch",
         token_budget=None,
         chunk_bytes=1,
         trust=Trust(),

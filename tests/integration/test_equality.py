@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lib import checkpoint
+from lib.config import PrecisionChoice
+from lib.engine import EngineName
 from lib.predictor import Predictor
 from lib.schema import Task
 from lib.tokenization import load_tokenizer
@@ -39,7 +41,14 @@ ADVERSARIAL = [
     "東京都は日本の首都です。" * 10,
 ]
 
-BOUNDS = {"fp32": (1e-5, 1e-5), "bf16": (2e-2, 3e-3)}
+ENGINES: tuple[EngineName, ...] = ("torch", "openvino")
+
+BOUNDS: dict[tuple[EngineName, PrecisionChoice], tuple[float, float]] = {
+    ("torch", "fp32"): (1e-5, 1e-5),
+    ("openvino", "fp32"): (1e-4, 1e-4),
+    ("torch", "bf16"): (2e-2, 3e-3),
+    ("openvino", "bf16"): (2e-2, 3e-3),
+}
 """Largest and mean difference of a probability."""
 
 
@@ -78,8 +87,10 @@ def score_ours(model: checkpoint.Checkpoint, predictor: Predictor, texts: Sequen
     return predictor.probabilities(tokens.ids, tokens.offsets)
 
 
-def assert_close(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32], precision: str) -> None:
-    worst, mean = BOUNDS[precision]
+def assert_close(
+    expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32], engine: EngineName, precision: PrecisionChoice
+) -> None:
+    worst, mean = BOUNDS[engine, precision]
     difference = np.abs(expected - found)
     assert difference.max() <= worst
     assert difference.mean() <= mean
@@ -95,9 +106,10 @@ def test_every_family_scores_like_plain_transformers(family: str, tmp_path: Path
     model = checkpoint.load(str(tmp_path))
     texts = [*ADVERSARIAL, *real_texts(2_000)]
     expected = score_singly(str(tmp_path), texts, model.card.max_length)
-    for precision in ("fp32", "bf16"):
-        found = score_ours(model, Predictor(model, precision), texts)
-        assert_close(expected, found, precision)
+    for engine, precision in BOUNDS:
+        predictor = Predictor(model, precision, engine)
+        assert predictor.engine.name == engine
+        assert_close(expected, score_ours(model, predictor, texts), engine, precision)
 
 
 def test_a_real_encoder_scores_like_plain_transformers(tmp_path: Path) -> None:
@@ -109,18 +121,21 @@ def test_a_real_encoder_scores_like_plain_transformers(tmp_path: Path) -> None:
     model = checkpoint.load(str(tmp_path))
     texts = [*ADVERSARIAL, *real_texts(300)]
     expected = score_singly(str(tmp_path), texts, model.card.max_length)
-    found = score_ours(model, Predictor(model, "fp32"), texts)
-    assert np.abs(expected - found).max() <= 1e-5
+    for engine in ENGINES:
+        found = score_ours(model, Predictor(model, "fp32", engine), texts)
+        assert np.abs(expected - found).max() <= BOUNDS[engine, "fp32"][0]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("budget", [1, 100, 10_000])
-def test_neighbours_and_budget_change_no_score(budget: int, classifier: str) -> None:
+def test_neighbours_and_budget_change_no_score(budget: int, engine: EngineName, classifier: str) -> None:
     model = checkpoint.load(classifier)
     texts = list(real_texts(200))
-    reference = score_ours(model, Predictor(model, "fp32"), texts)
+    reference = score_ours(model, Predictor(model, "fp32", "torch"), texts)
     order = np.random.default_rng(0).permutation(len(texts))
-    found = score_ours(model, Predictor(model, "fp32", token_budget=budget), [texts[index] for index in order])
-    assert np.abs(reference[order] - found).max() <= 1e-5
+    predictor = Predictor(model, "fp32", engine, token_budget=budget)
+    found = score_ours(model, predictor, [texts[index] for index in order])
+    assert np.abs(reference[order] - found).max() <= BOUNDS[engine, "fp32"][0]
 
 
 @pytest.mark.parametrize(("precision", "ends"), [("auto", "in fp32"), ("bf16", "refused")])
@@ -135,10 +150,10 @@ def test_a_model_that_bf16_would_spoil(
     model = checkpoint.load(classifier)
     if ends == "refused":
         with pytest.raises(UsageError, match=r"away from plain fp32 transformers.*model\.precision=fp32"):
-            Predictor(model, "bf16")
+            Predictor(model, "bf16", "torch")
         return
     texts = list(real_texts(50))
-    found = score_ours(model, Predictor(model, "auto"), texts)
+    found = score_ours(model, Predictor(model, "auto", "torch"), texts)
     assert np.abs(score_singly(classifier, texts, model.card.max_length) - found).max() <= 1e-5
 
 
@@ -153,4 +168,4 @@ def test_an_engine_that_scores_wrongly_is_refused(classifier: str, monkeypatch: 
 
     monkeypatch.setattr(module, "pad", pad_without_mask)
     with pytest.raises(UsageError, match="away from plain fp32 transformers"):
-        Predictor(checkpoint.load(classifier), "fp32")
+        Predictor(checkpoint.load(classifier), "fp32", "torch")

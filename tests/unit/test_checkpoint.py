@@ -186,6 +186,7 @@ def changed(found: Checkpoint, **changes: Any) -> Checkpoint:
     "changes",
     [
         {"model__precision": "bf16"},
+        {"model__engine": "torch"},
         {"input__text_column": "body"},
         {"input__text_column": ["first", "second"]},
         {"input__key_columns": ["id"]},
@@ -242,6 +243,7 @@ OTHER_VALUES: dict[str, tuple[bool, Any]] = {
     "model.path": (False, "s3://b/other"),  # its files decide
     "model.max_length": (False, 16),  # what the checkpoint makes of it decides
     "model.precision": (True, "fp32"),
+    "model.engine": (True, "torch"),
     "model.allow_pickle": (False, True),  # the files that are loaded decide
     "model.trust_remote_code": (False, True),
     "output.path": (False, "s3://b/other"),

@@ -31,7 +31,7 @@ ORDER = (
         "publishing",
     ),
     *("versions", "verification"),
-    "checkpoint",
+    *("checkpoint", "engine"),
     # the work of one process
     *("labelled", "blocks", "predictor", "learning", "fitting"),
     # the work of a cluster
@@ -40,7 +40,7 @@ ORDER = (
 """From the lowest to the highest; each may import those before it."""
 
 MAY_IMPORT_RAY = {"runtime", "progress", "labelled", "fitting", "training", "watch", "actors", "suspects", "pipeline"}
-MAY_IMPORT_TORCH = {"model", "checkpoint", "predictor", "learning", "fitting", "training"}
+MAY_IMPORT_TORCH = {"model", "checkpoint", "engine", "predictor", "learning", "fitting", "training"}
 
 MODULES = sorted(path.stem for path in (REPOSITORY / "lib").glob("*.py") if path.stem != "__init__")
 

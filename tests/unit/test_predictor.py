@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lib import checkpoint
+from lib.engine import TorchEngine
 from lib.errors import UsageError
 from lib.predictor import Predictor, to_results
 from lib.schema import PredictionSchema, Task
@@ -18,7 +19,7 @@ TEXTS = [f"the parcel came {'very ' * (index % 9)}late again, number {index}" fo
 
 @pytest.fixture
 def predictor(classifier: str) -> Predictor:
-    return Predictor(checkpoint.load(classifier), "fp32", token_budget=512)
+    return Predictor(checkpoint.load(classifier), "fp32", "torch", token_budget=512)
 
 
 @pytest.fixture
@@ -29,7 +30,8 @@ def tokens(predictor: Predictor) -> Tokens:
 
 def limit_memory(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """No GPU here: a forward pass over more than `most` padded tokens raises what CUDA would. Returns the sizes tried."""
-    forward = predictor.model.forward
+    assert isinstance(predictor.engine, TorchEngine)
+    forward = predictor.engine.model.forward
     tried: list[int] = []
 
     def limited(input_ids: torch.Tensor, **others: Any) -> Any:
@@ -38,7 +40,7 @@ def limit_memory(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, most: in
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(input_ids=input_ids, **others)
 
-    monkeypatch.setattr(predictor.model, "forward", limited)
+    monkeypatch.setattr(predictor.engine.model, "forward", limited)
     return tried
 
 
@@ -51,7 +53,7 @@ def test_memory_that_runs_out_halves_the_budget_for_good_and_costs_no_row(
     assert max(tried) > 130, "memory must have run out"
     assert np.abs(found - expected).max() < 1e-5
     assert predictor.token_budget <= 130
-    assert "going on with" in capfd.readouterr().out
+    assert "going on with" in capfd.readouterr().err
     tried.clear()
     predictor.probabilities(tokens.ids, tokens.offsets)
     assert max(tried) <= 130, "the smaller budget is remembered"

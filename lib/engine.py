@@ -1,0 +1,177 @@
+"""Engines: what turns a padded micro-batch into logits. PyTorch anywhere, OpenVINO on processors, where it is faster.
+
+PyTorch with a model's own code is the definition of right, and the way back from everything that OpenVINO cannot do. An engine
+knows nothing of rows, order or probabilities. Letters: B rows of a micro-batch, L its padded length, C classes.
+"""
+
+import copy
+import inspect
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from lib.batching import IntArray
+from lib.model import logits_of
+
+EngineName = Literal["torch", "openvino"]
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class EngineError(Exception):
+    """This engine cannot run here, or not this model."""
+
+
+class Engine(Protocol):
+    """A model, ready to be given micro-batches."""
+
+    name: EngineName
+    dtype: torch.dtype
+    """what it computes in"""
+
+    def launch(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> torch.Tensor:
+        """Begin one forward pass over (B, L); the logits (B, C) hold nothing before `wait`."""
+
+    def wait(self) -> None:
+        """Return when all logits are there, or can be asked for like any tensor of a GPU."""
+
+
+class TorchEngine:
+    """The model's own code, on a GPU or a processor."""
+
+    name: EngineName = "torch"
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.model = copy.deepcopy(model).to(device, dtype)
+
+    def launch(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> torch.Tensor:
+        """One forward pass: on a GPU begun, on a processor done."""
+        segments = None if type_ids is None else self._to_device(type_ids)
+        with torch.inference_mode():
+            return logits_of(self.model, self._to_device(ids), self._to_device(mask.astype(np.int64)), segments)
+
+    def wait(self) -> None:
+        """Nothing: copying a tensor back waits for it."""
+
+    def _to_device(self, values: IntArray) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+class OpenVinoEngine:
+    """A model's graph, compiled by OpenVINO: each thread has a micro-batch of its own, so that none waits for another one."""
+
+    name: EngineName = "openvino"
+
+    def __init__(self, graph: Any, dtype: torch.dtype, threads: int) -> None:
+        openvino = import_openvino()
+        self.dtype = dtype
+        settings = {
+            "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": threads,
+            "ENABLE_CPU_PINNING": False,  # the actors of one node would all be bound to the same first cores
+        }
+        compiled = openvino.Core().compile_model(graph, "CPU", settings)
+        self.num_inputs = len(compiled.inputs)
+        self.num_classes = compiled.output(0).get_partial_shape()[1].get_length()
+        self.queue = openvino.AsyncInferQueue(compiled, 0)  # 0: as many requests as there are streams
+        self.queue.set_callback(copy_logits)
+
+    def launch(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> torch.Tensor:
+        """Give one forward pass to the next free thread; waits while there is none."""
+        logits = torch.empty(len(ids), self.num_classes)
+        # Every model that takes segments takes 0 for none.
+        inputs = [ids, mask.astype(np.int64), np.zeros_like(ids) if type_ids is None else type_ids]
+        with explained("compute"):
+            self.queue.start_async(inputs[: self.num_inputs], logits)
+        return logits
+
+    def wait(self) -> None:
+        """Return when every thread is done."""
+        with explained("compute"):
+            self.queue.wait_all()
+
+
+class PlainLogits(nn.Module):
+    """A classifier with tensors in and one tensor out, as tracing wants it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, type_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Ids, mask and segments (B, L) to logits (B, C)."""
+        return logits_of(self.model, ids, mask, type_ids)
+
+
+def copy_logits(request: Any, logits: torch.Tensor) -> None:
+    """Keep a finished request's logits: its own memory is used again by the next one."""
+    logits.copy_(torch.from_numpy(request.get_output_tensor(0).data))
+
+
+def import_openvino() -> Any:
+    """OpenVINO without its conversion tools: these report to Google Analytics whenever they are imported.
+
+    Raises `EngineError` if it is not installed or cannot be loaded.
+    """
+    sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]  # makes importing it an ImportError
+    try:
+        import openvino
+        import openvino.frontend.pytorch.ts_decoder
+    except ImportError as error:
+        raise EngineError(f"openvino cannot be imported ({error}); pip install openvino, on every node") from error
+    return openvino
+
+
+def openvino_engines(
+    model: nn.Module, example: tuple[IntArray, BoolArray], dtypes: tuple[torch.dtype, ...], threads: int
+) -> Iterator[OpenVinoEngine]:
+    """Convert a model once and compile it in one precision after the other, each when it is asked for.
+
+    Raises `EngineError` if OpenVINO is not there, or cannot take the model.
+    """
+    import_openvino()
+    with explained("convert"):
+        graph = convert(model, *example)
+    for dtype in dtypes:
+        with explained("compile"):
+            engine = OpenVinoEngine(graph, dtype, threads)
+        yield engine
+
+
+@contextmanager
+def explained(verb: str) -> Iterator[None]:
+    """Raise `EngineError` for whatever OpenVINO, or the model's own code while it is traced, has to complain about."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise EngineError(f"openvino cannot {verb} this model ({type(error).__name__}: {said})") from error
+
+
+def convert(model: nn.Module, ids: IntArray, mask: BoolArray) -> Any:
+    """Trace a model on an example, and translate its graph, B and L left open. 1.1 s of processor time for MiniLM-L6.
+
+    Not by `openvino.convert_model`: it traces three times to compare (4.6 s), and its package reports its use.
+    """
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    inputs = [torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))]
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs.append(torch.zeros_like(inputs[0]))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about Python values that a trace fixes: the predictor compares the scores
+        traced = torch.jit.trace(PlainLogits(model), tuple(inputs), check_trace=False)
+        decoder = TorchScriptPythonDecoder(traced)  # in a variable: what the frontend loads does not keep it alive
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        return frontend.convert(frontend.load(decoder))

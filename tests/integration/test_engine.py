@@ -1,0 +1,205 @@
+"""Engines: which one scores, why another one does not, and that OpenVINO's scores stand in their rows' places."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lib import checkpoint
+from lib.checkpoint import tokenizer_of
+from lib.config import Trust
+from lib.engine import EngineName
+from lib.errors import UsageError
+from lib.predictor import Predictor
+from tests import fakes
+from tests.conftest import REPOSITORY
+from tests.integration.test_equality import BOUNDS, ENGINES
+
+LINES = [line for line in fakes.PROSE.splitlines() if line]
+
+
+# the same scores
+
+
+@pytest.fixture(scope="module")
+def two_threads(classifier: str) -> Iterator[Predictor]:
+    """A predictor whose micro-batches are small and end in any order."""
+    predictor = Predictor(checkpoint.load(classifier), "fp32", "openvino", token_budget=64, threads=2)
+    torch.set_num_threads(1)
+    yield predictor
+
+
+@pytest.fixture(scope="module")
+def one_by_one(classifier: str) -> Predictor:
+    return Predictor(checkpoint.load(classifier), "fp32", "torch", token_budget=1)
+
+
+@given(lengths=st.lists(st.integers(0, fakes.MAX_TOKENS), min_size=1, max_size=30), seed=st.integers(0, 99))
+def test_every_row_gets_its_own_score_whatever_ends_first(
+    lengths: list[int], seed: int, two_threads: Predictor, one_by_one: Predictor
+) -> None:
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.random.default_rng(seed).integers(5, 300, offsets[-1]).astype(np.uint16)
+    counted: list[tuple[int, int]] = []
+    found = two_threads.probabilities(ids, offsets, on_batch=lambda *batch: counted.append(batch))
+    expected = one_by_one.probabilities(ids, offsets)
+    assert (np.isnan(found).all(axis=1) == (np.array(lengths) == 0)).all()
+    assert np.nanmax(np.abs(found - expected), initial=0) <= BOUNDS["openvino", "fp32"][0]
+    assert [sum(column) for column in zip((0, 0), *counted, strict=True)] == [np.count_nonzero(lengths), sum(lengths)]
+
+
+def logits_singly(folder: Path, texts: Sequence[str], seconds: Sequence[str] | None = None) -> torch.Tensor:
+    """The oracle: plain transformers in fp32, one row at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = [(text,) for text in texts] if seconds is None else list(zip(texts, seconds, strict=True))
+    options = {"truncation": True, "max_length": fakes.MAX_TOKENS, "return_tensors": "pt"}
+    with torch.inference_mode():
+        return torch.cat([model(**tokenizer(*row, **options)).logits for row in rows])
+
+
+@pytest.mark.parametrize("family", fakes.FAMILIES)
+def test_pairs_of_texts(family: str, tmp_path: Path) -> None:
+    fakes.make_classifier(tmp_path, family, ("down", "same", "up"))
+    model = checkpoint.load(str(tmp_path))
+    tokens = tokenizer_of(model).encode(LINES, LINES[::-1])
+    expected = logits_singly(tmp_path, LINES, LINES[::-1]).softmax(-1).numpy()
+    for engine in ENGINES:
+        predictor = Predictor(model, "fp32", engine)
+        found = predictor.probabilities(tokens.ids, tokens.offsets, tokens.type_ids)
+        assert np.abs(found - expected).max() <= BOUNDS[engine, "fp32"][0]
+        if family in ("bert", "electra"):  # those whose tokenizers and weights know segments
+            without = predictor.probabilities(tokens.ids, tokens.offsets)
+            assert np.abs(without - expected).max() > 1e-3, "segments must make a difference"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_several_labels_and_numbers(engine: EngineName, tmp_path: Path) -> None:
+    fakes.make_classifier(tmp_path / "multi", "bert", ("joy", "anger", "fear"), "multi_label_classification")
+    fakes.make_classifier(tmp_path / "number", "distilbert", ("stars",))
+    for name in ("multi", "number"):
+        model = checkpoint.load(str(tmp_path / name))
+        tokens = tokenizer_of(model).encode(LINES)
+        logits = logits_singly(tmp_path / name, LINES)
+        expected = (logits.sigmoid() if name == "multi" else logits).numpy()
+        found = Predictor(model, "fp32", engine).probabilities(tokens.ids, tokens.offsets)
+        assert np.abs(found - expected).max() <= BOUNDS[engine, "fp32"][0]
+
+
+# which engine
+
+
+OWN_CODE = """
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+class OwnConfig(BertConfig):
+    model_type = "own"
+
+class OwnForSequenceClassification(BertForSequenceClassification):
+    config_class = OwnConfig
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+        found = super().forward(input_ids, attention_mask, token_type_ids)
+        {extra}
+        return found
+"""
+
+EXTRAS = {
+    "cannot convert": 'torch.jit.is_tracing() and [][attention_mask.sum() and "never with a trace"]',
+    "cannot compute": "found.logits *= torch.tensor([[1 + 1 / n] for n in attention_mask.sum(1).tolist()])",
+    "away from plain": "found.logits *= 0.5 if torch.jit.is_tracing() else 1.0",
+}
+"""What OpenVINO says, and a line of a model's code, right in PyTorch, that makes it say so: a trace fixes Python's numbers."""
+
+
+@pytest.mark.parametrize("says", EXTRAS)
+def test_a_model_that_openvino_gets_wrong_is_scored_by_torch(
+    says: str, classifier: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(classifier, tmp_path / f"own_{len(says)}"))
+    (folder / "own_modeling.py").write_text(OWN_CODE.format(extra=EXTRAS[says]), encoding="utf-8")
+    names = {"AutoConfig": "OwnConfig", "AutoModelForSequenceClassification": "OwnForSequenceClassification"}
+    for file, changes in {
+        "config.json": {
+            "model_type": "own",
+            "architectures": ["OwnForSequenceClassification"],
+            "auto_map": {auto: f"own_modeling.{name}" for auto, name in names.items()},
+        },
+        "tokenizer_config.json": {"tokenizer_class": "BertTokenizer"},
+    }.items():
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    model = checkpoint.load(str(folder), trust=Trust(code=True))
+    tokens = tokenizer_of(model).encode(LINES)
+    predictor = Predictor(model, "fp32")
+    assert predictor.engine.name == "torch"
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert says in said[0]
+    assert "going on with torch" in said[0]
+    expected = Predictor(model, "fp32", "torch").probabilities(tokens.ids, tokens.offsets)
+    assert np.array_equal(predictor.probabilities(tokens.ids, tokens.offsets), expected)
+    with pytest.raises(UsageError, match=f"{says}.*torch"):
+        Predictor(model, "fp32", "openvino")
+
+
+def test_openvino_beside_a_gpu_is_refused(classifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match=r"model\.engine = openvino computes on processors.*GPU.*auto or torch"):
+        Predictor(checkpoint.load(classifier), "fp32", "openvino")
+
+
+PREDICT = "import sys; from jobs import predict; from lib.errors import run_job; code = run_job(predict.main); "
+
+
+def run_python(code: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a Python of its own, with an empty home."""
+    home.mkdir()
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("engine", ["auto", "openvino"])
+def test_without_openvino_auto_is_torch_and_openvino_is_a_mistake(engine: str, classifier: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules['openvino'] = None; {PREDICT} sys.exit(code)"
+    options = ("--set", f"model.path={classifier}", "--set", "model.precision=fp32", "--set", f"model.engine={engine}")
+    done = run_python(code, tmp_path / "home", *options, LINES[0], LINES[1])
+    said = done.stderr.strip().splitlines()[-1]
+    assert "openvino cannot be imported" in said
+    assert "pip install openvino" in said
+    if engine == "openvino":
+        assert done.returncode == 2
+        assert "model.engine = openvino" in said
+        return
+    assert done.returncode == 0, done.stderr
+    assert said.endswith("going on with torch")
+    table = pd.read_csv(io.StringIO(done.stdout))  # the line does not stand in it
+    expected = logits_singly(Path(classifier), LINES[:2]).softmax(-1).max(-1).values.numpy()
+    assert np.abs(table["score"] - expected).max() <= 1e-5
+
+
+def test_openvino_reports_its_use_to_nobody(classifier: str, tmp_path: Path) -> None:
+    """Its conversion tools send an event to Google Analytics when they are imported, and keep an id in the home folder."""
+    code = f"{PREDICT} assert 'openvino' in sys.modules; assert 'openvino_telemetry' not in sys.modules; sys.exit(code)"
+    home = tmp_path / "home"
+    done = run_python(code, home, "--set", f"model.path={classifier}", "--set", "model.engine=openvino", LINES[0])
+    assert done.returncode == 0, done.stderr
+    assert not (home / "intel").exists()
