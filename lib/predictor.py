@@ -18,7 +18,7 @@ from lib.checkpoint import Checkpoint, tokenizer_of
 from lib.config import EngineChoice, PrecisionChoice
 from lib.engine import Engine, EngineError, TorchEngine, openvino_engines
 from lib.errors import UsageError
-from lib.model import choose_dtype, load_classifier, logits_of
+from lib.model import choose_dtype, leave_out_the_unread, load_classifier, logits_of
 from lib.schema import ROW_ERROR_NAMES, PredictionSchema, RowError, Task
 from lib.tokenization import Tokens
 
@@ -74,6 +74,7 @@ class Predictor:
         """
         model = load_classifier(self.checkpoint.folder, self.checkpoint.trust)
         checks = [(tokens, self._score_singly(model, tokens)) for tokens in self._check_tokens()]
+        leave_out_the_unread(model)
         problem = ""
         for engine in self._engines(wanted, dtypes, model, checks[0][0]):
             if problem:
