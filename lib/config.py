@@ -137,7 +137,7 @@ class ScoreResources(Section):
     num_actors: int | None = Field(default=None, ge=1)
     """predictor actors; default: one for each GPU, without GPUs one for each node"""
     token_budget: int | None = Field(default=None, ge=1)
-    """tokens, padding included, in one forward pass; default: 65,536 on a GPU, 1,024 on a CPU"""
+    """tokens, padding included, in one forward pass; default: 65,536 on a GPU; on CPUs 512 with openvino, 4,096 with torch"""
 
 
 class ScoreConfig(Section):

@@ -24,9 +24,6 @@ from lib.tokenization import Tokens
 
 FloatArray = npt.NDArray[np.float32]
 
-TOKEN_BUDGET = {"cuda": 65_536, "cpu": 1_024}
-"""Padded tokens of one forward pass. CPU: what a micro-batch computes stays in a core's cache."""
-
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest difference of a probability from plain fp32 transformers, one row at a time, that the self-check lets pass."""
 
@@ -64,10 +61,9 @@ class Predictor:
             )
         if threads is not None and self.device.type == "cpu":
             torch.set_num_threads(threads)
-        self.token_budget = token_budget or TOKEN_BUDGET[self.device.type]
-        self.engine = self._choose(engine, choose_dtypes(precision, self.device))
+        self.engine = self._choose(engine, choose_dtypes(precision, self.device), token_budget)
 
-    def _choose(self, wanted: EngineChoice, dtypes: tuple[torch.dtype, ...]) -> Engine:
+    def _choose(self, wanted: EngineChoice, dtypes: tuple[torch.dtype, ...], token_budget: int | None) -> Engine:
         """The first engine and precision that score the fixed texts as plain fp32 transformers does.
 
         Says why each one before it does not; raises `UsageError` if none does.
@@ -79,7 +75,7 @@ class Predictor:
         for engine in self._engines(wanted, dtypes, model, checks[0][0]):
             if problem:
                 say(f"{problem}: going on with {engine.name} in {engine.dtype}")
-            self.engine = engine
+            self.engine, self.token_budget = engine, token_budget or engine.token_budget
             problem = self._problem(checks)
             if not problem:
                 return engine
