@@ -17,7 +17,7 @@ from lib.cutting import cutter_of
 from lib.template import Template, find_template, fit, lay_out
 from lib.wordwise import Wordwise
 
-CHECK_TEXTS = (
+HARD_TEXTS = (
     "",
     "The parcel arrived two days late, but the support team answered within minutes and sent a new one.",
     " FREE  entry!!!\tText WIN to 80086 now & claim your prize…\r\n",
@@ -107,7 +107,7 @@ class Tokenizer:
         if single is None or pair is None or self.max_length <= max(len(single), len(pair)):
             return
         self.templates = (single, pair)
-        for firsts, seconds in ((CHECK_TEXTS, None), (CHECK_TEXTS, CHECK_TEXTS[::-1])):
+        for firsts, seconds in ((HARD_TEXTS, None), (HARD_TEXTS, HARD_TEXTS[::-1])):
             sides = [as_texts(side) for side in (firsts, seconds) if side is not None]
             if not self._encode_wordwise(wordwise, sides).equals(self._encode_backend(sides)):
                 print(
