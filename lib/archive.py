@@ -153,7 +153,7 @@ def open_parquet(store: Store, path: str) -> tuple[pq.ParquetFile, WatchedFile]:
         parquet = pq.ParquetFile(watched, pre_buffer=True, page_checksum_verification=True)
     except BAD_FILE as error:
         if watched.failure is not None:
-            raise watched.failure from error
+            raise watched.failure from watched.failure.__cause__  # which says what S3 answered
         raise BadShardError(f"not a readable Parquet file: {first_line(error)}") from error
     if is_signed(parquet.metadata, watched.last_bytes):
         raise BadShardError("its columns are encrypted: write it without encryption")

@@ -148,9 +148,9 @@ def read_group(
                 yield rows
             if not left:
                 return
-    except BAD_FILE as error:
+    except BAD_FILE:
         if watched.failure is not None:
-            raise watched.failure from error
+            raise watched.failure from watched.failure.__cause__  # which says what S3 answered
     if left:
         yield unreadable_rows(left, columns)
 

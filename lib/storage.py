@@ -31,6 +31,9 @@ from lib.listing import LISTING_SCHEMA, FileInfo, describe, is_temporary, to_lis
 SINGLE_PUT_BYTES = 5 * 2**30
 """S3's limit for one PUT. Always one PUT: radosgw 16.2 ignores `If-None-Match` when a multipart upload is completed."""
 
+MAX_CAUSES = 16
+"""Exceptions looked at for S3's error code, one the cause of the other: `raise error from error` makes a chain without end."""
+
 S3_OPTIONS: dict[str, Any] = {
     "use_listings_cache": False,
     "skip_instance_cache": False,
@@ -389,9 +392,11 @@ def may_pass(error: BaseException) -> bool:
 
 def code_of(error: BaseException | None) -> str:
     """The S3 error code behind an exception, or ''. s3fs turns botocore's errors into `OSError`s and keeps them as the cause."""
-    while error is not None:
+    for _ in range(MAX_CAUSES):
         if isinstance(error, ClientError):
             return str(error.response.get("Error", {}).get("Code", ""))
+        if error is None:
+            break
         error = error.__cause__
     return ""
 

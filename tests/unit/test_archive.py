@@ -26,7 +26,7 @@ from lib.errors import UsageError
 from lib.planning import Chunk, chunks_of, identity
 from lib.reading import ChangedShardError, Rows, check_texts, read_rows
 from lib.schema import RowError
-from lib.storage import Store, open_store
+from lib.storage import Store, code_of, open_store
 from tests.fakes import to_parquet, write_archive
 from tests.proxy import Fault, FaultyProxy
 
@@ -394,8 +394,9 @@ def test_storage_that_fails_at_the_footer_makes_no_bad_shard(s3: LoopbackS3, pro
     url = s3.bucket()
     write_archive(url, {"x.parquet": pa.table({"text": ["a"]})})
     deny_reads(proxy)
-    with pytest.raises(PermissionError):
+    with pytest.raises(PermissionError) as refused:
         read_row_groups(open_store(url), "x.parquet", TEXT)
+    assert code_of(refused.value) == "AccessDenied"
 
 
 def test_storage_that_fails_at_the_rows_makes_no_bad_rows(s3: LoopbackS3, proxy: FaultyProxy) -> None:
@@ -405,10 +406,11 @@ def test_storage_that_fails_at_the_rows_makes_no_bad_rows(s3: LoopbackS3, proxy:
     store = open_store(url)
     chunks = plan(store, "x.parquet", TEXT)
     found: list[Rows] = []
-    with pytest.raises(PermissionError):
+    with pytest.raises(PermissionError) as refused:
         for _, rows in read_rows(store, chunks, TEXT, MB):
             found.append(rows)
             deny_reads(proxy)
+    assert code_of(refused.value) == "AccessDenied"
     assert found
     assert all((rows.errors == GOOD).all() for rows in found)
 

@@ -15,7 +15,7 @@ import pytest
 from jobs.demo_store import LoopbackS3
 from lib.errors import IncompleteError, UsageError
 from lib.listing import FileInfo
-from lib.storage import Store, open_store, protocol_of, split_pattern
+from lib.storage import Store, code_of, open_store, protocol_of, split_pattern
 from tests.proxy import Fault, FaultyProxy, Rule
 
 REPOSITORY = Path(__file__).parents[2]
@@ -421,3 +421,9 @@ def test_an_s3a_address_is_the_same_bucket(s3: LoopbackS3) -> None:
     url = s3.bucket()
     open_store(url).create("x", b"1")
     assert open_store(url.replace("s3://", "s3a://")).read("x") == b"1"
+
+
+def test_an_error_that_is_its_own_cause_is_no_endless_search() -> None:
+    error = OSError("twice")
+    error.__cause__ = error
+    assert code_of(error) == ""
