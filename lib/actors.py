@@ -66,6 +66,7 @@ class LoneWorker:
     def __init__(self, job: ScoreJob, threads: int, progress: Any) -> None:
         self.job, self.progress = job, progress
         self.predict = PredictBlock(job, threads, progress)
+        self.tokenizer = checkpoints.tokenizer_of(self.predict.predictor.checkpoint)
 
     def ready(self) -> None:
         """Return when the model is loaded."""
@@ -73,7 +74,7 @@ class LoneWorker:
     def score(self, chunk: Chunk) -> dict[str, Any] | None:
         """Make a chunk's object; returns what it says of itself, or None if it is there or its shard changed."""
         with reported(self.progress):
-            tables = work.read_block(self.job, (chunk,), self.progress.note.remote)
+            tables = work.read_block(self.job, (chunk,), self.tokenizer, self.progress.note.remote)
             if not tables:
                 return None
             written = work.write_block(self.job, self.predict(tables[0]))
@@ -83,5 +84,5 @@ class LoneWorker:
     def probe(self, chunk: Chunk, first: int, last: int) -> None:
         """Score rows `first` to `last` of a chunk (counted in the shard), the others left out, and throw the scores away."""
         others = ((chunk.start, first), (last, chunk.start + chunk.rows))
-        for table in work.read_chunks(self.job, [replace(chunk, excluded=others)]):
+        for table in work.read_chunks(self.job, [replace(chunk, excluded=others)], self.tokenizer):
             self.predict(table)

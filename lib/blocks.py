@@ -17,14 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.archive import BAD_TEXT, BadShardError, Columns, read_row_groups
-from lib.checkpoint import fetch
 from lib.config import EngineChoice, PrecisionChoice, Trust
 from lib.planning import Block, Chunk, RowGroup
 from lib.publishing import FOOTER_KEY, read_record
 from lib.reading import ChangedShardError, Rows, read_rows
 from lib.schema import DEAD_LETTER_SCHEMA, DEAD_LETTER_TEXT, PredictionSchema, RowError
 from lib.storage import Store, explained
-from lib.tokenization import Tokens, load_tokenizer
+from lib.tokenization import Tokenizer, Tokens
 
 IDS, TYPE_IDS, ERROR, TRUNCATED = "__ids", "__type_ids", "__error", "__truncated"
 """Columns that travel from reader to predictor beside the key columns."""
@@ -70,13 +69,13 @@ class Footer:
     """why it cannot be scored; None if it can"""
 
 
-def read_block(job: ScoreJob, block: Block, on_failure: OnFailure) -> list[pa.Table]:
+def read_block(job: ScoreJob, block: Block, tokenizer: Tokenizer, on_failure: OnFailure) -> list[pa.Table]:
     """Read and tokenize a block's chunks, leaving out those whose objects are there and those whose shards changed."""
     todo = [chunk for chunk in block if job.output.info(chunk.name) is None]
     parts: list[pa.Table] = []
     for _, members in groupby(todo, key=lambda chunk: chunk.shard):
         try:
-            parts.extend(read_chunks(job, list(members)))
+            parts.extend(read_chunks(job, list(members), tokenizer))
         except (ChangedShardError, BadShardError) as error:
             on_failure(str(error))
     if not parts:
@@ -86,14 +85,14 @@ def read_block(job: ScoreJob, block: Block, on_failure: OnFailure) -> list[pa.Ta
     return [table.replace_schema_metadata({CHUNKS_KEY: json.dumps(chunks).encode()})]
 
 
-def read_chunks(job: ScoreJob, chunks: list[Chunk]) -> list[pa.Table]:
+def read_chunks(job: ScoreJob, chunks: list[Chunk], tokenizer: Tokenizer) -> list[pa.Table]:
     """Read and tokenize chunks of one shard: tables of token ids, the first of which names the chunks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tables, at = [], chunks[0].start
     with explained(f"{job.archive.url}/{chunks[0].shard}", "read"):
         for chunk, rows in read_rows(job.archive, chunks, job.columns, job.chunk_bytes):
             at = max(at, chunk.start)
-            tables.append(tokenize(job, pick(exclude(rows, at, chunk.excluded), at, chunk.only)))
+            tables.append(tokenize(tokenizer, pick(exclude(rows, at, chunk.excluded), at, chunk.only)))
             at += len(rows.errors)
     table = pa.concat_tables(tables).combine_chunks()
     return [table.replace_schema_metadata({CHUNKS_KEY: json.dumps([asdict(chunk) for chunk in chunks]).encode()})]
@@ -127,9 +126,8 @@ def pick(rows: Rows, start: int, only: Sequence[int] | None) -> Rows:
     return Rows(texts, rows.errors[kept], rows.keys.filter(pa.array(kept)) if rows.keys.num_columns else rows.keys)
 
 
-def tokenize(job: ScoreJob, rows: Rows) -> pa.Table:
+def tokenize(tokenizer: Tokenizer, rows: Rows) -> pa.Table:
     """Turn rows into the table that travels: ids (an empty list for a row with an error), flags, key columns. The text stays behind."""
-    tokenizer = load_tokenizer(fetch(job.model_url, job.trust), job.max_length, job.trust.code)
     tokens = tokenizer.encode(*rows.texts)
     lengths = np.zeros(len(rows.errors), np.int32)
     truncated = np.zeros(len(rows.errors), np.bool_)
@@ -161,7 +159,8 @@ def write_block(job: ScoreJob, table: pa.Table) -> pa.Table:
 
 def write_chunk(job: ScoreJob, chunk: Chunk, rows: pa.Table) -> dict[str, Any]:
     """Create a chunk's object, its dead letters first; returns what its footer says and its size in bytes."""
-    numbers = pa.array(range(chunk.start, chunk.start + chunk.rows) if chunk.only is None else chunk.only, pa.int64())
+    every = np.arange(chunk.start, chunk.start + chunk.rows)
+    numbers = pa.array(every if chunk.only is None else chunk.only, pa.int64())
     texts = [rows[BAD_TEXT].combine_chunks()] if BAD_TEXT in rows.column_names else []
     if texts:
         rows = rows.drop_columns([BAD_TEXT])

@@ -17,21 +17,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
-from ray.data.block import BlockMetadata
+from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from lib import blocks as work
 from lib.actors import PredictBlock
-from lib.archive import Columns
 from lib.blocks import Footer, ScoreJob
+from lib.checkpoint import fetch
 from lib.config import LimitsSection
 from lib.errors import UsageError
 from lib.outcome import Outcome
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity, select_rows
-from lib.progress import Counts, end_actors, read_progress, reported, start_progress
+from lib.progress import Counts, end_actors, read_progress, start_progress
 from lib.runtime import Layout
-from lib.storage import Store
 from lib.suspects import settle
+from lib.tasks import MAX_ATTEMPTS, ChunkSource, read_footer_batch, share_tokenizer, write_counted
+from lib.tokenization import load_tokenizer
 from lib.watch import Running, Show, Watch, explain_ray_error
 
 Selected = Mapping[str, npt.NDArray[np.int64]]
@@ -39,9 +39,6 @@ Selected = Mapping[str, npt.NDArray[np.int64]]
 
 MAX_FAILURES = 16
 """Tasks of one wave that may fail with an error before the wave is cut short to see whether the error stays."""
-
-MAX_ATTEMPTS = 3
-"""Times that a block is tried in the pipeline if it, or a neighbour, kills its worker."""
 
 MAX_WAVE_REPEATS = 3
 """Times that what is missing after a wave that was cut short is run as a wave again."""
@@ -51,56 +48,6 @@ FOOTER_BATCHES_AHEAD = 64
 
 IN_FLIGHT_BLOCKS = 2
 """Blocks waiting at each actor while it scores one: it is never idle, and one lost worker costs no more."""
-
-
-class ChunkSource(Datasource):
-    """One read task per block; each returns one table."""
-
-    def __init__(self, blocks: Sequence[Block], job: ScoreJob, progress: Any) -> None:
-        super().__init__()
-        self.blocks, self.job, self.progress = blocks, job, progress
-
-    def get_name(self) -> str:
-        """The operator's name in Ray's progress and dashboard."""
-        return "Chunks"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Text in all blocks, in bytes."""
-        return sum(chunk.text_bytes for block in self.blocks for chunk in block)
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
-    ) -> list[ReadTask]:
-        """A task for each block, however many Ray would like."""
-        return [self._task(block) for block in self.blocks]
-
-    def _task(self, block: Block) -> ReadTask:
-        job, progress = self.job, self.progress
-        rows = sum(chunk.num_scored for chunk in block)
-        size = sum(chunk.text_bytes for chunk in block)
-        metadata = BlockMetadata(num_rows=rows, size_bytes=size, input_files=None, exec_stats=None)
-        return ReadTask(lambda: read_counted(job, block, progress), metadata)
-
-
-def read_counted(job: ScoreJob, block: Block, progress: Any) -> list[pa.Table]:
-    """Read a block, unless that has killed its worker too often: Ray Data retries a task for ever, and takes no limit."""
-    if ray.get(progress.count_read.remote(block[0].name)) > MAX_ATTEMPTS:
-        progress.note.remote(f"{block[0].shard}: reading it killed its worker {MAX_ATTEMPTS} times")
-        return []
-    with reported(progress):
-        return work.read_block(job, block, progress.note.remote)
-
-
-def write_counted(job: ScoreJob, table: pa.Table, progress: Any) -> pa.Table:
-    """Write a block."""
-    with reported(progress):
-        return work.write_block(job, table)
-
-
-@ray.remote(num_cpus=0.25, max_retries=1)
-def read_footer_batch(archive: Store, columns: Columns, shards: list[str]) -> list[Footer]:
-    """Read the footers of some shards; one that cannot be read says why."""
-    return [work.read_footer(archive, columns, shard) for shard in shards]
 
 
 def read_footers(run: Running, shards: pa.ChunkedArray, batch: int = 64) -> Iterator[Footer]:
@@ -143,10 +90,10 @@ def read_footer_alone(job: ScoreJob, shard: str) -> Footer:
     return found[0]
 
 
-def build_dataset(job: ScoreJob, blocks: Sequence[Block], layout: Layout, progress: Any) -> Dataset:
+def build_dataset(job: ScoreJob, blocks: Sequence[Block], layout: Layout, tokenizer: Any, progress: Any) -> Dataset:
     """The three operators: read chunks and tokenize -> predict -> write."""
     dataset = ray.data.read_datasource(
-        ChunkSource(blocks, job, progress),
+        ChunkSource(blocks, job, tokenizer, progress),
         override_num_blocks=len(blocks),
         num_cpus=layout.task_cpus,
     )
@@ -204,7 +151,16 @@ def score(
 
     Raises `IncompleteError` when the cluster or the storage fails for good; whatever was finished by then stays finished.
     """
-    run = Running(job=job, layout=layout, limits=limits, progress=start_progress(), outcome=Outcome(), show=show)
+    tokenizer = load_tokenizer(fetch(job.model_url, job.trust), job.max_length, job.trust.code)
+    run = Running(
+        job=job,
+        layout=layout,
+        limits=limits,
+        tokenizer=share_tokenizer(tokenizer),
+        progress=start_progress(),
+        outcome=Outcome(),
+        show=show,
+    )
     blocks = bundle(plan_chunks(run, shards, selected), job.chunk_bytes)
     while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
         run_wave(run, wave)
@@ -262,7 +218,7 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
         logging.CRITICAL
     )  # one progress line is ours; Ray's lines go to its log files
     context.print_on_execution_start = False
-    dataset = build_dataset(run.job, blocks, run.layout, run.progress)
+    dataset = build_dataset(run.job, blocks, run.layout, run.tokenizer, run.progress)
     operators = operator_names(dataset)
     # With equal remote arguments Ray fuses the read into the actor, which then reads S3 while the GPU waits.
     assert len(operators) == 3, f"expected reader, predictor and writer, Ray planned {operators}"

@@ -6,7 +6,7 @@ What leaves here is flat and small: ids in the smallest integer type that holds 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,7 @@ class Tokenizer:
             raise
         self.dtype = np.uint16 if len(self.reference) <= 2**16 else np.int32
         self.uses_segments = "token_type_ids" in self.reference.model_input_names
+        self.truncation_side: Literal["left", "right"] = "left" if self.reference.truncation_side == "left" else "right"
         self.backend: Any = getattr(self.reference, "backend_tokenizer", None)
         self.wordwise: Wordwise | None = None
         """the fast way, if it is right for this tokenizer"""
@@ -92,10 +93,12 @@ class Tokenizer:
         """of a text and of a pair, for the fast way"""
         if self.backend is not None:
             self.backend.no_padding()
-            self.backend.enable_truncation(
-                max_length, strategy="longest_first", direction=self.reference.truncation_side
-            )
+            self.backend.enable_truncation(max_length, strategy="longest_first", direction=self.truncation_side)
             self._try_wordwise(folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travels to other processes without the reference, which only a tokenizer without a backend needs to encode."""
+        return self.__dict__ | {"reference": None if self.backend is not None else self.reference}
 
     def _try_wordwise(self, folder: str) -> None:
         """Take the fast way if it gives the same on a few texts that are hard to get right."""
@@ -131,7 +134,7 @@ class Tokenizer:
 
     def _encode_wordwise(self, wordwise: Wordwise, sides: list[pa.Array]) -> Tokens:
         template = self.templates[len(sides) - 1]
-        room, cut_side = self.max_length - len(template), self.reference.truncation_side
+        room, cut_side = self.max_length - len(template), self.truncation_side
         if len(sides) == 1:
             found = wordwise.tokenize(sides[0], room + 1, cut_side)
         else:  # which of two long texts gives way depends on the whole length of both

@@ -27,6 +27,8 @@ class Running:
     job: ScoreJob
     layout: Layout
     limits: LimitsSection
+    tokenizer: Any
+    """reference to the run's tokenizer, see `lib.tasks.share_tokenizer`"""
     progress: Any
     """handle of the `Progress` actor"""
     outcome: Outcome

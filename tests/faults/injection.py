@@ -57,7 +57,7 @@ def holds(ids: Any, sequence: Sequence[int]) -> bool:
 
 def break_predictor(module: ModuleType) -> None:
     """A micro-batch with the poison tokens kills, hangs or raises."""
-    forward = module.Predictor._forward
+    forward = module.Predictor._launch
 
     def poisoned(self: Any, ids: Any, offsets: Any, type_ids: Any, rows: Any) -> Any:
         fault = spec().get("predict")
@@ -74,19 +74,19 @@ def break_predictor(module: ModuleType) -> None:
             raise module.torch.OutOfMemoryError("injected")
         return forward(self, ids, offsets, type_ids, rows)
 
-    module.Predictor._forward = poisoned
+    module.Predictor._launch = poisoned
 
 
 def break_reader(module: ModuleType) -> None:
     """Reading some shard kills its worker, always or the first few times."""
     read = module.read_chunks
 
-    def poisoned(job: Any, chunks: Any) -> Any:
+    def poisoned(job: Any, chunks: Any, tokenizer: Any) -> Any:
         fault = spec().get("read", {"shard": "no such shard"})
         mine = chunks[0].shard == fault["shard"]
         if mine and happened(f"read {fault['do']}") <= fault.get("times", 10**9):
             do(fault["do"])
-        return read(job, chunks)
+        return read(job, chunks, tokenizer)
 
     module.read_chunks = poisoned  # type: ignore[attr-defined]
     footer = module.read_footer

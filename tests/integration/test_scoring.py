@@ -380,6 +380,7 @@ def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it(
         job=run.job,
         layout=plan_layout(Cluster((Node(4, 0),)), ScoreResources()),
         limits=limits,
+        tokenizer=None,
         progress=progress,
         outcome=Outcome(),
         show=lambda _: None,
@@ -431,7 +432,7 @@ def test_ray_keeps_three_operators_apart(small_archive: str, classifier: str, tm
     for cluster in (Cluster((Node(4, 0),)), Cluster((Node(1, 0),)), Cluster((Node(16, 2),))):
         layout = plan_layout(cluster, ScoreResources())
         progress = start_progress()
-        names = pipeline.operator_names(pipeline.build_dataset(job, [(chunk,)], layout, progress))
+        names = pipeline.operator_names(pipeline.build_dataset(job, [(chunk,)], layout, None, progress))
         assert [name.split("(")[0].removesuffix("Chunks") for name in names] == ["Read", "MapBatches", "MapBatches"]
 
 

@@ -35,11 +35,22 @@ ORDER = (
     # the work of one process
     *("labelled", "blocks", "predictor", "learning", "fitting"),
     # the work of a cluster
-    *("training", "outcome", "watch", "actors", "suspects", "pipeline", "report", "scoring"),
+    *("training", "outcome", "watch", "tasks", "actors", "suspects", "pipeline", "report", "scoring"),
 )
 """From the lowest to the highest; each may import those before it."""
 
-MAY_IMPORT_RAY = {"runtime", "progress", "labelled", "fitting", "training", "watch", "actors", "suspects", "pipeline"}
+MAY_IMPORT_RAY = {
+    "runtime",
+    "progress",
+    "labelled",
+    "fitting",
+    "training",
+    "watch",
+    "tasks",
+    "actors",
+    "suspects",
+    "pipeline",
+}
 MAY_IMPORT_TORCH = {"model", "checkpoint", "engine", "predictor", "learning", "fitting", "training"}
 
 MODULES = sorted(path.stem for path in (REPOSITORY / "lib").glob("*.py") if path.stem != "__init__")

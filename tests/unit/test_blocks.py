@@ -1,0 +1,80 @@
+"""One block, from Parquet to Parquet in one process."""
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lib import blocks, checkpoint
+from lib.actors import PredictBlock
+from lib.config import ScoreConfig, validate
+from lib.planning import chunks_of
+from lib.predictor import Predictor
+from lib.scoring import prepare
+from tests import fakes
+from tests.conftest import REPOSITORY
+
+
+def test_no_object_is_made_for_a_row_or_a_token(classifier: str, tmp_path: Path) -> None:
+    """Between one Parquet file and the other Python holds nothing per row, and calls nothing: counted for few rows and for many."""
+    texts = [f"the parcel came {'very ' * (index % 5)}late again" for index in range(1_000)]
+    (tmp_path / "archive").mkdir()
+    for name, times in (("few", 1), ("many", 8)):
+        pq.write_table(pa.table({"text": texts * times}), tmp_path / "archive" / f"{name}.parquet")
+    values = {
+        "input": {"path": str(tmp_path / "archive")},
+        "model": {"path": classifier, "precision": "fp32", "engine": "torch"},
+        "output": {"path": str(tmp_path / "scores"), "probabilities": True},
+    }
+    run = prepare(validate(ScoreConfig, values), "run")
+    job, identities = run.job, dict(zip(*(run.shards[name].to_pylist() for name in ("path", "identity")), strict=True))
+    actor = PredictBlock.__new__(PredictBlock)  # without a run to report to
+    actor.job, actor.report = job, lambda *_: None  # type: ignore[assignment]
+    actor.predictor = Predictor(checkpoint.load(classifier), "fp32", "torch", token_budget=200_000)
+    tokenizer = checkpoint.tokenizer_of(actor.predictor.checkpoint)
+    counted = {}
+    for name in ("few", "few", "many"):  # the first time everything is loaded
+        footer = blocks.read_footer(job.archive, job.columns, f"{name}.parquet")
+        block = tuple(chunks_of(footer.shard, identities[footer.shard], footer.row_groups, job.chunk_bytes))
+        calls = peak = 0
+
+        def count(frame: object, event: str, argument: object) -> None:
+            nonlocal calls, peak
+            calls, peak = calls + 1, max(peak, sys.getallocatedblocks())
+
+        before = sys.getallocatedblocks()
+        sys.setprofile(count)
+        (table,) = blocks.read_block(job, block, tokenizer, lambda problem: None)
+        written = blocks.write_block(job, actor.score(table))
+        sys.setprofile(None)
+        assert f'"rows": {footer.row_groups[0].rows}' in written["result"][0].as_py()
+        counted[name] = (calls, peak - before)
+        job = dataclasses.replace(job, output=job.output.at(f"after-{name}-{len(counted)}"))
+    rows = len(texts) * 7
+    events, alive = ((many - few) / rows for few, many in zip(counted["few"], counted["many"], strict=True))
+    assert events < 1, "calls and returns a row"
+    assert alive < 0.1, "objects alive a row"
+
+
+READER = """
+import pickle, sys
+import lib.tasks
+tokenizer = pickle.loads(sys.stdin.buffer.read())
+print(tokenizer.encode(["the harbour was quiet", "never again"]).ids.tolist(), "torch" in sys.modules, "transformers" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("family", fakes.FAMILIES)
+def test_a_process_that_reads_or_writes_imports_neither_torch_nor_transformers(family: str, tmp_path: Path) -> None:
+    fakes.make_classifier(tmp_path, family, ("down", "up"))
+    tokenizer = checkpoint.tokenizer_of(checkpoint.load(str(tmp_path)))
+    done = subprocess.run(
+        [sys.executable, "-c", READER], input=pickle.dumps(tokenizer), capture_output=True, check=True, cwd=REPOSITORY
+    )
+    ids = tokenizer.encode(["the harbour was quiet", "never again"]).ids.tolist()
+    assert done.stdout.decode().split("\n")[0] == f"{ids} False False"
