@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check audit trials faults clean
+.PHONY: help install demo test check audit trials faults bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ trials: install  ## the long runs on real data
 
 faults: install  ## everything that can go wrong, SEEDS times each (default 1), written to faults.jsonl: hours for many
 	@SEEDS=$(or $(SEEDS),1) FIRST_SEED=$(or $(FIRST_SEED),0) FAULTS_LOG=faults.jsonl $(BIN)/python -m pytest -m trial tests/faults
+
+bench: install  ## how fast it is on this machine, beside what else one could run: under 20 minutes; written to bench.json
+	@$(BIN)/python -m tests.benchmarks.ladder --seconds 1.5 --peers --json bench.json
 
 clean:  ## remove the environment and the demo's files
 	rm -rf $(VENV) demo

@@ -1,0 +1,372 @@
+"""From Parquet to Parquet on a machine without a GPU: Textsweep beside what a user would otherwise run, on the same texts.
+
+    python -m tests.benchmarks.peers [--rows 6000] [--repeats 3] [--only NAME ...] [--json FILE]
+
+Every system runs in processes of its own, in turn with the others, on all cores, at its default and at its better settings:
+
+* the `transformers` pipeline over the texts in their order;
+* the pattern of Ray Data's documentation, a pipeline inside `map_batches`;
+* a flow as NVIDIA's Curator has it: a tokenizer stage that pads to the maximum, a sort inside each task, a fixed number of rows;
+* `CrossEncoder.predict` of sentence-transformers, which sorts by length, where that package is installed.
+
+Tokens are counted once, by the reference tokenizer and without padding. A system's rate is the tokens of a long archive less
+those of a short one, over the difference of their seconds: start-up, which is given beside it, is in neither. Before any
+timing counts, its answers are compared with plain fp32 transformers, one row at a time.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.demo_store import LoopbackS3
+from lib.storage import open_store
+from tests.benchmarks.material import (
+    MAX_LENGTH,
+    REGIMES,
+    count_tokens,
+    hardware,
+    make_archive,
+    make_model,
+    make_texts,
+    texts_of,
+    versions,
+)
+
+SHARDS, SHORT_ROWS = 12, 48
+BUCKET = "bench"
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to score the archive."""
+
+    run: Callable[[str, Path, Path], None]
+    """archive (a folder or a URL), model and output folder"""
+    part: float = 1.0
+    """of the long archive's shards; the rate of a slow system is known from a part"""
+    on_s3: bool = False
+    """whether it reads from object storage"""
+
+
+# peers
+
+
+def save(shard: Path, output: Path, answers: list[Any]) -> None:
+    """Write a shard's predictions."""
+    pq.write_table(pa.Table.from_pylist(answers), output / shard.name)
+
+
+def load_pipeline(model: Path, dtype: str) -> Any:
+    """The text-classification pipeline on the CPU, cutting texts as all others do here."""
+    import torch
+    from transformers import pipeline
+
+    found: Any = pipeline("text-classification", str(model), dtype=getattr(torch, dtype), device="cpu")
+    found.tokenizer.model_max_length = MAX_LENGTH
+    return found
+
+
+def transformers_pipeline(dtype: str, batch: int) -> Callable[[str, Path, Path], None]:
+    """The pipeline over one shard after the other."""
+
+    def run(archive: str, model: Path, output: Path) -> None:
+        classify = load_pipeline(model, dtype)
+        for shard in sorted(Path(archive).iterdir()):
+            save(shard, output, classify(texts_of(shard), batch_size=batch, truncation=True))
+
+    return run
+
+
+class PipelineActor:
+    """The class of Ray Data's documentation: a pipeline loaded once, called with each batch."""
+
+    def __init__(self, model: Path, dtype: str, batch: int) -> None:
+        self.classify, self.batch = load_pipeline(model, dtype), batch
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        answers = self.classify(list(batch["text"]), batch_size=self.batch, truncation=True)
+        return {"label": [one["label"] for one in answers], "score": [one["score"] for one in answers]}
+
+
+def ray_documentation(dtype: str, batch: int) -> Callable[[str, Path, Path], None]:
+    """Read, `map_batches` with the class above, write."""
+
+    def run(archive: str, model: Path, output: Path) -> None:
+        import ray
+
+        ray.init(address="local", include_dashboard=False, log_to_driver=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        found = ray.data.read_parquet(archive).map_batches(
+            PipelineActor,
+            fn_constructor_args=(model, dtype, batch),
+            batch_size=256,
+            num_cpus=max(1, (os.cpu_count() or 2) - 1),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(os.cpu_count())}},
+            compute=ray.data.ActorPoolStrategy(size=1),
+        )
+        found.write_parquet(str(output))
+
+    return run
+
+
+def curator(batch: int) -> Callable[[str, Path, Path], None]:
+    """Tokenize a shard padded to the maximum into a frame of lists, sort it, score a fixed number of rows, sort back."""
+
+    def run(archive: str, model: Path, output: Path) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        classifier = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+        names = classifier.config.id2label
+        for shard in sorted(Path(archive).iterdir()):
+            tokens = tokenizer(texts_of(shard), padding="max_length", truncation=True, max_length=MAX_LENGTH)
+            frame = pd.DataFrame({"ids": tokens["input_ids"], "mask": tokens["attention_mask"]})
+            frame["length"] = [sum(mask) for mask in frame["mask"]]
+            frame = frame.sort_values("length")
+            scores = []
+            for start in range(0, len(frame), batch):
+                rows = frame.iloc[start : start + batch]
+                longest = int(rows["length"].max())
+                ids = torch.tensor(rows["ids"].tolist())[:, :longest]
+                mask = torch.tensor(rows["mask"].tolist())[:, :longest]
+                with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                    scores.append(classifier(input_ids=ids, attention_mask=mask).logits.float().softmax(-1).numpy())
+            found = np.concatenate(scores)
+            frame["label"] = [names[index] for index in found.argmax(1)]
+            frame["score"] = found.max(1)
+            save(shard, output, frame.sort_index()[["label", "score"]].to_dict("records"))
+
+    return run
+
+
+def cross_encoder(dtype: str, batch: int) -> Callable[[str, Path, Path], None]:
+    """The length-sorted loop of sentence-transformers."""
+
+    def run(archive: str, model: Path, output: Path) -> None:
+        import torch
+        from sentence_transformers import CrossEncoder
+
+        encoder = CrossEncoder(
+            str(model), device="cpu", max_length=MAX_LENGTH, model_kwargs={"dtype": getattr(torch, dtype)}
+        )
+        names = encoder.model.config.id2label
+        for shard in sorted(Path(archive).iterdir()):
+            found = encoder.predict([[text] for text in texts_of(shard)], batch_size=batch, apply_softmax=True)
+            scores = np.asarray(found, np.float32)
+            save(shard, output, [{"label": names[row.argmax()], "score": float(row.max())} for row in scores])
+
+    return run
+
+
+# ours
+
+
+def textsweep(*settings: str) -> Callable[[str, Path, Path], None]:
+    """`jobs.score`, with what it wrote brought into the others' form."""
+
+    def run(archive: str, model: Path, output: Path) -> None:
+        from jobs import score
+        from lib.errors import run_job
+
+        values = [
+            f"input.path={archive}",
+            f"model.path={model}",
+            f"output.path={output / 'scores'}",
+            f"model.max_length={MAX_LENGTH}",
+            "planning.chunk_mb=0.1",
+            *settings,
+        ]
+        sys.argv = ["jobs.score", *(word for value in values for word in ("--set", value)), "--run-id", "bench"]
+        code = run_job(score.main)
+        if code:
+            sys.exit(int(code))
+
+    return run
+
+
+SYSTEMS = {
+    "pipeline, default": System(transformers_pipeline("float32", 1), 0.25),
+    "pipeline, batch 32": System(transformers_pipeline("float32", 32), 0.1),
+    "pipeline, bf16": System(transformers_pipeline("bfloat16", 1), 0.25),
+    "Ray documentation, default": System(ray_documentation("float32", 1), 0.25),
+    "Ray documentation, bf16": System(ray_documentation("bfloat16", 1), 0.25),
+    "Curator-style, 32 rows": System(curator(32), 0.5),
+    "Curator-style, 8 rows": System(curator(8), 0.5),
+    "CrossEncoder, default": System(cross_encoder("float32", 32), 0.25),
+    "CrossEncoder, bf16, 8 rows": System(cross_encoder("bfloat16", 8), 0.5),
+    "Textsweep, fp32": System(textsweep("model.precision=fp32")),
+    "Textsweep, bf16": System(textsweep("model.precision=bf16")),
+    "Textsweep, bf16, S3": System(textsweep("model.precision=bf16"), on_s3=True),
+}
+
+OURS = [name for name in SYSTEMS if name.startswith("Textsweep")]
+
+
+def available() -> list[str]:
+    """The systems whose packages are installed."""
+    if importlib.util.find_spec("sentence_transformers"):
+        return list(SYSTEMS)
+    print("sentence-transformers is not installed: left out", file=sys.stderr)
+    return [name for name in SYSTEMS if not name.startswith("CrossEncoder")]
+
+
+# timing
+
+
+def timed(name: str, archive: str, model: Path, output: Path) -> float:
+    """Seconds of a process that scores an archive."""
+    output.mkdir()
+    begun = time.monotonic()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "tests.benchmarks.peers",
+            "--child",
+            name,
+            archive,
+            *map(str, (model, output)),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.monotonic() - begun
+    if done.returncode:
+        raise SystemExit(f"{name} failed: {done.stderr[-2000:]}")
+    return seconds
+
+
+def answers_of(output: Path) -> pd.DataFrame:
+    """Labels and scores that a system wrote, in the archive's order."""
+    pointer = output / "scores" / "_published.json"
+    if not pointer.exists():
+        return pq.read_table(output).to_pandas()[["label", "score"]]
+    manifest = pq.read_table(output / "scores" / json.loads(pointer.read_text())["manifest"])
+    rows = pd.concat(pq.read_table(output / "scores" / path).to_pandas() for path in manifest["path"].to_pylist())
+    return rows.sort_values(["shard", "row"])[["label", "score"]].reset_index(drop=True)
+
+
+def compare(found: pd.DataFrame, expected: pd.DataFrame) -> dict[str, float]:
+    """How far answers are from the reference's; scores of rows with equal labels."""
+    assert len(found) == len(expected), f"{len(found)} rows, expected {len(expected)}"
+    same = found["label"].to_numpy() == expected["label"].to_numpy()
+    difference = np.abs(found["score"].to_numpy() - expected["score"].to_numpy())[same]
+    return {"labels_equal": round(float(same.mean()), 4), "largest_difference": float(difference.max())}
+
+
+def measure(names: list[str], texts: list[str], repeats: int, model: Path, folder: Path) -> dict[str, Any]:
+    """Time every system, in turn; returns its rate, start-up and answers."""
+    short = folder / "short"
+    make_archive(short, texts[:SHORT_ROWS], 2)
+    archives = {part: folder / f"long-{part}" for part in {SYSTEMS[name].part for name in names}}
+    for part, archive in archives.items():
+        make_archive(archive, texts[: int(len(texts) * part)], max(2, int(SHARDS * part)))
+    tokens = {archive: count_tokens(model, archive) for archive in (short, *archives.values())}
+    transformers_pipeline("float32", 1)(str(short), model, make(folder / "expected"))
+    expected = answers_of(folder / "expected")
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    checks: dict[str, dict[str, float]] = {}
+    with served(list(tokens)) if any(SYSTEMS[name].on_s3 for name in names) else contextlib.nullcontext():
+        for repeat in range(repeats):
+            for name in names:
+                outputs = [folder / f"{names.index(name)}-{repeat}-{which}" for which in ("short", "long")]
+                both = (short, archives[SYSTEMS[name].part])
+                urls = [f"s3://{BUCKET}/{one.name}" if SYSTEMS[name].on_s3 else str(one) for one in both]
+                first, second = (timed(name, url, model, output) for url, output in zip(urls, outputs, strict=True))
+                seconds[name].append((first, second))
+                checks.setdefault(name, compare(answers_of(outputs[0]), expected))
+                print(f"{name}: {first:.1f} s, {second:.1f} s", file=sys.stderr, flush=True)
+    found: dict[str, Any] = {}
+    for name in names:
+        extra = tokens[archives[SYSTEMS[name].part]] - tokens[short]
+        rates = [extra / (whole - start) for start, whole in seconds[name]]
+        found[name] = {
+            "tokens_per_second": round(statistics.median(rates)),
+            "range": [round(min(rates)), round(max(rates))],
+            "start_seconds": round(statistics.median(start for start, _ in seconds[name]), 1),
+            **checks[name],
+        }
+    mean = tokens[archives[max(archives)]] / (len(texts) * max(archives))
+    return {"rows": len(texts), "mean_tokens": round(mean, 1), "repeats": repeats, "systems": found}
+
+
+@contextlib.contextmanager
+def served(archives: list[Path]) -> Iterator[None]:
+    """Archives in a bucket of an S3 server on loopback, which the processes started meanwhile know of."""
+    with tempfile.TemporaryDirectory() as folder, LoopbackS3(Path(folder) / "server.log") as server:
+        os.environ.update(server.environment)
+        server.bucket(BUCKET)
+        for archive in archives:
+            store = open_store(f"s3://{BUCKET}/{archive.name}")
+            for shard in archive.iterdir():
+                store.create(shard.name, shard.read_bytes())
+        yield
+
+
+def make(folder: Path) -> Path:
+    """A new folder."""
+    folder.mkdir()
+    return folder
+
+
+def show(found: dict[str, Any]) -> None:
+    """One line a system; ratios to the first one."""
+    systems = found["systems"]
+    first = next(iter(systems))
+    print(f"{found['rows']:,} texts, mean {found['mean_tokens']} tokens, {found['repeats']} repeats")
+    for name, one in systems.items():
+        print(
+            f"  {name:28} {one['tokens_per_second']:>8,} tokens/s ({one['range'][0]:,} to {one['range'][1]:,}),"
+            f" {one['tokens_per_second'] / systems[first]['tokens_per_second']:5.2f} x {first}, start {one['start_seconds']:.1f} s,"
+            f" labels equal {one['labels_equal']:.1%}, scores within {one['largest_difference']:.1g}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Measure and print, or be one of the processes that are timed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=6_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="*", choices=SYSTEMS, default=None, metavar="NAME", help=", ".join(SYSTEMS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        name, archive, *paths = arguments.child
+        SYSTEMS[name].run(archive, *map(Path, paths))
+        return
+    names = arguments.only or available()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        make_model(model, "MiniLM-L6")
+        texts = make_texts(arguments.rows, REGIMES["mixed"])
+        found = measure(names, texts, arguments.repeats, model, Path(folder))
+    show(found)
+    if arguments.json:
+        whole = {"hardware": hardware(), "versions": versions(), **found}
+        arguments.json.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

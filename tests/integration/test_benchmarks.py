@@ -1,0 +1,55 @@
+"""The benchmarks run, at a small size, and check the answers of what they time."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib.checkpoint import fetch
+from lib.tokenization import load_tokenizer
+from tests.benchmarks import ladder, material, peers
+
+
+def test_the_ladder_climbs_from_limit_to_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [
+        "--models",
+        "MiniLM-L6",
+        "--regimes",
+        "messages",
+        "--repeats",
+        "1",
+        "--seconds",
+        "0.1",
+        "--no-jobs",
+        "--json",
+    ]
+    monkeypatch.setattr(sys, "argv", ["ladder", *words, str(tmp_path / "found.json")])
+    ladder.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    (one,) = found["ladder"]
+    assert list(one["rungs"]) == ["limit", "forward", "+ batches", "+ tokens", "+ Parquet"]
+    assert all(rung["tokens_per_second"] > 0 for rung in one["rungs"].values())
+    assert one["mean_tokens"] == pytest.approx(material.REGIMES["messages"].mean_tokens, rel=0.25)
+    assert one["labels_equal"] >= 0.95
+    assert set(found["engines"]) == {
+        f"{engine} {dtype}" for engine in ("torch", "openvino") for dtype in ("fp32", "bf16")
+    }
+    for name, engine in found["engines"].items():
+        assert engine["largest_difference"] <= (1e-4 if "fp32" in name else 2e-2)
+
+
+@pytest.mark.parametrize("name", material.REGIMES)
+def test_texts_have_the_mean_length_that_is_asked_for(name: str) -> None:
+    texts = material.make_texts(500, material.REGIMES[name])
+    tokens = load_tokenizer(fetch(material.ENCODER), material.MAX_LENGTH).encode(texts)
+    assert tokens.lengths.mean() == pytest.approx(material.REGIMES[name].mean_tokens, rel=0.03)
+    assert texts == material.make_texts(500, material.REGIMES[name])
+
+
+def test_a_peer_with_other_answers_is_seen() -> None:
+    expected = pd.DataFrame({"label": ["a", "b", "c", "a"], "score": np.array([0.5, 0.6, 0.7, 0.8])})
+    found = expected.assign(label=["a", "b", "a", "a"], score=[0.5, 0.65, 0.7, 0.8])
+    assert peers.compare(found, expected) == {"labels_equal": 0.75, "largest_difference": pytest.approx(0.05)}
