@@ -27,7 +27,6 @@ from tests.faults.scenarios import SCENARIOS, Scenario, Scene
 ALWAYS = (
     "node replaced",
     "everything for 5%",
-    "credentials expired",
 )
 """Part of every test run, beside `test_killed`, `test_rescore` and `test_poison`, whose rows kill actors."""
 
