@@ -26,6 +26,7 @@ def test_the_ladder_climbs_from_limit_to_parquet(tmp_path: Path, monkeypatch: py
         "--no-jobs",
         "--json",
     ]
+    monkeypatch.setattr(ladder, "PROBE_TOKENS", 500)
     monkeypatch.setattr(sys, "argv", ["ladder", *words, str(tmp_path / "found.json")])
     ladder.main()
     found = json.loads((tmp_path / "found.json").read_text())
