@@ -304,7 +304,7 @@ def main() -> None:
             from tests.benchmarks import peers
 
             found["jobs"] = peers.measure(
-                peers.available() if arguments.peers else peers.OURS,
+                list(peers.SYSTEMS) if arguments.peers else peers.OURS,
                 make_texts(arguments.rows, REGIMES["mixed"]),
                 arguments.job_repeats,
                 folder / shape,

@@ -145,7 +145,7 @@ def hardware() -> str:
 def versions() -> dict[str, str]:
     """Of the packages that matter for speed."""
     found = {}
-    for name in ("torch", "transformers", "tokenizers", "openvino", "ray", "pyarrow", "sentence-transformers"):
+    for name in ("torch", "transformers", "tokenizers", "openvino", "ray", "pyarrow"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

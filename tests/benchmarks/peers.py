@@ -6,8 +6,7 @@ Every system runs in processes of its own, in turn with the others, on all cores
 
 * the `transformers` pipeline over the texts in their order;
 * the pattern of Ray Data's documentation, a pipeline inside `map_batches`;
-* a flow as NVIDIA's Curator has it: a tokenizer stage that pads to the maximum, a sort inside each task, a fixed number of rows;
-* `CrossEncoder.predict` of sentence-transformers, which sorts by length, where that package is installed.
+* a flow as NVIDIA's Curator has it: a tokenizer stage that pads to the maximum, a sort inside each task, a fixed number of rows.
 
 Tokens are counted once, by the reference tokenizer and without padding. A system's rate is the tokens of a long archive less
 those of a short one, over the difference of their seconds: start-up, which is given beside it, is in neither. Before any
@@ -16,7 +15,6 @@ timing counts, its answers are compared with plain fp32 transformers, one row at
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import statistics
@@ -157,25 +155,6 @@ def curator(batch: int) -> Callable[[str, Path, Path], None]:
     return run
 
 
-def cross_encoder(dtype: str, batch: int) -> Callable[[str, Path, Path], None]:
-    """The length-sorted loop of sentence-transformers."""
-
-    def run(archive: str, model: Path, output: Path) -> None:
-        import torch
-        from sentence_transformers import CrossEncoder
-
-        encoder = CrossEncoder(
-            str(model), device="cpu", max_length=MAX_LENGTH, model_kwargs={"dtype": getattr(torch, dtype)}
-        )
-        names = encoder.model.config.id2label
-        for shard in sorted(Path(archive).iterdir()):
-            found = encoder.predict(texts_of(shard), batch_size=batch, apply_softmax=True)
-            scores = np.asarray(found, np.float32)
-            save(shard, output, [{"label": names[row.argmax()], "score": float(row.max())} for row in scores])
-
-    return run
-
-
 # ours
 
 
@@ -210,22 +189,12 @@ SYSTEMS = {
     "Ray documentation, bf16": System(ray_documentation("bfloat16", 1), 0.25),
     "Curator-style, 32 rows": System(curator(32), 0.5),
     "Curator-style, 8 rows": System(curator(8), 0.5),
-    "CrossEncoder, default": System(cross_encoder("float32", 32), 0.25),
-    "CrossEncoder, bf16, 8 rows": System(cross_encoder("bfloat16", 8), 0.5),
     "Textsweep, fp32": System(textsweep("model.precision=fp32")),
     "Textsweep, bf16": System(textsweep("model.precision=bf16")),
     "Textsweep, bf16, S3": System(textsweep("model.precision=bf16"), on_s3=True),
 }
 
 OURS = [name for name in SYSTEMS if name.startswith("Textsweep")]
-
-
-def available() -> list[str]:
-    """The systems whose packages are installed."""
-    if importlib.util.find_spec("sentence_transformers"):
-        return list(SYSTEMS)
-    print("sentence-transformers is not installed: left out", file=sys.stderr)
-    return [name for name in SYSTEMS if not name.startswith("CrossEncoder")]
 
 
 # timing
@@ -374,7 +343,7 @@ def main() -> None:
         name, archive, *paths = arguments.child
         SYSTEMS[name].run(archive, *map(Path, paths))
         return
-    names = arguments.only or available()
+    names = arguments.only or list(SYSTEMS)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         make_model(model, "MiniLM-L6")
