@@ -62,6 +62,11 @@ class StoppedError(TextsweepError):
     exit_code = ExitCode.STOPPED
 
 
+def say(line: str) -> None:
+    """Warn whoever runs the job. Not on standard output: that is where `jobs.predict` writes its CSV."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `, did you mean 'x'?` for the closest known name, or an empty string."""
     match = get_close_matches(name, list(known), n=1, cutoff=0.5)

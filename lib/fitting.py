@@ -204,13 +204,12 @@ class Fit:
         if self.team.rank:
             return
         progress, metric = self.progress, self.job.config.stopping.metric
-        note = (
-            "kept until the next one"
-            if self.job.config.stopping.keep == "last"
-            else "the best so far"
-            if progress.best_step == progress.step
-            else f"best: {progress.best_value:.4f} at step {progress.best_step}"
-        )
+        if self.job.config.stopping.keep == "last":
+            note = "kept until the next one"
+        elif progress.best_step == progress.step:
+            note = "the best so far"
+        else:
+            note = f"best: {progress.best_value:.4f} at step {progress.best_step}"
         print(
             f"validation at step {progress.step}: accuracy {entry['accuracy']:.4f}, macro-F1 {entry['macro_f1']:.4f},"
             f" loss {entry['loss']:.4f}; {metric}: {note}{'; stopping here' if progress.stopped else ''}",

@@ -4,7 +4,6 @@ Rows are put in length order, cut into micro-batches by a token budget, scored, 
 Letters: N rows of a block, B rows of a micro-batch, L its padded length, C classes.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,7 +16,7 @@ from lib.batching import cut_by_tokens, pad
 from lib.checkpoint import Checkpoint, tokenizer_of
 from lib.config import EngineChoice, PrecisionChoice
 from lib.engine import Engine, EngineError, TorchEngine, openvino_engines
-from lib.errors import UsageError
+from lib.errors import UsageError, say
 from lib.model import choose_dtype, leave_out_the_unread, load_classifier, logits_of
 from lib.schema import ROW_ERROR_NAMES, PredictionSchema, RowError, Task
 from lib.tokenization import Tokens
@@ -208,11 +207,6 @@ def choose_dtypes(wanted: PrecisionChoice, device: torch.device) -> tuple[torch.
     """Which precisions to try, best first: with auto, fp32 is there for a model that bf16 would spoil."""
     chosen = choose_dtype(wanted, device)
     return (chosen, torch.float32) if wanted == "auto" and chosen != torch.float32 else (chosen,)
-
-
-def say(line: str) -> None:
-    """Tell whoever runs the job. Not on standard output: that is where `jobs.predict` writes its CSV."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def to_results(

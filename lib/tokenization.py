@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from lib.config import raise_if_code_was_refused
 from lib.cutting import cutter_of
+from lib.errors import say
 from lib.template import Template, find_template, fit, lay_out
 from lib.wordwise import Wordwise
 
@@ -113,10 +114,7 @@ class Tokenizer:
         for firsts, seconds in ((HARD_TEXTS, None), (HARD_TEXTS, HARD_TEXTS[::-1])):
             sides = [as_texts(side) for side in (firsts, seconds) if side is not None]
             if not self._encode_wordwise(wordwise, sides).equals(self._encode_backend(sides)):
-                print(
-                    f"{folder}: word by word its tokenizer gives other ids than transformers: the slow way it is",
-                    flush=True,
-                )
+                say(f"{folder}: word by word its tokenizer gives other ids than transformers: going on without, slower")
                 return
         self.wordwise = wordwise
 

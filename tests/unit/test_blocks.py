@@ -1,5 +1,6 @@
 """One block, from Parquet to Parquet in one process."""
 
+import copy
 import dataclasses
 import pickle
 import subprocess
@@ -10,14 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib import blocks, checkpoint
+from lib import blocks, checkpoint, tasks
 from lib.actors import PredictBlock
+from lib.blocks import ScoreJob
 from lib.config import ScoreConfig, validate
-from lib.planning import chunks_of
+from lib.planning import Block, chunks_of
 from lib.predictor import Predictor
 from lib.scoring import prepare
 from tests import fakes
 from tests.conftest import REPOSITORY
+from tests.counting import count_objects
 
 
 def test_no_object_is_made_for_a_row_or_a_token(classifier: str, tmp_path: Path) -> None:
@@ -41,19 +44,14 @@ def test_no_object_is_made_for_a_row_or_a_token(classifier: str, tmp_path: Path)
     for name in ("few", "few", "many"):  # the first time everything is loaded
         footer = blocks.read_footer(job.archive, job.columns, f"{name}.parquet")
         block = tuple(chunks_of(footer.shard, identities[footer.shard], footer.row_groups, job.chunk_bytes))
-        calls = peak = 0
+        written: list[pa.Table] = []
 
-        def count(frame: object, event: str, argument: object) -> None:
-            nonlocal calls, peak
-            calls, peak = calls + 1, max(peak, sys.getallocatedblocks())
+        def score(job: ScoreJob = job, block: Block = block, written: list[pa.Table] = written) -> None:
+            (table,) = blocks.read_block(job, block, tokenizer, lambda problem: None)
+            written.append(blocks.write_block(job, actor.score(table)))
 
-        before = sys.getallocatedblocks()
-        sys.setprofile(count)
-        (table,) = blocks.read_block(job, block, tokenizer, lambda problem: None)
-        written = blocks.write_block(job, actor.score(table))
-        sys.setprofile(None)
-        assert f'"rows": {footer.row_groups[0].rows}' in written["result"][0].as_py()
-        counted[name] = (calls, peak - before)
+        counted[name] = count_objects(score)
+        assert f'"rows": {footer.row_groups[0].rows}' in written[0]["result"][0].as_py()
         job = dataclasses.replace(job, output=job.output.at(f"after-{name}-{len(counted)}"))
     rows = len(texts) * 7
     events, alive = ((many - few) / rows for few, many in zip(counted["few"], counted["many"], strict=True))
@@ -78,3 +76,20 @@ def test_a_process_that_reads_or_writes_imports_neither_torch_nor_transformers(f
     )
     ids = tokenizer.encode(["the harbour was quiet", "never again"]).ids.tolist()
     assert done.stdout.decode().split("\n")[0] == f"{ids} False False"
+
+
+def test_a_tokenizer_that_is_written_in_python_is_loaded_by_each_process(classifier: str, tmp_path: Path) -> None:
+    """It is the fast one here, with what makes it fast taken out: none of ours is written in Python."""
+    (tmp_path / "archive").mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "archive" / "x.parquet")
+    values = {
+        "input": {"path": str(tmp_path / "archive")},
+        "model": {"path": classifier},
+        "output": {"path": str(tmp_path / "scores")},
+    }
+    job = prepare(validate(ScoreConfig, values), "run").job
+    tokenizer = checkpoint.tokenizer_of(checkpoint.load(classifier))
+    slow = copy.copy(tokenizer)
+    slow.backend = None
+    assert tasks.share_tokenizer(slow) is None
+    assert tasks.get_tokenizer(None, job) is tokenizer

@@ -6,10 +6,10 @@ import re
 import resource
 import shutil
 import string
-import sys
 import tracemalloc
 import unicodedata
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lib.config import TRUST_NOTHING
 from lib.tokenization import Tokenizer, load_tokenizer
 from tests import fakes
 from tests.benchmarks.tokenization import DATA, compare, documents, read_texts
+from tests.counting import count_objects
 
 MAX_LENGTH = 16
 
@@ -367,7 +368,7 @@ def test_a_fast_way_that_differs_is_not_taken(
     fakes.make_config("bert").save_pretrained(tmp_path)
     ours = Tokenizer(str(tmp_path), MAX_LENGTH)
     assert ours.wordwise is None
-    assert "other ids than transformers" in capsys.readouterr().out
+    assert "other ids than transformers" in capsys.readouterr().err
     check(ours, AutoTokenizer.from_pretrained(tmp_path), AWKWARD)
 
 
@@ -421,21 +422,11 @@ def test_no_object_is_made_for_a_text_or_a_token(ours: Tokenizer) -> None:
     few = pa.array([f"{word} and the harbour was quiet" for word in fakes.PROSE.split()], pa.large_string())
     many = pa.concat_arrays([few] * 30)
     ours.encode(many)
-    found = []
-    for texts in (few, many):
-        calls = peak = 0
-
-        def count(frame: object, event: str, argument: object) -> None:
-            nonlocal calls, peak
-            calls, peak = calls + 1, max(peak, sys.getallocatedblocks())
-
-        before = sys.getallocatedblocks()
-        sys.setprofile(count)
-        ours.encode(texts)
-        sys.setprofile(None)
-        found.append((calls, peak - before))
-    assert found[0][0] == found[1][0]
-    assert found[1][1] - found[0][1] < 500, f"{len(few)} texts, then {len(many)}: (calls, objects alive) {found}"
+    (few_events, few_alive), (many_events, many_alive) = (
+        count_objects(partial(ours.encode, one)) for one in (few, many)
+    )
+    assert few_events == many_events
+    assert many_alive - few_alive < 500, f"objects alive for {len(few)} texts {few_alive}, for {len(many)} {many_alive}"
 
 
 @pytest.mark.trial
