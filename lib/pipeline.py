@@ -96,6 +96,7 @@ def build_dataset(job: ScoreJob, blocks: Sequence[Block], layout: Layout, tokeni
         ChunkSource(blocks, job, tokenizer, progress),
         override_num_blocks=len(blocks),
         num_cpus=layout.task_cpus,
+        concurrency=min(layout.num_readers or len(blocks), len(blocks)),
     )
     # `map_batches` refuses whole blocks as batches on GPUs, and any batch size cuts or mixes chunks; this is what it calls.
     dataset = dataset.map_batches_internal(
