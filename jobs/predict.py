@@ -23,9 +23,9 @@ import pyarrow.compute as pc
 from lib import checkpoint
 from lib.config import PredictConfig, parse_command
 from lib.errors import UsageError, nearest, run_job
-from lib.predictor import Predictor, to_results
+from lib.predictor import Predictor
 from lib.reading import check_texts
-from lib.schema import PredictionSchema, RowError
+from lib.schema import PredictionSchema, RowError, to_results
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
 """A cell that starts like this is run as a formula by spreadsheets; written with an apostrophe before it, it is text."""

@@ -13,8 +13,8 @@ from lib import checkpoint as checkpoints
 from lib.blocks import CHUNKS_KEY, ERROR, IDS, TRUNCATED, TYPE_IDS, ScoreJob
 from lib.errors import UsageError
 from lib.planning import Chunk
-from lib.predictor import Predictor, to_results
 from lib.progress import Reporter, reported
+from lib.schema import to_results
 
 
 class PredictBlock:
@@ -24,6 +24,9 @@ class PredictBlock:
         self.job, self.progress = job, progress
         self.report = Reporter(progress)
         with reported(progress):
+            # Brings torch, which the driver does without: it only names this class.
+            from lib.predictor import Predictor
+
             loaded = checkpoints.load(job.model_url, job.max_length, job.trust)
             if loaded.digest != job.model_digest:
                 raise UsageError(

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lib.config import TRUST_NOTHING, ScoreConfig, Trust
 from lib.errors import IncompleteError, UsageError
-from lib.model import PICKLED_WEIGHTS, ModelFacts, has_safetensors, read_facts
+from lib.facts import PICKLED_WEIGHTS, ModelFacts, has_safetensors, read_facts
 from lib.schema import Task
 from lib.storage import Store, explained, open_store
 from lib.tokenization import Tokenizer, load_tokenizer

@@ -1,8 +1,10 @@
-"""What a prediction looks like: tasks, row errors, and the one Arrow schema that every object of a version has."""
+"""What a prediction looks like: tasks, row errors, the one Arrow schema that every object of a version has, and its columns."""
 
 import enum
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 
@@ -90,3 +92,47 @@ class PredictionSchema:
     def clashes(self) -> list[str]:
         """Names that are both a key column and a column that scoring adds."""
         return sorted({field.name for field in self.key_fields} & set(self.results.names))
+
+
+def to_results(
+    schema: PredictionSchema,
+    thresholds: tuple[float, ...] | None,
+    probabilities: npt.NDArray[np.float32],
+    lengths: npt.NDArray[np.integer],
+    truncated: npt.NDArray[np.bool_],
+    errors: npt.NDArray[np.uint8],
+) -> pa.Table:
+    """Turn probabilities (N, C) into the columns that scoring adds; rows with an error get nulls and the error's name."""
+    errors = np.where((errors == RowError.NONE) & ~np.isfinite(probabilities).all(axis=1), RowError.NOT_FINITE, errors)
+    bad = errors != RowError.NONE
+    columns: list[pa.Array] = []
+    if schema.task is Task.REGRESSION:
+        columns.append(pa.array(probabilities[:, 0], pa.float32(), mask=bad))
+    elif schema.task is Task.MULTI_CLASS:
+        best = np.where(bad, 0, np.argmax(np.nan_to_num(probabilities), axis=1))
+        columns.append(pa.array(schema.labels, pa.string()).take(pa.array(best, mask=bad)))
+        columns.append(pa.array(probabilities[np.arange(len(best)), best], pa.float32(), mask=bad))
+    else:
+        columns.extend(multi_label_columns(schema.labels, thresholds, probabilities, bad))
+    if schema.probabilities and schema.task is not Task.REGRESSION:
+        values = pa.array(probabilities.reshape(-1), pa.float32())
+        columns.append(pa.FixedSizeListArray.from_arrays(values, len(schema.labels), mask=pa.array(bad)))
+    columns.append(pa.array(lengths, pa.int32(), mask=bad))
+    columns.append(pa.array(truncated, pa.bool_(), mask=bad))
+    columns.append(ROW_ERROR_NAMES.take(pa.array(errors)))
+    return pa.table(columns, schema=schema.results)
+
+
+def multi_label_columns(
+    labels: tuple[str, ...],
+    thresholds: tuple[float, ...] | None,
+    probabilities: npt.NDArray[np.float32],
+    bad: npt.NDArray[np.bool_],
+) -> list[pa.Array]:
+    """The labels at or over their thresholds (0.5 without), in label order, and their probabilities, as two list columns."""
+    limits = np.array(thresholds or [0.5] * len(labels), np.float32)
+    chosen = (np.nan_to_num(probabilities) >= limits) & ~bad[:, None]
+    offsets = np.concatenate([[0], np.cumsum(chosen.sum(axis=1))]).astype(np.int32)
+    names = pa.array(labels, pa.string()).take(pa.array(np.nonzero(chosen)[1]))
+    values = pa.array(probabilities[chosen], pa.float32())
+    return [pa.ListArray.from_arrays(pa.array(offsets), flat, mask=pa.array(bad)) for flat in (names, values)]

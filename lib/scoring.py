@@ -1,6 +1,7 @@
 """A scoring run around the pipeline: what is to do, what was done, and whether readers get to see it."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -116,12 +117,14 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         )
     if config.input.rows is not None and config.input.key_columns:
         raise UsageError("input.rows: rows are named by shard and row, so set input.key_columns = []")
-    archive, listing = list_shards(config.input.path)
+    with ThreadPoolExecutor(1) as pool:  # torch, which a model's description needs, takes seconds to import
+        loading = pool.submit(checkpoint.load, config.model.path, config.model.max_length, config.model.trust)
+        archive, listing = list_shards(config.input.path)
     shards = with_identities(listing, chunk_bytes := int(config.planning.chunk_mb * 2**20))
     columns = resolve_columns(
         archive, listing["path"].slice(0, 20).to_pylist(), config.input.text_column, config.input.key_columns
     )
-    model = checkpoint.load(config.model.path, config.model.max_length, config.model.trust)
+    model = loading.result()
     selection = None if config.input.rows is None else read_selection(config.input.rows, shards)
     version = checkpoint.version_of(model, config, selection.digest if selection else "")
     if selection is not None:

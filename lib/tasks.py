@@ -16,6 +16,7 @@ from ray.data.block import BlockMetadata
 from lib import blocks as work
 from lib.archive import Columns
 from lib.blocks import Footer, ScoreJob
+from lib.checkpoint import fetch
 from lib.planning import Block
 from lib.progress import reported
 from lib.storage import Store
@@ -84,8 +85,6 @@ def get_tokenizer(shared: Any, job: ScoreJob) -> Tokenizer:
     """The run's tokenizer, the same object in all tasks of one process: it remembers words."""
     if shared is not None:
         return get_once(shared)
-    from lib.checkpoint import fetch  # imports torch
-
     return load_tokenizer(fetch(job.model_url, job.trust), job.max_length, job.trust.code)
 
 

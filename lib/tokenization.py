@@ -15,6 +15,7 @@ import pyarrow as pa
 from lib.config import raise_if_code_was_refused
 from lib.cutting import cutter_of
 from lib.errors import say
+from lib.facts import import_transformers
 from lib.template import Template, find_template, fit, lay_out
 from lib.wordwise import Wordwise
 
@@ -74,11 +75,9 @@ class Tokenizer:
     """A Hugging Face tokenizer that cuts at `max_length` tokens and never pads."""
 
     def __init__(self, folder: str, max_length: int, trust_code: bool = False) -> None:
-        from transformers import AutoTokenizer
-
         self.max_length = max_length
         try:  # with trust_remote_code left open, transformers asks on standard input
-            self.reference: Any = AutoTokenizer.from_pretrained(
+            self.reference: Any = import_transformers().AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_code
             )
         except ValueError as error:

@@ -23,9 +23,9 @@ from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 from lib.checkpoint import fetch
 from lib.config import TrainConfig, Trust
 from lib.errors import IncompleteError, TextsweepError, UsageError
+from lib.facts import check_weights, max_positions, read_config
 from lib.fitting import Job, deciding, find_committed, work
 from lib.labelled import LabelledIndex, Source, find_sources, prepare
-from lib.model import check_weights, max_positions, read_config
 from lib.runtime import Cluster
 from lib.storage import Store, explained, open_store
 from lib.tokenization import load_tokenizer

@@ -39,9 +39,9 @@ from lib.batching import cut_by_tokens, pad
 from lib.config import PrecisionChoice
 from lib.engine import EngineName, TorchEngine
 from lib.model import load_classifier, logits_of
-from lib.predictor import Predictor, to_results
+from lib.predictor import Predictor
 from lib.reading import check_texts
-from lib.schema import PredictionSchema, RowError
+from lib.schema import PredictionSchema, RowError, to_results
 from lib.tokenization import Tokens
 from tests.benchmarks.material import (
     MAX_LENGTH,

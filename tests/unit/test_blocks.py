@@ -78,6 +78,13 @@ def test_a_process_that_reads_or_writes_imports_neither_torch_nor_transformers(f
     assert done.stdout.decode().split("\n")[0] == f"{ids} False False"
 
 
+def test_a_job_begins_before_torch_is_imported() -> None:
+    """It lists the archive meanwhile."""
+    script = "import sys, jobs.score; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=REPOSITORY, text=True)
+    assert done.stdout == "False False\n"
+
+
 def test_a_tokenizer_that_is_written_in_python_is_loaded_by_each_process(classifier: str, tmp_path: Path) -> None:
     """It is the fast one here, with what makes it fast taken out: none of ours is written in Python."""
     (tmp_path / "archive").mkdir()

@@ -17,6 +17,7 @@ ORDER = (
         "planning",
         "archive",
         "selection",
+        "facts",
         "reading",
         "cutting",
         "wordwise",
@@ -51,7 +52,7 @@ MAY_IMPORT_RAY = {
     "suspects",
     "pipeline",
 }
-MAY_IMPORT_TORCH = {"model", "checkpoint", "engine", "predictor", "learning", "fitting", "training"}
+MAY_IMPORT_TORCH = {"model", "engine", "predictor", "learning", "fitting", "training"}
 
 MODULES = sorted(path.stem for path in (REPOSITORY / "lib").glob("*.py") if path.stem != "__init__")
 

@@ -10,8 +10,8 @@ import torch
 from lib import checkpoint
 from lib.engine import TorchEngine
 from lib.errors import UsageError
-from lib.predictor import Predictor, to_results
-from lib.schema import PredictionSchema, Task
+from lib.predictor import Predictor
+from lib.schema import PredictionSchema, Task, to_results
 from lib.tokenization import Tokens, load_tokenizer
 
 TEXTS = [f"the parcel came {'very ' * (index % 9)}late again, number {index}" for index in range(60)]
