@@ -1,6 +1,6 @@
-"""Engines: what turns a padded micro-batch into logits. PyTorch anywhere, OpenVINO on processors, where it is faster.
+"""Engines: what turns a padded micro-batch into logits. PyTorch anywhere, OpenVINO on processors, packed rows on GPUs.
 
-PyTorch with a model's own code is the definition of right, and the way back from everything that OpenVINO cannot do. An engine
+PyTorch with a model's own code is the definition of right, and the way back from everything that the others cannot do. An engine
 knows nothing of rows, order or probabilities. Letters: B rows of a micro-batch, L its padded length, C classes.
 """
 
@@ -19,8 +19,9 @@ from torch import nn
 
 from lib.batching import IntArray
 from lib.model import logits_of
+from lib.packing import PackedClassifier
 
-EngineName = Literal["torch", "openvino"]
+EngineName = Literal["torch", "packed", "openvino"]
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -58,16 +59,55 @@ class TorchEngine:
 
     def launch(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> torch.Tensor:
         """One forward pass: on a GPU begun, on a processor done."""
-        segments = None if type_ids is None else self._to_device(type_ids)
+        return self.forward(self.stage(ids, mask, type_ids))
+
+    def stage(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> list[torch.Tensor]:
+        """Bring a micro-batch to where it is computed: ids, mask and, if there are any, segments (B, L)."""
+        inputs = [ids, mask.astype(np.int64), *([] if type_ids is None else [type_ids])]
+        return [to_device(one, self.device) for one in inputs]
+
+    def forward(self, staged: list[torch.Tensor]) -> torch.Tensor:
+        """Compute what was brought."""
+        ids, mask, *segments = staged
         with torch.inference_mode():
-            return logits_of(self.model, self._to_device(ids), self._to_device(mask.astype(np.int64)), segments)
+            return logits_of(self.model, ids, mask, segments[0] if segments else None)
 
     def wait(self) -> None:
         """Nothing: copying a tensor back waits for it."""
 
-    def _to_device(self, values: IntArray) -> torch.Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+class PackedEngine:
+    """PyTorch without padding: see `lib.packing`. In half precision on GPUs, where attention has kernels for it."""
+
+    name: EngineName = "packed"
+    token_budget = 65_536
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises `EngineError` if the model's rows cannot be packed."""
+        self.device, self.dtype = device, dtype
+        with explained("packed", "prepare"):
+            self.model = PackedClassifier(model).to(device, dtype)
+
+    def launch(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> torch.Tensor:
+        """Begin one forward pass over what is not padding."""
+        return self.forward(self.stage(ids, mask, type_ids))
+
+    def stage(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> tuple[list[torch.Tensor], int]:
+        """Bring a micro-batch to the GPU: ids and segments (T), offsets (B + 1), and the longest row's tokens."""
+        lengths = mask.sum(axis=1)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        segments = np.zeros(offsets[-1], np.int64) if type_ids is None else type_ids[mask]
+        return [to_device(one, self.device) for one in (ids[mask], segments, offsets)], int(lengths.max())
+
+    def forward(self, staged: tuple[list[torch.Tensor], int]) -> torch.Tensor:
+        """Begin to compute what was brought."""
+        tensors, longest = staged
+        with torch.inference_mode(), explained("packed", "compute"):
+            logits: torch.Tensor = self.model(*tensors, longest)
+        return logits
+
+    def wait(self) -> None:
+        """Nothing: copying a tensor back waits for it."""
 
 
 class OpenVinoEngine:
@@ -96,14 +136,20 @@ class OpenVinoEngine:
         logits = torch.empty(len(ids), self.num_classes)
         # Every model that takes segments takes 0 for none.
         inputs = [ids, mask.astype(np.int64), np.zeros_like(ids) if type_ids is None else type_ids]
-        with explained("compute"):
+        with explained("openvino", "compute"):
             self.queue.start_async(inputs[: self.num_inputs], logits)
         return logits
 
     def wait(self) -> None:
         """Return when every thread is done."""
-        with explained("compute"):
+        with explained("openvino", "compute"):
             self.queue.wait_all()
+
+
+def to_device(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Begin to copy an array to a GPU; elsewhere it is there already."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class PlainLogits(nn.Module):
@@ -145,22 +191,24 @@ def openvino_engines(
     Raises `EngineError` if OpenVINO is not there, or cannot take the model.
     """
     import_openvino()
-    with explained("convert"):
+    with explained("openvino", "convert"):
         graph = convert(model, *example)
     for dtype in dtypes:
-        with explained("compile"):
+        with explained("openvino", "compile"):
             engine = OpenVinoEngine(graph, dtype, threads)
         yield engine
 
 
 @contextmanager
-def explained(verb: str) -> Iterator[None]:
-    """Raise `EngineError` for whatever OpenVINO, or the model's own code while it is traced, has to complain about."""
+def explained(engine: EngineName, verb: str) -> Iterator[None]:
+    """Raise `EngineError` for whatever an engine, or the model's own code in it, has to complain about but memory."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         said = " ".join(str(error).split())[:300]
-        raise EngineError(f"openvino cannot {verb} this model ({type(error).__name__}: {said})") from error
+        raise EngineError(f"{engine} cannot {verb} this model ({type(error).__name__}: {said})") from error
 
 
 def convert(model: nn.Module, ids: IntArray, mask: BoolArray) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 from lib.batching import cut_by_tokens, pad
 from lib.checkpoint import Checkpoint, tokenizer_of
 from lib.config import EngineChoice, PrecisionChoice
-from lib.engine import Engine, EngineError, TorchEngine, openvino_engines
+from lib.engine import Engine, EngineError, PackedEngine, TorchEngine, openvino_engines
 from lib.errors import UsageError, say
 from lib.model import choose_dtype, leave_out_the_unread, load_classifier, logits_of
 from lib.schema import Task
@@ -103,6 +103,13 @@ class Predictor:
                 if wanted == "openvino":
                     raise UsageError(f"model.engine = openvino: {error}; or set it to auto or torch") from error
                 say(f"model.path {self.checkpoint.url}: {error}; going on with torch")
+        if wanted == "auto" and self.device.type == "cuda" and dtypes[0] != torch.float32:
+            try:
+                packed = PackedEngine(model, self.device, dtypes[0])
+            except EngineError as error:
+                say(f"model.path {self.checkpoint.url}: {error}; going on with torch")
+            else:
+                yield packed
         if wanted != "openvino":
             for dtype in dtypes:
                 yield TorchEngine(model, self.device, dtype)

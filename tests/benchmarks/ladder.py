@@ -20,6 +20,7 @@ and ranges of the repeats are printed, and written as JSON. `engines` gives the 
 
 import argparse
 import datetime
+import functools
 import json
 import statistics
 import sys
@@ -36,8 +37,8 @@ import torch
 
 from lib import checkpoint
 from lib.batching import cut_by_tokens, pad
-from lib.config import PrecisionChoice
-from lib.engine import EngineName, TorchEngine
+from lib.config import EngineChoice, PrecisionChoice
+from lib.engine import PackedEngine, TorchEngine
 from lib.model import load_classifier, logits_of
 from lib.predictor import Predictor
 from lib.reading import check_texts
@@ -116,10 +117,12 @@ class Rungs:
         self.schema = PredictionSchema(
             task=predictor.task, labels=tuple(card.labels), prefix="", probabilities=False, keys=pa.schema([])
         )
-        self.resident = [
-            [torch.from_numpy(one).to(predictor.device) for one in (ids, mask.astype(np.int64))]
-            for ids, mask in self.batches
-        ]
+        self.passes: list[Run] = []
+        """forward passes whose inputs lie where they are computed, for engines that know of such a place"""
+        engine = predictor.engine
+        if isinstance(engine, (TorchEngine, PackedEngine)):
+            staged = [engine.stage(*batch, None) for batch in self.batches]
+            self.passes = [functools.partial(engine.forward, one) for one in staged]  # type: ignore[arg-type]
 
     def runs(self) -> dict[str, Run]:
         """What is timed, by name."""
@@ -131,12 +134,10 @@ class Rungs:
 
     def forward(self) -> None:
         """Micro-batches that lie where they are computed."""
-        engine = self.predictor.engine
-        if not isinstance(engine, TorchEngine):
+        if not self.passes:
             return self.launch()
-        with torch.inference_mode():
-            for ids, mask in self.resident:
-                logits_of(engine.model, ids, mask, None)
+        for one in self.passes:
+            one()
         synchronize(self.predictor.device)
         return None
 
@@ -227,11 +228,10 @@ def climb(model: Path, shape: str, regime: str, repeats: int, seconds: float, fo
 def compare_engines(model: Path, regime: str, repeats: int, seconds: float, folder: Path) -> dict[str, Any]:
     """The forward pass with batching, in every engine and precision that this machine has."""
     loaded = checkpoint.load(str(model), MAX_LENGTH)
-    engines: tuple[EngineName, ...] = ("torch",) if torch.cuda.is_available() else ("torch", "openvino")
+    engines: tuple[EngineChoice, ...] = ("torch", "auto" if torch.cuda.is_available() else "openvino")
     precisions: tuple[PrecisionChoice, ...] = ("fp32", "bf16")
-    predictors = {
-        f"{engine} {precision}": Predictor(loaded, precision, engine) for engine in engines for precision in precisions
-    }
+    built = [(precision, Predictor(loaded, precision, engine)) for engine in engines for precision in precisions]
+    predictors = {f"{predictor.engine.name} {precision}": predictor for precision, predictor in built}
     texts = make_texts(enough(predictors["torch fp32"], regime, seconds), REGIMES[regime])
     rungs = {name: Rungs(predictor, texts, folder) for name, predictor in predictors.items()}
     timed = in_turn({name: one.batch for name, one in rungs.items()}, repeats)

@@ -19,9 +19,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lib import checkpoint
 from lib.checkpoint import tokenizer_of
-from lib.config import Trust
-from lib.engine import EngineName
+from lib.config import EngineChoice, Trust
+from lib.engine import EngineError, PackedEngine
 from lib.errors import UsageError
+from lib.model import FIRST_TOKEN_FAMILIES, leave_out_the_unread, load_classifier
 from lib.predictor import Predictor
 from tests import fakes
 from tests.conftest import REPOSITORY
@@ -86,7 +87,7 @@ def test_pairs_of_texts(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_several_labels_and_numbers(engine: EngineName, tmp_path: Path) -> None:
+def test_several_labels_and_numbers(engine: EngineChoice, tmp_path: Path) -> None:
     fakes.make_classifier(tmp_path / "multi", "bert", ("joy", "anger", "fear"), "multi_label_classification")
     fakes.make_classifier(tmp_path / "number", "distilbert", ("stars",))
     for name in ("multi", "number"):
@@ -96,6 +97,39 @@ def test_several_labels_and_numbers(engine: EngineName, tmp_path: Path) -> None:
         expected = (logits.sigmoid() if name == "multi" else logits).numpy()
         found = Predictor(model, "fp32", engine).probabilities(tokens.ids, tokens.offsets)
         assert np.abs(found - expected).max() <= BOUNDS[engine, "fp32"][0]
+
+
+PACKED = sorted(FIRST_TOKEN_FAMILIES & set(fakes.FAMILIES))
+
+
+def packed_engine(folder: Path) -> PackedEngine:
+    """As on a GPU, but for its kernels."""
+    model = load_classifier(str(folder))
+    leave_out_the_unread(model)
+    return PackedEngine(model, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["texts", "pairs"])
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_rows_score_as_if_each_were_alone(family: str, pairs: bool, tmp_path: Path) -> None:
+    fakes.make_classifier(tmp_path, family, ("down", "same", "up"))
+    model = checkpoint.load(str(tmp_path))
+    texts = [line[: 2 + 6 * index] for index, line in enumerate(LINES)]
+    seconds = [*texts[1:], texts[0]] if pairs else None
+    tokens = tokenizer_of(model).encode(texts, seconds)
+    predictor = Predictor(model, "fp32", "torch", token_budget=2_000)
+    predictor.engine = packed_engine(tmp_path)
+    found = predictor.probabilities(tokens.ids, tokens.offsets, tokens.type_ids)
+    expected = logits_singly(tmp_path, texts, seconds).softmax(-1).numpy()
+    assert len(set(tokens.lengths)) > 3, "rows of different lengths must meet"
+    assert np.abs(found - expected).max() <= 1e-6
+
+
+@pytest.mark.parametrize("family", sorted(set(fakes.FAMILIES) - FIRST_TOKEN_FAMILIES))
+def test_other_families_are_not_packed(family: str, tmp_path: Path) -> None:
+    fakes.make_classifier(tmp_path, family, ("down", "same", "up"))
+    with pytest.raises(EngineError, match=f"rows of {family} models are not packed"):
+        packed_engine(tmp_path)
 
 
 # which engine

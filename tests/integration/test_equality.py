@@ -13,8 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lib import checkpoint
-from lib.config import PrecisionChoice
-from lib.engine import EngineName
+from lib.config import EngineChoice, PrecisionChoice
 from lib.predictor import Predictor
 from lib.schema import Task
 from lib.tokenization import load_tokenizer
@@ -41,9 +40,9 @@ ADVERSARIAL = [
     "東京都は日本の首都です。" * 10,
 ]
 
-ENGINES: tuple[EngineName, ...] = ("torch", "openvino")
+ENGINES: tuple[EngineChoice, ...] = ("torch", "openvino")
 
-BOUNDS: dict[tuple[EngineName, PrecisionChoice], tuple[float, float]] = {
+BOUNDS: dict[tuple[EngineChoice, PrecisionChoice], tuple[float, float]] = {
     ("torch", "fp32"): (1e-5, 1e-5),
     ("openvino", "fp32"): (1e-4, 1e-4),
     ("torch", "bf16"): (2e-2, 3e-3),
@@ -88,7 +87,7 @@ def score_ours(model: checkpoint.Checkpoint, predictor: Predictor, texts: Sequen
 
 
 def assert_close(
-    expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32], engine: EngineName, precision: PrecisionChoice
+    expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32], engine: EngineChoice, precision: PrecisionChoice
 ) -> None:
     worst, mean = BOUNDS[engine, precision]
     difference = np.abs(expected - found)
@@ -128,7 +127,7 @@ def test_a_real_encoder_scores_like_plain_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("budget", [1, 100, 10_000])
-def test_neighbours_and_budget_change_no_score(budget: int, engine: EngineName, classifier: str) -> None:
+def test_neighbours_and_budget_change_no_score(budget: int, engine: EngineChoice, classifier: str) -> None:
     model = checkpoint.load(classifier)
     texts = list(real_texts(200))
     reference = score_ours(model, Predictor(model, "fp32", "torch"), texts)

@@ -32,7 +32,7 @@ ORDER = (
         "publishing",
     ),
     *("versions", "verification"),
-    *("checkpoint", "engine"),
+    *("checkpoint", "packing", "engine"),
     # the work of one process
     *("labelled", "blocks", "predictor", "learning", "fitting"),
     # the work of a cluster
@@ -52,7 +52,7 @@ MAY_IMPORT_RAY = {
     "suspects",
     "pipeline",
 }
-MAY_IMPORT_TORCH = {"model", "engine", "predictor", "learning", "fitting", "training"}
+MAY_IMPORT_TORCH = {"model", "packing", "engine", "predictor", "learning", "fitting", "training"}
 
 MODULES = sorted(path.stem for path in (REPOSITORY / "lib").glob("*.py") if path.stem != "__init__")
 
