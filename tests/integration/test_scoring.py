@@ -4,10 +4,12 @@ import dataclasses
 import gc
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -87,7 +89,9 @@ def test_every_row_is_scored_once_in_order_and_like_transformers(s3: LoopbackS3,
         "c/two words.parquet": texts_table(30, 550),
     }
     fakes.write_archive(archive, shards, row_group_size=60)
+    before = len(s3.requests())
     run_score(archive, classifier, output, "output.probabilities=true")
+    requests = s3.requests()[before:]
 
     found = read_predictions(output).to_pandas()
     assert found.columns.tolist() == [
@@ -117,6 +121,17 @@ def test_every_row_is_scored_once_in_order_and_like_transformers(s3: LoopbackS3,
     assert sum(record["this_run"]["labels"].values()) == 580
     assert read_json(run, "_SUCCESS")["manifest"] == f"{version}/_runs/run/manifest.parquet"
     assert b"<svg" in (run.read("report.html") or b"")
+
+    paths = [(method, unquote(path.partition("?")[0])) for method, path, _ in requests]
+    of_shard = Counter(method for method, path in paths if path.endswith("/archive/a/one.parquet"))
+    objects = [method for method, path in paths if "/a/one.parquet-" in path and "-of-" in path]
+    groups, chunks = 7, objects.count("PUT")
+    assert 1 < chunks <= groups
+    assert of_shard["GET"] <= 2 + chunks + groups, (
+        "a footer for the columns, one for the plan, one a chunk, and its row groups"
+    )
+    assert of_shard["HEAD"] <= 2 + chunks
+    assert len(objects) == 2 * chunks, "each object is looked for once, and written once"
 
 
 def test_the_same_command_again_writes_nothing_and_a_new_shard_is_all_that_is_scored(
