@@ -5,6 +5,7 @@ A shard that cannot be read at all is a `BadShardError`. Storage that fails is n
 
 import contextlib
 import fnmatch
+import glob
 import io
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -91,15 +92,25 @@ class WatchedFile(io.RawIOBase):
         super().close()
 
 
+def find_root(path: str) -> tuple[Store, str]:
+    """An archive's root folder, and the pattern of the shards below it: '' for all of them.
+
+    A folder may be named like a file, `reviews.parquet`: Spark and Dask write such ones.
+    """
+    root, pattern = split_pattern(path)
+    if pattern and not glob.has_magic(pattern) and (folder := open_store(path)).is_folder():
+        return folder, ""
+    return open_store(root), pattern
+
+
 def list_shards(path: str, key: str = "input.path") -> tuple[Store, pa.Table]:
     """List an archive: its root, and its shards as a listing sorted by path.
 
     Names that start with `_` or `.` are not part of it; in a folder, shards are the files that end in .parquet or .pq.
     `key` is the configuration's name for the path. Raises `UsageError` if there are none.
     """
-    root, pattern = split_pattern(path)
-    store = open_store(root)
-    if pattern and not any(letter in pattern for letter in "*?["):
+    store, pattern = find_root(path)
+    if pattern and not glob.has_magic(pattern):
         one = store.info(pattern)
         listing = to_listing([] if one is None else [one])
     else:
@@ -116,8 +127,8 @@ def list_shards(path: str, key: str = "input.path") -> tuple[Store, pa.Table]:
 
 def refuse_output_inside(path: str, output: Store) -> None:
     """Raise `UsageError` if predictions written to `output` would be taken for shards of the archive by the next run."""
-    root, pattern = split_pattern(path)
-    below = path_below(open_store(root), output)
+    root, pattern = find_root(path)
+    below = path_below(root, output)
     if below is not None and is_shard("/".join(filter(None, [below, "version", "prediction.parquet"])), pattern):
         raise UsageError(
             f"output.path {output.url} lies in the archive {path}: predictions would be scored as shards; choose another folder"

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib import checkpoint, publishing
-from lib.archive import Columns, list_shards, refuse_output_inside, resolve_columns
+from lib.archive import Columns, find_root, list_shards, refuse_output_inside, resolve_columns
 from lib.atomicity import check_output
 from lib.blocks import ScoreJob
 from lib.config import ScoreConfig
@@ -29,7 +29,7 @@ from lib.planning import (
 from lib.report import RunFacts, run_record, write_report
 from lib.schema import DEAD_LETTER_SCHEMA, PredictionSchema
 from lib.selection import Selection, read_selection
-from lib.storage import Store, open_store, split_pattern
+from lib.storage import Store, open_store
 
 SHOWN_BAD_SHARDS = 5
 
@@ -110,7 +110,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
     begun = time.monotonic()
     output = open_store(config.output.path)
     refuse_output_inside(config.input.path, output)
-    if config.input.deleted == "remove" and split_pattern(config.input.path)[1]:
+    if config.input.deleted == "remove" and find_root(config.input.path)[1]:
         raise UsageError(
             f'input.path {config.input.path}: input.deleted = "remove" needs the whole archive listed; give its root folder, without a'
             ' pattern, or leave input.deleted = "keep"'
@@ -267,7 +267,7 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> No
         published = publishing.publish(
             run.output, run.job.version, run.run_id, run.planned_at, name, single_writer=single
         )
-    if published and run.selection is None and not split_pattern(run.config.input.path)[1]:
+    if published and run.selection is None and not find_root(run.config.input.path)[1]:
         sweep_quietly(run, manifest, name)
     totals = publishing.totals(manifest)
     message = (

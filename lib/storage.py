@@ -175,11 +175,12 @@ class Store:
         return sorted(str(name).rstrip("/").rpartition("/")[2] for name in found)
 
     def info(self, path: str) -> FileInfo | None:
-        """Describe one file, or return None if there is none."""
+        """Describe one file, or return None if there is none; a folder is none."""
         try:
             with explained(f"{self.url}/{path}", "look at"):
                 try:
-                    return describe(self.fs.info(self.full(path)), path)
+                    found = self.fs.info(self.full(path))
+                    return None if found["type"] == "directory" else describe(found, path)
                 except OSError as error:
                     if code_of(error) in ("400", "403"):  # the answer to a HEAD has no body to say why
                         bucket, _, key = self.full(path).partition("/")
@@ -187,6 +188,14 @@ class Store:
                     raise
         except FileNotFoundError:
             return None
+
+    def is_folder(self) -> bool:
+        """Whether this is a folder with something in it, and no file."""
+        try:
+            with explained(self.url, "look at"):
+                return bool(self.fs.info(self.root)["type"] == "directory")
+        except FileNotFoundError:
+            return False
 
     def open(self, path: str) -> BinaryIO:
         """Open one file for reading at any position. On S3 every range read asks for the ETag seen at opening."""

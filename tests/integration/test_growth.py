@@ -109,7 +109,7 @@ def test_an_object_that_vanishes_during_a_run_makes_it_incomplete(
 
 
 def test_predictions_of_a_deleted_shard_are_kept_or_removed_as_configured(any_url: str, classifier: str) -> None:
-    archive, output = f"{any_url}/archive", f"{any_url}/scores"
+    archive, output = f"{any_url}/archive.parquet", f"{any_url}/scores"  # a folder, named as Spark names them
     fakes.write_archive(archive, {"one.parquet": texts_table(50), "two.parquet": texts_table(40, 50)})
     run_score(archive, classifier, output, KEEP_NOTHING, run_id="first")
     open_store(archive).delete("two.parquet")

@@ -16,6 +16,7 @@ from lib import reading
 from lib.archive import (
     BadShardError,
     Columns,
+    find_root,
     is_shard,
     list_shards,
     read_row_groups,
@@ -519,6 +520,18 @@ def test_one_file_is_an_archive(any_url: str) -> None:
     write_archive(any_url, {"sub/x.parquet": pa.table({"text": ["a"]}), "sub/y.parquet": pa.table({"text": ["a"]})})
     root, shards = list_shards(f"{any_url}/sub/x.parquet")
     assert (root.url, shards["path"].to_pylist()) == (open_store(f"{any_url}/sub").url, ["x.parquet"])
+
+
+def test_a_folder_that_is_named_like_a_file_is_a_whole_archive(any_url: str) -> None:
+    folder = f"{any_url}/reviews.parquet"
+    write_archive(folder, {"part-1.parquet": pa.table({"text": ["a"]}), "part-0.parquet": pa.table({"text": ["a"]})})
+    open_store(folder).create("_SUCCESS", b"")
+    root, shards = list_shards(f"{folder}/")
+    assert (root.url, shards["path"].to_pylist()) == (open_store(folder).url, ["part-0.parquet", "part-1.parquet"])
+    assert find_root(folder)[1] == ""
+    assert open_store(any_url).info("reviews.parquet") is None
+    with pytest.raises(UsageError, match="predictions would be scored as shards"):
+        refuse_output_inside(folder, open_store(f"{folder}/scores"))
 
 
 def test_an_archive_without_shards_says_what_is_there(any_url: str) -> None:
