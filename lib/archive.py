@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.errors import UsageError, nearest
@@ -20,6 +21,9 @@ from lib.planning import RowGroup
 from lib.storage import Store, explained, open_store, path_below, split_pattern
 
 SHARD_ENDINGS = (".parquet", ".pq")
+
+TABLE_MARK = r"^(_delta_log/|\.hoodie/|metadata/[^/]+\.metadata\.json$)"
+"""What only tables of Delta Lake, Hudi and Iceberg have below their root."""
 
 RAY_TYPES = ("arrow_pickled_object", "arrow_tensor", "arrow_tensor_v2", "arrow_variable_shaped_tensor")
 """Extension types of Ray Data: a file that names one has Ray's Python code read its metadata, which was once a pickle (CVE-2026-41486)."""
@@ -107,7 +111,7 @@ def list_shards(path: str, key: str = "input.path") -> tuple[Store, pa.Table]:
     """List an archive: its root, and its shards as a listing sorted by path.
 
     Names that start with `_` or `.` are not part of it; in a folder, shards are the files that end in .parquet or .pq.
-    `key` is the configuration's name for the path. Raises `UsageError` if there are none.
+    `key` is the configuration's name for the path. Raises `UsageError` if there are none, or for a table with a log of its own.
     """
     store, pattern = find_root(path)
     if pattern and not glob.has_magic(pattern):
@@ -115,6 +119,8 @@ def list_shards(path: str, key: str = "input.path") -> tuple[Store, pa.Table]:
         listing = to_listing([] if one is None else [one])
     else:
         listing = store.list()
+        if not pattern:
+            refuse_table(listing, path, key)
     keep = [[is_shard(name.as_py(), pattern) for name in chunk] for chunk in listing["path"].chunks]
     shards = listing.filter(pa.chunked_array(keep, pa.bool_()))
     if not shards.num_rows:
@@ -123,6 +129,17 @@ def list_shards(path: str, key: str = "input.path") -> tuple[Store, pa.Table]:
             f"{key} {path}: no Parquet file matches; found {listing.num_rows} files below {store.url} ({sample})"
         )
     return store, shards
+
+
+def refuse_table(listing: pa.Table, path: str, key: str) -> None:
+    """Raise `UsageError` if the folder is a table of a format whose folders also hold rows that were deleted or replaced."""
+    marks = pc.match_substring_regex(listing["path"], TABLE_MARK)
+    if pc.any(marks).as_py():
+        raise UsageError(
+            f"{key} {path}: holds {listing.filter(marks)['path'][0]}, so it is a table of Delta Lake, Iceberg or Hudi, whose files also hold"
+            " rows that were deleted or replaced; write its current rows as plain Parquet, or, if every file in it is current, name"
+            f" the files: {path.rstrip('/')}/**/*.parquet"
+        )
 
 
 def refuse_output_inside(path: str, output: Store) -> None:

@@ -1,6 +1,7 @@
 """The archive: bad rows keep their places, bad files are told apart from bad storage, names and types are checked early."""
 
 import base64
+import re
 from pathlib import Path
 from typing import Any
 
@@ -532,6 +533,15 @@ def test_a_folder_that_is_named_like_a_file_is_a_whole_archive(any_url: str) -> 
     assert open_store(any_url).info("reviews.parquet") is None
     with pytest.raises(UsageError, match="predictions would be scored as shards"):
         refuse_output_inside(folder, open_store(f"{folder}/scores"))
+
+
+@pytest.mark.parametrize("mark", ["_delta_log/0.json", ".hoodie/hoodie.properties", "metadata/v1.metadata.json"])
+def test_a_table_whose_folder_holds_old_rows_too_is_refused(mark: str, any_url: str) -> None:
+    write_archive(any_url, {"data/part-0.parquet": pa.table({"text": ["a"]})})
+    open_store(any_url).create(mark, b"{}")
+    with pytest.raises(UsageError, match=rf"{re.escape(mark)}.* name the files: .*/\*\*/\*\.parquet"):
+        list_shards(any_url)
+    assert list_shards(f"{any_url}/**/*.parquet")[1]["path"].to_pylist() == ["data/part-0.parquet"]
 
 
 def test_an_archive_without_shards_says_what_is_there(any_url: str) -> None:
