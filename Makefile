@@ -24,7 +24,7 @@ demo: install  ## fine-tune a real encoder and score an S3 archive, all on this 
 	@$(BIN)/python -m jobs.demo
 
 # A file's tests stay in one process, with an S3 server and a Ray of its own. The longest files first: both end together.
-test: install  ## the whole test suite, ruff and mypy included; in two processes, alone: .venv/bin/python -m pytest
+test: install  ## the whole test suite, ruff and mypy included, in two processes; one file: .venv/bin/python -m pytest FILE
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/integration tests/unit
 
 check: install  ## ruff and strict mypy

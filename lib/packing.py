@@ -50,7 +50,7 @@ class PackedClassifier(nn.Module):
             row_offsets=offsets,
             row_longest=longest,
         ).last_hidden_state
-        first = states.transpose(0, 1)  # (1, B, H): the last layer left the first tokens alone
+        first = states.transpose(0, 1)  # of (1, B, H), since the last layer gives the first tokens alone
         pooler = getattr(self.model.base_model, "pooler", None)
         logits: torch.Tensor = self.model.classifier(first if pooler is None else pooler(first))
         return logits

@@ -15,7 +15,6 @@ from lib.errors import IncompleteError, UsageError, stop_on_signals
 TASK_CPUS_WITHOUT_GPU = 0.25
 """Reading and tokenizing take under 5% of the time that a CPU forward pass takes: they share what the actor leaves."""
 
-
 READERS_PER_CPU_ACTOR = 2
 """More would only wait for the actor, and take from it what starting them costs: 3.4 s of processor time and 265 MB each."""
 
