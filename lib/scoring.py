@@ -17,6 +17,7 @@ from lib.config import ScoreConfig
 from lib.errors import ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
 from lib.outcome import Outcome
 from lib.planning import (
+    cut_listing,
     find_kept,
     find_stale,
     over_limit,
@@ -141,7 +142,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         raise UsageError(
             f"{', '.join(schema.clashes())}: a key column and a column that scoring adds; set output.prefix, for example output.prefix=pred_"
         )
-    objects = parse_objects(output.at(version).list()["path"])
+    objects = parse_objects(output.at(version).list(cuts=cut_listing(shards))["path"])
     finished, unfinished = split_finished(shards, objects)
     published = publishing.read_published(output)
     job = ScoreJob(
@@ -187,7 +188,7 @@ def find_current(run: Run, objects: pa.Table, finished: pa.Table) -> pa.Table:
 
 def reconcile(run: Run, outcome: Outcome) -> pa.Table:
     """List the output again and make the manifest of all that is complete now."""
-    objects = parse_objects(run.job.output.list()["path"])
+    objects = parse_objects(run.job.output.list(cuts=cut_listing(run.shards))["path"])
     finished, _ = split_finished(run.shards, objects)
     current = find_current(run, objects, finished)
     return publishing.build_manifest(
