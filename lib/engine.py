@@ -128,7 +128,8 @@ class OpenVinoEngine:
         compiled = openvino.Core().compile_model(graph, "CPU", settings)
         self.num_inputs = len(compiled.inputs)
         self.num_classes = compiled.output(0).get_partial_shape()[1].get_length()
-        self.queue = openvino.AsyncInferQueue(compiled, 0)  # 0: as many requests as there are streams
+        # As many requests again as there are threads: a thread begins the next one while Python still hears of the last one.
+        self.queue = openvino.AsyncInferQueue(compiled, 2 * threads)
         self.queue.set_callback(copy_logits)
 
     def launch(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> torch.Tensor:
