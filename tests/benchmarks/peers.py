@@ -1,12 +1,14 @@
 """From Parquet to Parquet on a machine without a GPU: Textsweep beside what a user would otherwise run, on the same texts.
 
-    python -m tests.benchmarks.peers [--rows 6000] [--repeats 3] [--only NAME ...] [--json FILE]
+    python -m tests.benchmarks.peers [--rows 12000] [--repeats 3] [--only NAME ...] [--json FILE]
 
 Every system runs in processes of its own, in turn with the others, on all cores, at its default and at its better settings:
 
 * the `transformers` pipeline over the texts in their order;
 * the pattern of Ray Data's documentation, a pipeline inside `map_batches`;
-* a flow as NVIDIA's Curator has it: a tokenizer stage that pads to the maximum, a sort inside each task, a fixed number of rows.
+* a flow as NVIDIA's Curator has it: a tokenizer stage that pads to the maximum, a sort inside each task, a fixed number of rows
+  (256 is its default), its stages as actors of Ray, and the same without Ray in one process;
+* ONNX Runtime over rows sorted by length, where `onnxruntime` and `onnxscript` are installed; they are no part of the project.
 
 Tokens are counted once, by the reference tokenizer and without padding. A system's rate is the tokens of a long archive less
 those of a short one, over the difference of their seconds: start-up, which is given beside it, is in neither. Before any
@@ -91,6 +93,14 @@ def transformers_pipeline(dtype: str, batch: int) -> Callable[[str, Path, Path],
     return run
 
 
+def start_quiet_ray(ray: Any) -> None:
+    """A local Ray that keeps the rows' order."""
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+
+
 class PipelineActor:
     """The class of Ray Data's documentation: a pipeline loaded once, called with each batch."""
 
@@ -108,9 +118,7 @@ def ray_documentation(dtype: str, batch: int) -> Callable[[str, Path, Path], Non
     def run(archive: str, model: Path, output: Path) -> None:
         import ray
 
-        ray.init(address="local", include_dashboard=False, log_to_driver=False)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        start_quiet_ray(ray)
         found = ray.data.read_parquet(archive).map_batches(
             PipelineActor,
             fn_constructor_args=(model, dtype, batch),
@@ -124,33 +132,140 @@ def ray_documentation(dtype: str, batch: int) -> Callable[[str, Path, Path], Non
     return run
 
 
+def tokenize_to_the_maximum(tokenizer: Any, texts: list[str]) -> pd.DataFrame:
+    """A frame of lists, all as long as the longest text may be."""
+    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_LENGTH)
+    return pd.DataFrame({"ids": tokens["input_ids"], "mask": tokens["attention_mask"]})
+
+
+def score_sorted(classifier: Any, frame: pd.DataFrame, batch: int) -> pd.DataFrame:
+    """Sort a frame's rows by length, score a fixed number at a time, cut to the longest of them, and sort back."""
+    import torch
+
+    frame["length"] = [sum(mask) for mask in frame["mask"]]
+    frame = frame.sort_values("length")
+    scores = []
+    for start in range(0, len(frame), batch):
+        rows = frame.iloc[start : start + batch]
+        longest = int(rows["length"].max())
+        ids = torch.tensor(np.stack(rows["ids"].to_list()))[:, :longest]
+        mask = torch.tensor(np.stack(rows["mask"].to_list()))[:, :longest]
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            scores.append(classifier(input_ids=ids, attention_mask=mask).logits.float().softmax(-1).numpy())
+    found = np.concatenate(scores)
+    frame["label"] = [classifier.config.id2label[index] for index in found.argmax(1)]
+    frame["score"] = found.max(1)
+    return frame.sort_index()[["label", "score"]]
+
+
+def load_sequence_classifier(model: Path) -> Any:
+    """In fp32; autocast makes bf16 of it."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+
+
 def curator(batch: int) -> Callable[[str, Path, Path], None]:
-    """Tokenize a shard padded to the maximum into a frame of lists, sort it, score a fixed number of rows, sort back."""
+    """The flow without what it runs on: one shard after the other, in one process."""
 
     def run(archive: str, model: Path, output: Path) -> None:
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        classifier = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
-        names = classifier.config.id2label
+        tokenizer, classifier = AutoTokenizer.from_pretrained(model), load_sequence_classifier(model)
         for shard in sorted(Path(archive).iterdir()):
-            tokens = tokenizer(texts_of(shard), padding="max_length", truncation=True, max_length=MAX_LENGTH)
-            frame = pd.DataFrame({"ids": tokens["input_ids"], "mask": tokens["attention_mask"]})
-            frame["length"] = [sum(mask) for mask in frame["mask"]]
-            frame = frame.sort_values("length")
-            scores = []
-            for start in range(0, len(frame), batch):
-                rows = frame.iloc[start : start + batch]
-                longest = int(rows["length"].max())
-                ids = torch.tensor(rows["ids"].tolist())[:, :longest]
-                mask = torch.tensor(rows["mask"].tolist())[:, :longest]
-                with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                    scores.append(classifier(input_ids=ids, attention_mask=mask).logits.float().softmax(-1).numpy())
-            found = np.concatenate(scores)
-            frame["label"] = [names[index] for index in found.argmax(1)]
-            frame["score"] = found.max(1)
-            save(shard, output, frame.sort_index()[["label", "score"]].to_dict("records"))
+            found = score_sorted(classifier, tokenize_to_the_maximum(tokenizer, texts_of(shard)), batch)
+            save(shard, output, found.to_dict("records"))
+
+    return run
+
+
+class TokenizerActor:
+    """The tokenizer stage."""
+
+    def __init__(self, model: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def __call__(self, frame: pd.DataFrame) -> pd.DataFrame:
+        return tokenize_to_the_maximum(self.tokenizer, frame["text"].to_list())
+
+
+class SortedActor:
+    """The model stage."""
+
+    def __init__(self, model: Path, batch: int) -> None:
+        self.classifier, self.batch = load_sequence_classifier(model), batch
+
+    def __call__(self, frame: pd.DataFrame) -> pd.DataFrame:
+        return score_sorted(self.classifier, frame.reset_index(drop=True), self.batch)
+
+
+def curator_on_ray(batch: int) -> Callable[[str, Path, Path], None]:
+    """Its two stages as actors, a shard at a time between them, as Curator's executors run them."""
+
+    def run(archive: str, model: Path, output: Path) -> None:
+        import ray
+
+        start_quiet_ray(ray)
+        cores = os.cpu_count() or 2
+        options: dict[str, Any] = {"batch_size": None, "batch_format": "pandas"}
+        pool = ray.data.ActorPoolStrategy(size=1)
+        found = (  # the actors leave a whole CPU: without one Ray Data would not list the files, and wait for ever
+            ray.data.read_parquet(archive, override_num_blocks=len(list(Path(archive).iterdir())))
+            .map_batches(TokenizerActor, fn_constructor_args=(model,), num_cpus=0.25, compute=pool, **options)
+            .map_batches(
+                SortedActor,
+                fn_constructor_args=(model, batch),
+                num_cpus=0.25,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cores)}},
+                compute=pool,
+                **options,
+            )
+        )
+        found.write_parquet(str(output), ray_remote_args={"num_cpus": 0.25})
+
+    return run
+
+
+def onnx_runtime(batch: int) -> Callable[[str, Path, Path], None]:
+    """Export to ONNX once, then each shard tokenized, sorted by length and scored a few rows at a time, in fp32."""
+
+    def run(archive: str, model: Path, output: Path) -> None:
+        import onnxruntime
+        import torch
+        from transformers import AutoTokenizer
+
+        tokenizer, classifier = AutoTokenizer.from_pretrained(model), load_sequence_classifier(model)
+        names = classifier.config.id2label
+        example = dict(tokenizer(["one text", "another text"], return_tensors="pt"))
+        sizes = {0: torch.export.Dim("rows", min=1, max=4096), 1: torch.export.Dim("tokens", min=2, max=MAX_LENGTH)}
+        with contextlib.redirect_stdout(sys.stderr):
+            torch.onnx.export(
+                classifier,
+                (),
+                output.with_suffix(".onnx"),
+                kwargs=example,
+                dynamic_shapes=dict.fromkeys(example, sizes),
+                dynamo=True,
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = os.cpu_count() or 1
+        session = onnxruntime.InferenceSession(output.with_suffix(".onnx"), options)
+        for shard in sorted(Path(archive).iterdir()):
+            texts = texts_of(shard)
+            encoded = tokenizer(texts, truncation=True, max_length=MAX_LENGTH)
+            order = np.argsort([len(ids) for ids in encoded["input_ids"]], kind="stable")
+            logits = np.empty((len(texts), len(names)), np.float32)
+            for start in range(0, len(order), batch):
+                rows = order[start : start + batch]
+                picked = {name: [column[row] for row in rows] for name, column in encoded.items()}
+                inputs = tokenizer.pad(picked, return_tensors="np")
+                logits[rows] = session.run(None, {one.name: inputs[one.name] for one in session.get_inputs()})[0]
+            scores = torch.from_numpy(logits).softmax(-1).numpy()
+            found = [{"label": names[row.argmax()], "score": float(row.max())} for row in scores]
+            save(shard, output, found)
 
     return run
 
@@ -182,13 +297,15 @@ def textsweep(*settings: str) -> Callable[[str, Path, Path], None]:
 
 
 SYSTEMS = {
-    "pipeline, default": System(transformers_pipeline("float32", 1), 0.25),
-    "pipeline, batch 32": System(transformers_pipeline("float32", 32), 0.1),
-    "pipeline, bf16": System(transformers_pipeline("bfloat16", 1), 0.25),
-    "Ray documentation, default": System(ray_documentation("float32", 1), 0.25),
-    "Ray documentation, bf16": System(ray_documentation("bfloat16", 1), 0.25),
-    "Curator-style, 32 rows": System(curator(32), 0.5),
-    "Curator-style, 8 rows": System(curator(8), 0.5),
+    "pipeline, default": System(transformers_pipeline("float32", 1), 0.125),
+    "pipeline, batch 32": System(transformers_pipeline("float32", 32), 0.05),
+    "pipeline, bf16": System(transformers_pipeline("bfloat16", 1), 0.125),
+    "Ray documentation, default": System(ray_documentation("float32", 1), 0.125),
+    "Ray documentation, bf16": System(ray_documentation("bfloat16", 1), 0.125),
+    "Curator-style, 256 rows": System(curator_on_ray(256), 0.25),
+    "Curator-style, 32 rows": System(curator_on_ray(32), 0.25),
+    "Curator-style, 32 rows, no Ray": System(curator(32), 0.25),
+    "ONNX Runtime, 16 rows": System(onnx_runtime(16), 0.25),
     "Textsweep, fp32": System(textsweep("model.precision=fp32")),
     "Textsweep, bf16": System(textsweep("model.precision=bf16")),
     "Textsweep, bf16, S3": System(textsweep("model.precision=bf16"), on_s3=True),
@@ -333,7 +450,7 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     """Measure and print, or be one of the processes that are timed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=6_000)
+    parser.add_argument("--rows", type=int, default=12_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=SYSTEMS, default=None, metavar="NAME", help=", ".join(SYSTEMS))
     parser.add_argument("--json", type=Path)
