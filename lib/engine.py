@@ -37,7 +37,7 @@ class Engine(Protocol):
     dtype: torch.dtype
     """what it computes in"""
     token_budget: int
-    """padded tokens of one forward pass, if nobody wants another number"""
+    """padded tokens of one forward pass, if nobody wants another number; on GPUs the predictor finds a better one"""
 
     def launch(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> torch.Tensor:
         """Begin one forward pass over (B, L); the logits (B, C) hold nothing before `wait`."""

@@ -4,6 +4,7 @@ Rows are put in length order, cut into micro-batches by a token budget, scored, 
 Letters: N rows of a block, B rows of a micro-batch, L its padded length, C classes.
 """
 
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from lib import budget
 from lib.batching import cut_by_tokens, pad
 from lib.checkpoint import Checkpoint, tokenizer_of
 from lib.config import EngineChoice, PrecisionChoice
@@ -34,6 +36,9 @@ CHECK_TEXTS = (
     "In the second quarter revenue rose by 4.2% while costs, adjusted for exchange rates, stayed where they had been a year before.",
 )
 """Scored once by plain fp32 transformers and once by the engine whenever a model is loaded."""
+
+CALIBRATION_TOKENS = 128
+"""Of each row of a forward pass that is timed to find the token budget."""
 
 OnBatch = Callable[[int, int], None]
 """Called after each micro-batch with its rows and tokens."""
@@ -59,7 +64,11 @@ class Predictor:
             )
         if threads is not None and self.device.type == "cpu":
             torch.set_num_threads(threads)
+        self.budget_key: str | None = None
+        """under which the token budget is remembered on this node, if it was found there"""
         self.engine = self._choose(engine, choose_dtypes(precision, self.device), token_budget)
+        if token_budget is None and self.device.type == "cuda":
+            self.calibrate()
 
     def _choose(self, wanted: EngineChoice, dtypes: tuple[torch.dtype, ...], token_budget: int | None) -> Engine:
         """The first engine and precision that score the fixed texts as plain fp32 transformers does.
@@ -144,6 +153,31 @@ class Predictor:
                 left[rows] = 0
         return found
 
+    def calibrate(self) -> None:
+        """Find the token budget by timing forward passes, or take the one that was found on this node before."""
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "this processor"
+        self.budget_key = f"{where}|{self.engine.name}|{self.engine.dtype}|{self.checkpoint.digest}"
+        found = budget.recall(self.budget_key)
+        if found is None:
+            found = budget.best_budget(self._seconds_of)
+            budget.remember(self.budget_key, found)
+            say(f"{found:,} tokens in one forward pass are best on {where}")
+        self.token_budget = found
+
+    def _seconds_of(self, tokens: int) -> float:
+        """Seconds of a forward pass over so many tokens, rows of one length: the better of two, after one untimed."""
+        length = min(CALIBRATION_TOKENS, self.checkpoint.card.max_length)
+        mask = np.ones((max(1, tokens // length), length), np.bool_)
+        ids = np.full(mask.shape, self._check_tokens()[0].ids[0], np.int64)
+        seconds = []
+        for _ in range(3):
+            begun = time.perf_counter()
+            logits = self.engine.launch(ids, mask, None)
+            self.engine.wait()
+            logits.cpu()
+            seconds.append(time.perf_counter() - begun)
+        return min(seconds[1:])
+
     def _shrink(self, rows: npt.NDArray[np.int64], longest: int, error: torch.OutOfMemoryError) -> None:
         """Halve the token budget after a micro-batch that did not fit."""
         if len(rows) == 1:
@@ -153,6 +187,8 @@ class Predictor:
             ) from error
         before, self.token_budget = self.token_budget, max(1, min(self.token_budget, len(rows) * longest) // 2)
         torch.cuda.empty_cache()
+        if self.budget_key is not None:
+            budget.remember(self.budget_key, self.token_budget)
         say(
             f"WARNING: {before:,} tokens in one forward pass do not fit the memory of {self.device}; going on with {self.token_budget:,}"
             " (resources.token_budget)"

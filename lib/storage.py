@@ -12,6 +12,7 @@ import os
 import random
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -376,6 +377,11 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
         return True
+
+
+def cache_folder(name: str) -> Path:
+    """Where this machine keeps what it can make or fetch again."""
+    return Path(os.environ.get("TEXTSWEEP_CACHE", Path(tempfile.gettempdir()) / f"textsweep-{os.getuid()}")) / name
 
 
 def open_store(url: str) -> Store:

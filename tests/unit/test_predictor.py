@@ -1,5 +1,6 @@
 """The predictor when something goes wrong: memory that runs out, and a model that answers with no number."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from lib import checkpoint
+from lib import budget, checkpoint
 from lib.engine import TorchEngine
 from lib.errors import UsageError
 from lib.predictor import Predictor
@@ -65,6 +66,56 @@ def test_a_single_text_that_does_not_fit_is_named(
     limit_memory(predictor, monkeypatch, most=5)
     with pytest.raises(UsageError, match=r"a single text of \d+ tokens does not fit .* model\.max_length"):
         predictor.probabilities(tokens.ids, tokens.offsets)
+
+
+@pytest.mark.parametrize(
+    ("rates", "largest", "expected"),
+    [
+        ([100, 150, 180, 181], None, 32_768),
+        ([100, 90], None, 8_192),
+        ([100, 150, 180, 300], 32_768, 16_384),
+        ([100], 0, 2_048),
+        ([2**step for step in range(9)], None, 524_288),
+    ],
+)
+def test_the_budget_is_doubled_while_that_is_worth_it(rates: list[float], largest: int | None, expected: int) -> None:
+    """`largest`: memory ends above so many tokens."""
+
+    def seconds_of(tokens: int) -> float:
+        if largest is not None and tokens > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tokens / rates[(tokens // budget.SMALLEST).bit_length() - 1]
+
+    assert budget.best_budget(seconds_of) == expected
+
+
+def test_a_budget_is_found_once_and_remembered_as_it_was_lowered(
+    predictor: Predictor, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a processor here; on a GPU the predictor does so when it is built."""
+    monkeypatch.setenv("TEXTSWEEP_CACHE", str(tmp_path))
+    monkeypatch.setattr(budget, "LARGEST", 4 * budget.SMALLEST)
+    expected = predictor.probabilities(tokens.ids, tokens.offsets)
+    timed: list[int] = []
+    seconds_of = predictor._seconds_of
+
+    def noted(some: int) -> float:
+        timed.append(some)
+        return seconds_of(some)
+
+    monkeypatch.setattr(predictor, "_seconds_of", noted)
+    predictor.calibrate()
+    assert timed[0] == budget.SMALLEST and predictor.token_budget in timed
+    assert np.abs(predictor.probabilities(tokens.ids, tokens.offsets) - expected).max() < 1e-5
+    before = len(timed)
+    predictor.token_budget = 0
+    predictor.calibrate()
+    assert len(timed) == before and predictor.token_budget in timed, "remembered, not timed again"
+    limit_memory(predictor, monkeypatch, most=130)
+    predictor.probabilities(tokens.ids, tokens.offsets)
+    lowered = predictor.token_budget
+    predictor.calibrate()
+    assert predictor.token_budget == lowered <= 130
 
 
 @pytest.mark.parametrize("task", list(Task))
