@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.archive import BAD_TEXT, BadShardError, Columns, read_row_groups
-from lib.config import EngineChoice, PrecisionChoice, Trust
+from lib.config import EngineChoice, PrecisionChoice, Truncation, Trust
 from lib.planning import Block, Chunk, RowGroup
 from lib.publishing import FOOTER_KEY, read_record
 from lib.reading import ChangedShardError, Rows, read_rows
@@ -52,6 +52,7 @@ class ScoreJob:
     trust: Trust
     """what of the model's folder may be unpickled or run"""
     max_length: int
+    truncation: Truncation
     thresholds: tuple[float, ...] | None
     precision: PrecisionChoice
     engine: EngineChoice

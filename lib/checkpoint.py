@@ -6,10 +6,8 @@
 import hashlib
 import importlib.util
 import json
-import os
 import secrets
 import shutil
-import tempfile
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,11 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lib.config import TRUST_NOTHING, ScoreConfig, Trust
+from lib.config import TRUST_NOTHING, ScoreConfig, Truncation, Trust
 from lib.errors import IncompleteError, UsageError
 from lib.facts import PICKLED_WEIGHTS, ModelFacts, has_safetensors, read_facts
 from lib.schema import Task
-from lib.storage import Store, explained, open_store
+from lib.storage import Store, cache_folder, explained, open_store
 from lib.tokenization import Tokenizer, load_tokenizer
 
 CARD_NAME = "textsweep.json"
@@ -44,7 +42,7 @@ class Card(BaseModel):
     labels: tuple[str, ...]
     task: Task
     max_length: int
-    truncation: str = "head"
+    truncation: Truncation = "head"
     temperature: float = 1.0
     thresholds: tuple[float, ...] | None = None
     """for multi-label, one for each label; 0.5 without"""
@@ -91,7 +89,8 @@ def load(url: str, max_length: int | None = None, trust: Trust = TRUST_NOTHING) 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     """The checkpoint's tokenizer, loaded once per process."""
-    return load_tokenizer(checkpoint.folder, checkpoint.card.max_length, checkpoint.trust.code)
+    card = checkpoint.card
+    return load_tokenizer(checkpoint.folder, card.max_length, checkpoint.trust.code, card.truncation)
 
 
 def check_files(url: str, found: dict[str, str], committed: dict[str, str]) -> None:
@@ -200,7 +199,7 @@ def fetch(url: str, trust: Trust = TRUST_NOTHING) -> str:
     if COMMIT_NAME not in names:
         raise UsageError(f"{url}: no {COMMIT_NAME} in it, so it is no model folder, or its training did not finish")
     key = hashlib.sha256(f"{url}|{names}|{listing.to_pylist()}".encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("TEXTSWEEP_CACHE", Path(tempfile.gettempdir()) / f"textsweep-{os.getuid()}")) / "models"
+    cache = cache_folder("models")
     final = cache / key
     if final.is_dir():
         return str(final)

@@ -24,6 +24,8 @@ Share = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
 
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
 
+Truncation = Literal["head", "tail", "head_tail"]
+
 EngineChoice = Literal["auto", "torch", "openvino"]
 
 
@@ -137,7 +139,7 @@ class ScoreResources(Section):
     num_actors: int | None = Field(default=None, ge=1)
     """predictor actors; default: one for each GPU, without GPUs one for each node"""
     token_budget: int | None = Field(default=None, ge=1)
-    """tokens, padding included, in one forward pass; default: 65,536 on a GPU; on CPUs 512 with openvino, 4,096 with torch"""
+    """tokens, padding included, in one forward pass; default: on a GPU found by timing; on CPUs 512 with openvino, 4,096 with torch"""
 
 
 class ScoreConfig(Section):
@@ -160,6 +162,8 @@ class TrainSection(Section):
     """the text's column in all labelled sets; ["first", "second"] for sentence pairs"""
     label_column: str = "label"
     """the label's column in all labelled sets: strings, whole numbers, or lists of them for multi-label"""
+    weight_column: str | None = None
+    """a column of the training rows with a number from 0: how much each counts in the loss; default: all the same"""
 
 
 class ValidSection(Section):
@@ -178,6 +182,14 @@ class TestSection(Section):
     """labelled Parquet; none: no test metrics"""
 
 
+class DataSection(Section):
+    """What is checked before anything is learned."""
+
+    duplicates: Literal["keep", "drop", "refuse"] = "keep"
+    """training rows whose text is in the validation or test rows, too: keep them with a warning, leave them out of training, or
+    refuse to train if more than 0.1% of a set is known from training"""
+
+
 class TrainModelSection(Section):
     """What is fine-tuned."""
 
@@ -185,10 +197,14 @@ class TrainModelSection(Section):
     """a pretrained encoder or classifier: a Hugging Face folder with safetensors weights, on any fsspec URL"""
     max_length: int = Field(default=128, ge=4)
     """tokens kept of each text, special ones included; scoring uses the same"""
+    truncation: Truncation = "head"
+    """which part of a longer text is kept; head_tail: a quarter at the beginning, the rest at the end; scoring uses the same"""
     precision: PrecisionChoice = "auto"
     """of the forward and backward pass; the weights stay in fp32"""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """of encoder and head; default: as the base has it"""
+    freeze_layers: Annotated[int, Field(ge=0)] | Literal["all"] | None = None
+    """keep the embeddings and so many of the lowest layers as they are; all: learn the head alone; default: everything learns"""
     allow_pickle: bool = False
     """take pytorch_model.bin weights where there are no safetensors ones: only from a source you trust"""
     trust_remote_code: bool = False
@@ -200,8 +216,56 @@ class TrainModelSection(Section):
         return Trust(pickle=self.allow_pickle, code=self.trust_remote_code)
 
 
+class HeadSection(Section):
+    """What is read of the encoder, and what is put on it. Without any of these the family's own classifier is taken."""
+
+    pooling: Literal["first", "pooler", "mean", "max"] | None = None
+    """of the tokens of a text: the first one, what the family's pooler makes of it, or the mean or largest of all"""
+    layer: Annotated[int, Field(ge=1)] | Literal["last_4"] | None = None
+    """the layer that is read, counted from the bottom (those above are left out), or the mean of the last four; default: the last"""
+    hidden_sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """sizes of hidden layers between the pooled text and the classes"""
+    activation: Literal["gelu", "relu", "tanh"] = "gelu"
+    """behind each hidden layer"""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """before each layer of the head; only with pooling, layer or hidden_sizes"""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is another than the family's own."""
+        return self.pooling is not None or self.layer is not None or bool(self.hidden_sizes)
+
+
+class LoraSection(Section):
+    """Low-rank adapters in place of the encoder's own weights (Hu et al. 2021), merged into them at the end; needs `peft`."""
+
+    rank: int | None = Field(default=None, ge=1)
+    """of the adapters: 8 to 32 is usual, with 5 to 10 times the learning rate; default: no adapters, the weights themselves learn"""
+    alpha: int | None = Field(default=None, ge=1)
+    """the adapters' share is alpha / rank; default: twice the rank"""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """of what goes into the adapters"""
+    target_modules: tuple[str, ...] = ()
+    """names of the linear layers that get one; default: the queries and values of attention, in every family"""
+
+
+class LossSection(Section):
+    """What training makes small. Validation always gives the plain loss, so that runs can be compared."""
+
+    kind: Literal["cross_entropy", "focal"] = "cross_entropy"
+    """binary cross entropy of each label for multi-label; focal: what is known already counts less (Lin et al. 2017)"""
+    focal_gamma: float = Field(default=2.0, ge=0)
+    """how much less: 0 is cross entropy"""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """so much of the truth is shared by all classes (Szegedy et al. 2015: 0.1)"""
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """how much a row of each class counts, as {label = weight, ...}, 1 for the others; balanced: each class the same in all"""
+    positive_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """for multi-label, how much a row that has a label counts for it beside one that has it not; balanced: both the same in all"""
+
+
 class OptimSection(Section):
-    """AdamW with warm-up and linear decay."""
+    """AdamW with warm-up and decay."""
 
     learning_rate: float = Field(default=5e-5, gt=0)
     """at the end of the warm-up"""
@@ -217,6 +281,10 @@ class OptimSection(Section):
     """forward passes that one worker's share of a step is cut into"""
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
     """of all steps"""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """of the rate after the warm-up: down to zero in a line or half a cosine, or as it is"""
+    unfreeze_layers: int | None = Field(default=None, ge=1)
+    """gradual unfreezing (Howard and Ruder 2018): the head alone in the first epoch, so many more layers from the top in each next one"""
     weight_decay: float = Field(default=0.01, ge=0)
     """not applied to biases and norms"""
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -227,6 +295,15 @@ class OptimSection(Section):
     """weight of R-Drop: each row passes twice, and what dropout makes of the two answers is pulled together; a step takes 1.6 times as long"""
     seed: int = 0
     """of weights of the head, order and dropout"""
+
+
+class DecisionSection(Section):
+    """What the validation rows decide at the end, for training's metrics and for scoring."""
+
+    temperature: bool = False
+    """temperature scaling (Guo et al. 2017): scores that are right as often as they say; which class is likeliest stays"""
+    thresholds: Literal["f1"] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """for multi-label, from which probability on each label is given: by its best F1, or its best recall at such a precision; default: 0.5"""
 
 
 class StoppingSection(Section):
@@ -264,9 +341,14 @@ class TrainConfig(Section):
     train: TrainSection
     valid: ValidSection = ValidSection()
     test: TestSection = TestSection()
+    data: DataSection = DataSection()
     model: TrainModelSection
+    head: HeadSection = HeadSection()
+    lora: LoraSection = LoraSection()
+    loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
     stopping: StoppingSection = StoppingSection()
+    decision: DecisionSection = DecisionSection()
     output: TrainOutputSection
     resources: TrainResources = TrainResources()
 

@@ -24,22 +24,31 @@ import torch
 import torch.distributed as dist
 
 from lib.batching import epoch_batches
+from lib.calibration import Decision, decide
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, commit, fetch
 from lib.config import TrainConfig
-from lib.errors import UsageError
+from lib.errors import UsageError, say
 from lib.labelled import LabelledIndex
 from lib.learning import Learner, Team
-from lib.mapped import Subset, local_copy, map_set, split_rows
+from lib.loss import Objective
+from lib.mapped import Subset, known_rows, local_copy, map_set, split_rows, without_known
 from lib.metrics import describe, is_better, summarize
 from lib.model import choose_dtype, new_classifier
 from lib.storage import Store
 from lib.tokenization import load_tokenizer
+from lib.tuning import add_adapters, freeze, merge_adapters
 
 METRICS_NAME = "metrics.json"
 
 PROGRESS_SECONDS = 5.0
 
 STATE_NAME = "state.pt"
+
+SHOWN_ROWS = 8
+"""Of a batch, in a message."""
+
+MAX_KNOWN = 0.001
+"""The part of a set that may be known from training if duplicates are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +62,7 @@ class Job:
     max_length: int
     pad_token_id: int
     index: LabelledIndex
+    objective: Objective
     output: Store
     folder: Store
     """of this run: tokenized data and Ray Train's checkpoints; removed at the end"""
@@ -110,19 +120,47 @@ def open_sets(job: Job) -> dict[str, Subset]:
     return sets
 
 
+def check_duplicates(
+    sets: dict[str, Subset], config: TrainConfig, rank: int
+) -> tuple[dict[str, Subset], dict[str, int]]:
+    """Count the rows of other sets that are known from training, and do what `data.duplicates` says; the sets, and the counts.
+
+    Raises `UsageError` if they are to be refused.
+    """
+    known = known_rows(sets)
+    shown = ", ".join(f"{count:,} of {len(sets[name]):,} {name} rows" for name, count in known.items() if count)
+    if config.data.duplicates == "refuse":
+        for name, count in known.items():
+            if count > MAX_KNOWN * len(sets[name]):
+                raise UsageError(
+                    f'data.duplicates = "refuse": {shown} have the text of a training row, expected at most {MAX_KNOWN:.1%};'
+                    ' remove them, or set data.duplicates = "drop" to leave them out of training'
+                )
+    before = len(sets["train"])
+    if config.data.duplicates == "drop":
+        sets = without_known(sets)
+    if shown and rank == 0:
+        left_out = before - len(sets["train"])
+        what = f": {left_out:,} of those are left out" if left_out else ", and may be known by heart (data.duplicates)"
+        say(f"{'' if left_out else 'WARNING: '}{shown} have the text of a training row{what}")
+    return sets, known
+
+
 class Fit:
     """One attempt at a run, on one worker."""
 
     def __init__(self, job: Job, team: Team) -> None:
         self.job = job
         self.team = team
-        self.sets = open_sets(job)
+        self.sets, self.known = check_duplicates(open_sets(job), job.config, team.rank)
         self.steps_per_epoch = math.ceil(len(self.sets["train"]) / job.config.optim.batch_size)
         optim, index = job.config.optim, job.index
         trust, dropout = job.config.model.trust, job.config.model.dropout
         base = fetch(job.base, trust)
-        model: Any = new_classifier(base, index.labels, index.task, dropout, optim.seed, trust)
-        self.learner = Learner(model.to(team.device), optim, index.task, team, self.steps_per_epoch * optim.epochs)
+        model: Any = new_classifier(base, index.labels, index.task, dropout, optim.seed, trust, job.config.head)
+        freeze(model, job.config)
+        add_adapters(model, job.config.lora)
+        self.learner = Learner(model.to(team.device), optim, job.objective, team, self.steps_per_epoch * optim.epochs)
         self.progress = Progress()
         self.best_weights: dict[str, torch.Tensor] = {}
         """on rank 0"""
@@ -140,6 +178,7 @@ class Fit:
             epoch, place = divmod(progress.step, self.steps_per_epoch)
             if epoch != loaded:
                 loaded, batches = epoch, epoch_batches(lengths, config.optim.batch_size, config.optim.seed, epoch)
+                learner.begin_epoch(epoch)
             learner.step(progress.step, train.data, train.chosen[batches[place]])
             progress.step += 1
             self.print_progress()
@@ -153,11 +192,11 @@ class Fit:
         """Evaluate on the validation rows, and decide what is best and whether to stop: on rank 0, for all."""
         progress, stopping = self.progress, self.job.config.stopping
         valid = self.sets["valid"]
-        train_loss, grad_norm = self.learner.means()
+        train_loss, grad_norm, bad_step = self.learner.means()
         found = self.learner.evaluate(valid)
         entry: dict[str, float] = {}
         if found is not None:
-            summary = summarize(valid.targets, *found, self.job.index.task, len(self.job.index.labels))
+            summary = summarize(valid.targets, found, Decision(task=self.job.index.task))
             entry = {
                 "step": progress.step,
                 "epoch": round(progress.step / self.steps_per_epoch, 4),
@@ -170,7 +209,7 @@ class Fit:
         progress.history.append(entry)
         progress.seconds = entry["seconds"]
         if not math.isfinite(entry["train_loss"]):
-            progress.failure = f"the training loss is {entry['train_loss']} at step {progress.step}"
+            progress.failure = self.team.broadcast(None if bad_step is None else self.describe_bad(bad_step))
             progress.stopped = True
         elif stopping.keep == "last" or is_better(entry[stopping.metric], progress.best_value, stopping.metric):
             progress.best_value, progress.best_step, progress.stale = entry[stopping.metric], progress.step, 0
@@ -181,6 +220,17 @@ class Fit:
             progress.stopped = progress.stale >= stopping.patience
         self.print_evaluation(entry)
         self.printed = (time.monotonic(), progress.step)
+
+    def describe_bad(self, step: int) -> str:
+        """Say where the training loss ceased to be a number."""
+        optim, train = self.job.config.optim, self.sets["train"]
+        epoch, place = divmod(step, self.steps_per_epoch)
+        rows = train.chosen[epoch_batches(train.lengths, optim.batch_size, optim.seed, epoch)[place]]
+        shown = ", ".join(map(str, rows[:SHOWN_ROWS]))
+        return (
+            f"the training loss is no finite number from step {step + 1} (epoch {epoch + 1}) on; rows {shown}"
+            f"{', ...' if len(rows) > SHOWN_ROWS else ''} of the {len(train.data)} usable training rows were its batch"
+        )
 
     def print_progress(self) -> None:
         """On rank 0, every few seconds."""
@@ -204,12 +254,18 @@ class Fit:
         if self.team.rank:
             return
         progress, metric = self.progress, self.job.config.stopping.metric
-        if self.job.config.stopping.keep == "last":
+        if progress.failure is not None:
+            note = progress.failure
+        elif self.job.config.stopping.keep == "last":
             note = "kept until the next one"
         elif progress.best_step == progress.step:
             note = "the best so far"
         else:
-            note = f"best: {progress.best_value:.4f} at step {progress.best_step}"
+            note = (
+                "none so far"
+                if progress.best_value is None
+                else f"best: {progress.best_value:.4f} at step {progress.best_step}"
+            )
         print(
             f"validation at step {progress.step}: accuracy {entry['accuracy']:.4f}, macro-F1 {entry['macro_f1']:.4f},"
             f" loss {entry['loss']:.4f}; {metric}: {note}{'; stopping here' if progress.stopped else ''}",
@@ -280,19 +336,21 @@ def work(settings: dict[str, Any]) -> str | None:
     fit = Fit(job, team)
     fit.run()
     if fit.progress.failure is None:
-        test = fit.sets.get("test")
+        valid, test = fit.learner.evaluate(fit.sets["valid"]), fit.sets.get("test")
         found = None if test is None else fit.learner.evaluate(test)
-        if team.rank == 0:
-            labels, task = job.index.labels, job.index.task
-            tested = None if test is None or found is None else describe(test.targets, *found, task, labels)
-            publish(fit, tested)
+        if valid is not None:
+            decision = decide(job.config.decision, valid, fit.sets["valid"].targets, job.index.task)
+            tested = (
+                None if test is None or found is None else describe(test.targets, found, decision, job.index.labels)
+            )
+            publish(fit, decision, tested)
     dist.barrier(group=team.control)
     if not job.folder.is_local and ray.train.get_context().get_local_rank() == 0:
         shutil.rmtree(local_copy(job.folder.at("data")), ignore_errors=True)
     return fit.progress.failure
 
 
-def publish(fit: Fit, tested: dict[str, Any] | None) -> None:
+def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None) -> None:
     """Write the model's folder with its metrics and commit it."""
     job, progress = fit.job, fit.progress
     best = next(entry for entry in progress.history if entry["step"] == progress.best_step)
@@ -302,9 +360,12 @@ def publish(fit: Fit, tested: dict[str, Any] | None) -> None:
         "seconds": progress.seconds,
         "rows": rows,
         "dropped": job.index.dropped,
+        "known_from_training": fit.known,
         "labels": list(job.index.labels),
         "metric": job.config.stopping.metric,
         "best": best,
+        "temperature": decision.temperature,
+        "thresholds": decision.thresholds,
         "resumed_after": progress.resumed_after,
         "history": progress.history,
         "test": tested,
@@ -328,13 +389,18 @@ def publish(fit: Fit, tested: dict[str, Any] | None) -> None:
         labels=job.index.labels,
         task=job.index.task,
         max_length=job.max_length,
+        truncation=job.config.model.truncation,
+        temperature=decision.temperature,
+        thresholds=decision.thresholds,
         metrics={"valid": best, "test": brief or None},
         trained=trained,
     )
     with tempfile.TemporaryDirectory() as folder:
+        merge_adapters(fit.learner.candidate)
         fit.learner.candidate.save_pretrained(folder)
         trust = job.config.model.trust
-        load_tokenizer(fetch(job.base, trust), job.max_length, trust.code).reference.save_pretrained(folder)
+        tokenizer = load_tokenizer(fetch(job.base, trust), job.max_length, trust.code, job.config.model.truncation)
+        tokenizer.reference.save_pretrained(folder)
         (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         commit(job.output, folder, card)
     print(f"committed the weights of step {progress.best_step} to {job.output.url}", flush=True)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
+from pandas.util import hash_array
 from pydantic import BaseModel, ConfigDict
 
 from lib.archive import (
@@ -31,7 +32,7 @@ from lib.archive import (
     read_row_groups,
 )
 from lib.checkpoint import fetch
-from lib.config import TrainConfig, Trust
+from lib.config import TrainConfig, TrainModelSection
 from lib.errors import IncompleteError, TextsweepError, UsageError, nearest
 from lib.planning import Chunk, bundle, chunks_of, with_identities
 from lib.reading import ChangedShardError, Rows, read_rows
@@ -58,7 +59,7 @@ class Source:
     store: Store
     blocks: tuple[tuple[Chunk, ...], ...]
     columns: Columns
-    """the text, and the label as the one key column"""
+    """the text, and as key columns the label and perhaps a weight"""
     task: Task
     fingerprint: str
     """of the listing: path and identity of every shard"""
@@ -98,17 +99,20 @@ def find_source(name: str, path: str, config: TrainConfig) -> Source:
     store, shards = list_shards(path, key=f"{name}.path")
     text = config.train.text_column
     label = config.train.label_column
+    weight = config.train.weight_column if name == "train" else None
     shards = with_identities(shards, BLOCK_BYTES)
     chunks: list[Chunk] = []
     columns: Columns | None = None
     for shard, shard_identity in zip(shards["path"].to_pylist(), shards["identity"].to_pylist(), strict=True):
         try:
             with explained(f"{store.url}/{shard}", "read"):
-                columns = columns or labelled_columns(store, shard, (text,) if isinstance(text, str) else text, label)
+                columns = columns or labelled_columns(
+                    store, shard, (text,) if isinstance(text, str) else text, label, weight
+                )
                 groups = read_row_groups(store, shard, columns)
         except BadShardError as error:
             raise UsageError(
-                f"{name}.path: {store.url}/{shard}: {error}; set train.text_column or train.label_column, or mend the file"
+                f"{name}.path: {store.url}/{shard}: {error}; set the train.*_column keys, or mend the file"
             ) from None
         chunks += [chunk for chunk in chunks_of(shard, shard_identity, groups, BLOCK_BYTES) if chunk.rows]
     assert columns is not None
@@ -123,8 +127,8 @@ def find_source(name: str, path: str, config: TrainConfig) -> Source:
     )
 
 
-def labelled_columns(store: Store, shard: str, text: tuple[str, ...], label: str) -> Columns:
-    """Look at a shard's columns: is there text, and a label of a kind to learn? Raises `BadShardError`."""
+def labelled_columns(store: Store, shard: str, text: tuple[str, ...], label: str, weight: str | None) -> Columns:
+    """Look at a shard's columns: is there text, a label of a kind to learn, a weight? Raises `BadShardError`."""
     parquet, watched = open_parquet(store, shard)
     schema = parquet.schema_arrow
     watched.close()
@@ -140,7 +144,13 @@ def labelled_columns(store: Store, shard: str, text: tuple[str, ...], label: str
             f"label column {label!r} is {found}, expected strings, whole numbers, or lists of them (multi-label)"
         )
     target = found if is_list(found) else pa.int64() if pa.types.is_integer(kind) else kind
-    return Columns(text=text, keys=pa.schema([(label, target)]))
+    keys = [(label, target)]
+    if weight is not None:
+        kind = find_type(schema, weight)
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            raise BadShardError(f"weight column {weight!r} is {kind}, expected numbers")
+        keys.append((weight, pa.float64()))
+    return Columns(text=text, keys=pa.schema(keys))
 
 
 def is_list(found: pa.DataType) -> bool:
@@ -174,7 +184,7 @@ def prepare(config: TrainConfig, sources: Sequence[Source], base: str, max_lengt
         for number, block in enumerate(source.blocks)
     ]
     reports = (
-        tokenize_all(items, {source.name: source for source in sources}, base, config.model.trust, max_length, folder)
+        tokenize_all(items, {source.name: source for source in sources}, base, config.model, max_length, folder)
         if items
         else []
     )
@@ -184,7 +194,12 @@ def prepare(config: TrainConfig, sources: Sequence[Source], base: str, max_lengt
 
 
 def tokenize_all(
-    items: list[dict[str, Any]], sources: dict[str, Source], base: str, trust: Trust, max_length: int, folder: Store
+    items: list[dict[str, Any]],
+    sources: dict[str, Source],
+    base: str,
+    model: TrainModelSection,
+    max_length: int,
+    folder: Store,
 ) -> list[dict[str, Any]]:
     """Run one Ray Data task for each item; the tasks write files, what comes back is a report for each."""
 
@@ -192,7 +207,7 @@ def tokenize_all(
         reports = []
         for item in batch.to_pylist():
             try:
-                reports.append(tokenize_block(item, sources[item["set"]], base, trust, max_length, folder))
+                reports.append(tokenize_block(item, sources[item["set"]], base, model, max_length, folder))
             except TextsweepError as error:  # as a report: what a task raises comes back wrapped, its type lost
                 reports.append({"failure": str(error), "is_usage": isinstance(error, UsageError)})
         return pa.table({"report": [json.dumps(report) for report in reports]})
@@ -210,22 +225,22 @@ def tokenize_all(
 
 
 def tokenize_block(
-    item: dict[str, Any], source: Source, base: str, trust: Trust, max_length: int, folder: Store
+    item: dict[str, Any], source: Source, base: str, model: TrainModelSection, max_length: int, folder: Store
 ) -> dict[str, Any]:
     """Read and tokenize one block of chunks into one Arrow file; running it again writes the same file."""
-    tokenizer = load_tokenizer(fetch(base, trust), max_length, trust.code)
+    tokenizer = load_tokenizer(fetch(base, model.trust), max_length, model.trust.code, model.truncation)
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     batches: list[pa.RecordBatch] = []
     chunks = [Chunk(**chunk) for chunk in json.loads(item["chunks"])]
     for rows in read_block(source, chunks):
-        texts, labels = usable_rows(rows, dropped)
+        texts, labels, weights = usable_rows(rows, dropped)
         if not len(labels):
             continue
         tokens = tokenizer.encode(*texts)
-        arrays = {"ids": tokens.id_lists(), "label": labels}
-        segments = tokens.type_id_lists()
-        batches.append(pa.RecordBatch.from_pydict(arrays if segments is None else {**arrays, "type_ids": segments}))
+        arrays = {"ids": tokens.id_lists(), "label": labels, "weight": weights, "type_ids": tokens.type_id_lists()}
+        arrays["hash"] = pa.array(hash_texts(texts))
+        batches.append(pa.RecordBatch.from_pydict({name: one for name, one in arrays.items() if one is not None}))
         flat = labels.flatten() if source.task is Task.MULTI_LABEL else labels
         counts.update({one["values"]: one["counts"] for one in pc.value_counts(flat).to_pylist()})
     name = f"{source.name}-{item['number']:05d}.arrow"
@@ -258,22 +273,46 @@ def read_block(source: Source, chunks: list[Chunk]) -> Iterator[Rows]:
             raise IncompleteError(f"{source.name}.path: {where} changed while it was read: {error}") from error
 
 
-def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[pa.LargeStringArray], pa.Array]:
-    """Leave out rows without a text or a label, count them by reason, and give labels as strings (or lists of them)."""
+def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[pa.LargeStringArray], pa.Array, pa.FloatArray | None]:
+    """Leave out rows without a text, a label or a weight, and count them by reason.
+
+    Labels as strings (or lists of them), weights as fp32 if there is a column for them.
+    """
     labels = rows.keys.column(0).combine_chunks()
     labels = labels.cast(pa.list_(pa.string()) if is_list(labels.type) else pa.string())
     for error in RowError:
         if error is not RowError.NONE and (count := int((rows.errors == error).sum())):
             dropped[f"{error.name.lower()} text"] += count
-    labels = labels.filter(pa.array(rows.errors == RowError.NONE))
+    readable = pa.array(rows.errors == RowError.NONE)
+    labels = labels.filter(readable)
     valid = labels.is_valid().to_numpy(zero_copy_only=False)
     if pa.types.is_list(labels.type):
         parents = pc.list_parent_indices(labels)
         valid[np.unique(parents.filter(labels.flatten().is_null()).to_numpy(zero_copy_only=False))] = False
     if count := int((~valid).sum()):
         dropped["null label"] += count
+    weights = None
+    if rows.keys.num_columns > 1:
+        weights = rows.keys.column(1).combine_chunks().filter(readable).cast(pa.float32(), safe=False)
+        numbers = weights.fill_null(-1).to_numpy()
+        is_weight = (numbers >= 0) & np.isfinite(numbers)
+        if count := int((valid & ~is_weight).sum()):
+            dropped["no weight"] += count
+        valid &= is_weight
     keep = pa.array(valid)
-    return [column.filter(keep) for column in rows.texts], labels.filter(keep)
+    return (
+        [column.filter(keep) for column in rows.texts],
+        labels.filter(keep),
+        None if weights is None else weights.filter(keep),
+    )
+
+
+def hash_texts(sides: Sequence[pa.Array]) -> npt.NDArray[np.uint64]:
+    """A number for each text, or pair of texts, that tells equal ones."""
+    found = np.zeros(len(sides[0]), np.uint64)
+    for side in sides:
+        found = found * np.uint64(0x9E3779B97F4A7C15) + hash_array(side.to_numpy(zero_copy_only=False))
+    return found
 
 
 def build_index(

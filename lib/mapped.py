@@ -6,9 +6,7 @@ Letters: B rows of a forward pass, L padded length, C classes, N rows of a set.
 import contextlib
 import fcntl
 import hashlib
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import pyarrow.compute as pc
 
 from lib.batching import IntArray
 from lib.schema import Task
-from lib.storage import Store, explained
+from lib.storage import Store, cache_folder, explained
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class LabelledSet:
     def __init__(self, paths: Sequence[str], labels: Sequence[str], task: Task, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
         self.parts: list[Part] = []
-        targets = []
+        targets, weights, hashes = [], [], []
         for path in paths:
             table = pa.ipc.open_file(pa.memory_map(path))
             for batch in map(table.get_batch, range(table.num_record_batches)):
@@ -45,10 +43,18 @@ class LabelledSet:
                 segments = batch.column("type_ids").values.to_numpy() if "type_ids" in batch.schema.names else None
                 self.parts.append(Part(lists.values.to_numpy(), lists.offsets.to_numpy(), segments))
                 targets.append(encode_labels(batch.column("label"), labels, task))
+                if "weight" in batch.schema.names:
+                    weights.append(batch.column("weight").to_numpy())
+                if "hash" in batch.schema.names:
+                    hashes.append(batch.column("hash").to_numpy())
         self.lengths: npt.NDArray[np.int32] = np.concatenate([np.diff(part.offsets) for part in self.parts])
         self.starts = np.cumsum([0, *(len(part.offsets) - 1 for part in self.parts)])
         self.targets: npt.NDArray[np.integer] = np.concatenate(targets)
         """(N,) class numbers as int64, or (N, C) zeros and ones as uint8"""
+        self.weights: npt.NDArray[np.float32] | None = np.concatenate(weights) if weights else None
+        """(N,) how much each row counts, if the rows say so"""
+        self.hashes: npt.NDArray[np.uint64] = np.concatenate([np.zeros(0, np.uint64), *hashes])
+        """(N,) equal for equal texts"""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -85,9 +91,27 @@ class Subset:
         return self.data.lengths[self.chosen]
 
     @property
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """(N,) equal for equal texts."""
+        return self.data.hashes[self.chosen]
+
+    @property
     def targets(self) -> npt.NDArray[np.integer]:
         """(N,) class numbers, or (N, C) zeros and ones."""
         return self.data.targets[self.chosen]
+
+
+def known_rows(sets: Mapping[str, Subset]) -> dict[str, int]:
+    """How many rows of each set but the training set have a text that is a training row's."""
+    learned = sets["train"].hashes
+    return {name: int(np.isin(one.hashes, learned).sum()) for name, one in sets.items() if name != "train"}
+
+
+def without_known(sets: Mapping[str, Subset]) -> dict[str, Subset]:
+    """The sets without the training rows whose text is in another set."""
+    train = sets["train"]
+    others = np.concatenate([one.hashes for name, one in sets.items() if name != "train"])
+    return {**sets, "train": Subset(train.data, train.chosen[~np.isin(train.hashes, others)])}
 
 
 def encode_labels(column: pa.Array, labels: Sequence[str], task: Task) -> npt.NDArray[np.integer]:
@@ -134,8 +158,7 @@ def map_set(folder: Store, files: Sequence[str], labels: Sequence[str], task: Ta
 
 def local_copy(folder: Store) -> Path:
     """Where this machine keeps its copy of a run's data."""
-    cache = Path(os.environ.get("TEXTSWEEP_CACHE", Path(tempfile.gettempdir()) / f"textsweep-{os.getuid()}"))
-    return cache / "labelled" / hashlib.sha256(folder.url.encode()).hexdigest()[:24]
+    return cache_folder("labelled") / hashlib.sha256(folder.url.encode()).hexdigest()[:24]
 
 
 @contextlib.contextmanager

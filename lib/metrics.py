@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.metrics import (
     accuracy_score,
     confusion_matrix,
@@ -17,30 +16,18 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
+from lib.calibration import Decision, FloatArray, IntArray, calibration_error
 from lib.schema import Task
 
-IntArray = npt.NDArray[np.integer]
 
-MULTI_LABEL_THRESHOLD = 0.5
-"""A label is given from this probability on."""
-
-
-def decide(probabilities: npt.NDArray[np.floating], task: Task) -> npt.NDArray[np.int64]:
-    """Turn probabilities (N, C) into answers: the class (N,), or for multi-label zeros and ones (N, C)."""
-    if task is Task.MULTI_LABEL:
-        return (probabilities >= MULTI_LABEL_THRESHOLD).astype(np.int64)
-    return probabilities.argmax(axis=1).astype(np.int64)
-
-
-def summarize(
-    truth: IntArray, answers: IntArray, losses: npt.NDArray[np.floating], task: Task, num_classes: int
-) -> dict[str, float]:
+def summarize(truth: IntArray, logits: FloatArray, decision: Decision) -> dict[str, float]:
     """The few numbers that choose a checkpoint: accuracy, macro_f1, micro_f1, loss (mean of the rows').
 
-    `truth` and `answers` are as `decide` gives them. Accuracy of multi-label means all labels of a row right. A class
-    without any row, and never answered, counts 0 in macro_f1.
+    `truth`: the class (N,), or for multi-label zeros and ones (N, C). Accuracy of multi-label means all labels of a row
+    right. A class without any row, and never answered, counts 0 in macro_f1.
     """
-    classes = None if task is Task.MULTI_LABEL else list(range(num_classes))
+    answers = decision.answers(logits)
+    classes = None if decision.task is Task.MULTI_LABEL else list(range(logits.shape[1]))
     f1 = {
         average: float(f1_score(truth, answers, labels=classes, average=average, zero_division=0))
         for average in ("macro", "micro")
@@ -49,18 +36,17 @@ def summarize(
         "accuracy": float(accuracy_score(truth, answers)),
         "macro_f1": f1["macro"],
         "micro_f1": f1["micro"],
-        "loss": float(np.mean(losses, dtype=np.float64)),
+        "loss": float(decision.losses(logits, truth).mean()),
     }
 
 
-def describe(
-    truth: IntArray, answers: IntArray, losses: npt.NDArray[np.floating], task: Task, labels: Sequence[str]
-) -> dict[str, Any]:
-    """All metrics: `summarize`, rows, per class precision, recall, f1 and support, and the confusion matrix.
+def describe(truth: IntArray, logits: FloatArray, decision: Decision, labels: Sequence[str]) -> dict[str, Any]:
+    """All metrics: `summarize`, rows, calibration error, per class precision, recall, f1 and support, and the confusion matrix.
 
     `confusion[i][j]` counts rows of class i answered as j; for multi-label it is one 2x2 matrix for each label, in
     label order, with [[true negatives, false positives], [false negatives, true positives]].
     """
+    task, answers = decision.task, decision.answers(logits)
     classes = list(range(len(labels)))
     columns = precision_recall_fscore_support(truth, answers, labels=classes, average=None, zero_division=0)
     per_class = [
@@ -80,7 +66,8 @@ def describe(
     )
     return {
         "rows": len(truth),
-        **summarize(truth, answers, losses, task, len(labels)),
+        **summarize(truth, logits, decision),
+        "calibration_error": calibration_error(decision.probabilities(logits), truth, task),
         "per_class": per_class,
         "confusion": confusion.tolist(),
     }

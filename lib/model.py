@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from lib.config import TRUST_NOTHING, Trust
+from lib.config import TRUST_NOTHING, HeadSection, Trust
 from lib.errors import UsageError
 from lib.facts import has_safetensors, import_transformers, read_config
+from lib.heads import SPECIFICATION, PooledClassifier, load_pooled, new_head, read_to
 from lib.schema import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+FAMILYS_OWN = HeadSection()
 
 FIRST_TOKEN_FAMILIES = {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
 """Families built like BERT whose classifiers read nothing of the last layer but the first token."""
@@ -24,13 +27,13 @@ DROPOUTS = (
 """What the families call their dropout probabilities."""
 
 
-def pretrained(folder: str, trust: Trust, **options: Any) -> Any:
-    """Load a classifier in fp32, from this folder alone, running and unpickling only what is trusted.
+def pretrained(folder: str, trust: Trust, kind: str = "AutoModelForSequenceClassification", **options: Any) -> Any:
+    """Load a model in fp32, from this folder alone, running and unpickling only what is trusted.
 
     Raises `UsageError` if pickled weights hold anything but tensors: those are never loaded, trusted or not.
     """
     try:
-        return import_transformers().AutoModelForSequenceClassification.from_pretrained(
+        return getattr(import_transformers(), kind).from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=has_safetensors(folder) or not trust.pickle,
@@ -47,6 +50,10 @@ def pretrained(folder: str, trust: Trust, **options: Any) -> Any:
 
 def load_classifier(folder: str, trust: Trust = TRUST_NOTHING) -> nn.Module:
     """Load a classifier in fp32 and eval mode. Raises `UsageError` if any of its weights is missing."""
+    config = read_config(folder, trust)
+    if hasattr(config, SPECIFICATION):
+        encoder = import_transformers().AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=trust.code)
+        return load_pooled(folder, encoder).eval()
     model, info = pretrained(folder, trust, output_loading_info=True)
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -58,9 +65,18 @@ def load_classifier(folder: str, trust: Trust = TRUST_NOTHING) -> nn.Module:
 
 
 def new_classifier(
-    base: str, labels: tuple[str, ...], task: Task, dropout: float | None, seed: int, trust: Trust = TRUST_NOTHING
+    base: str,
+    labels: tuple[str, ...],
+    task: Task,
+    dropout: float | None,
+    seed: int,
+    trust: Trust = TRUST_NOTHING,
+    head: HeadSection = FAMILYS_OWN,
 ) -> "PreTrainedModel":
-    """Put a fresh head for `labels` on a pretrained encoder, in fp32, the same for the same seed."""
+    """Put a fresh head for `labels` on a pretrained encoder, in fp32, the same for the same seed.
+
+    Raises `UsageError` if the encoder has not what the head is to read.
+    """
     problem = {
         Task.MULTI_CLASS: "single_label_classification",
         Task.MULTI_LABEL: "multi_label_classification",
@@ -76,6 +92,14 @@ def new_classifier(
     for name in DROPOUTS:
         if dropout is not None and hasattr(config, name):
             changes[name] = dropout
+    if head.is_own:
+        for name, value in changes.items():
+            setattr(config, name, value)
+        read_to(config, head)
+        pooled: Any = PooledClassifier(pretrained(base, trust, "AutoModel", config=config), head)
+        new_head(pooled, seed)
+        own: PreTrainedModel = pooled  # in all that is asked of it
+        return own
     torch.manual_seed(seed)
     model: PreTrainedModel = pretrained(base, trust, ignore_mismatched_sizes=True, **changes)
     return model

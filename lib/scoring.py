@@ -126,6 +126,10 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         archive, listing["path"].slice(0, 20).to_pylist(), config.input.text_column, config.input.key_columns
     )
     model = loading.result()
+    if model.card.truncation == "head_tail" and len(columns.text) > 1:
+        raise UsageError(
+            "input.text_column names two columns, but model.path was trained to keep the head and the tail of single texts"
+        )
     selection = None if config.input.rows is None else read_selection(config.input.rows, shards)
     version = checkpoint.version_of(model, config, selection.digest if selection else "")
     if selection is not None:
@@ -155,6 +159,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         model_digest=model.digest,
         trust=model.trust,
         max_length=model.card.max_length,
+        truncation=model.card.truncation,
         thresholds=model.card.thresholds,
         precision=config.model.precision,
         engine=config.model.engine,

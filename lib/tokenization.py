@@ -12,12 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from lib.config import raise_if_code_was_refused
+from lib.config import Truncation, raise_if_code_was_refused
 from lib.cutting import cutter_of
 from lib.errors import say
 from lib.facts import import_transformers
-from lib.template import Template, find_template, fit, lay_out
+from lib.template import Template, find_template, fit, lay_out, spans
 from lib.wordwise import Wordwise
+
+WHOLE = 2**30
+"""More tokens than a text has."""
 
 HARD_TEXTS = (
     "",
@@ -74,8 +77,12 @@ class Tokens:
 class Tokenizer:
     """A Hugging Face tokenizer that cuts at `max_length` tokens and never pads."""
 
-    def __init__(self, folder: str, max_length: int, trust_code: bool = False) -> None:
+    def __init__(self, folder: str, max_length: int, trust_code: bool = False, truncation: Truncation = "head") -> None:
+        """`truncation`: which part of a long text stays. `head` is what the tokenizer itself does, nearly always the beginning."""
         self.max_length = max_length
+        self.truncation = truncation
+        self.limit = WHOLE if truncation == "head_tail" else max_length
+        """tokens at which the tokenizer itself cuts"""
         try:  # with trust_remote_code left open, transformers asks on standard input
             self.reference: Any = import_transformers().AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_code
@@ -85,6 +92,8 @@ class Tokenizer:
             raise
         self.dtype = np.uint16 if len(self.reference) <= 2**16 else np.int32
         self.uses_segments = "token_type_ids" in self.reference.model_input_names
+        if truncation == "tail":
+            self.reference.truncation_side = "left"
         self.truncation_side: Literal["left", "right"] = "left" if self.reference.truncation_side == "left" else "right"
         self.backend: Any = getattr(self.reference, "backend_tokenizer", None)
         self.wordwise: Wordwise | None = None
@@ -93,7 +102,7 @@ class Tokenizer:
         """of a text and of a pair, for the fast way"""
         if self.backend is not None:
             self.backend.no_padding()
-            self.backend.enable_truncation(max_length, strategy="longest_first", direction=self.truncation_side)
+            self.backend.enable_truncation(self.limit, strategy="longest_first", direction=self.truncation_side)
             self._try_wordwise(folder)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,7 +127,7 @@ class Tokenizer:
         self.wordwise = wordwise
 
     def encode(self, texts: pa.Array | Sequence[str], seconds: pa.Array | Sequence[str] | None = None) -> Tokens:
-        """Tokenize texts, or pairs of them, with special tokens, cut to `max_length` as `truncation=True` does.
+        """Tokenize texts, or pairs of them, with special tokens, cut to `max_length` as `truncation=True` of transformers does.
 
         Arrow arrays of strings without nulls are taken as they are.
         """
@@ -126,12 +135,14 @@ class Tokenizer:
         if len({len(side) for side in sides}) > 1:
             raise ValueError(f"{len(sides[0])} first texts and {len(sides[1])} second ones, expected as many")
         if self.wordwise is not None:
-            return self._encode_wordwise(self.wordwise, sides)
-        return self._encode_reference(sides) if self.backend is None else self._encode_backend(sides)
+            found = self._encode_wordwise(self.wordwise, sides)
+        else:
+            found = self._encode_reference(sides) if self.backend is None else self._encode_backend(sides)
+        return keep_ends(found, self.max_length) if self.truncation == "head_tail" else found
 
     def _encode_wordwise(self, wordwise: Wordwise, sides: list[pa.Array]) -> Tokens:
         template = self.templates[len(sides) - 1]
-        room, cut_side = self.max_length - len(template), self.truncation_side
+        room, cut_side = self.limit - len(template), self.truncation_side
         if len(sides) == 1:
             found = wordwise.tokenize(sides[0], room + 1, cut_side)
         else:  # which of two long texts gives way depends on the whole length of both
@@ -158,7 +169,7 @@ class Tokenizer:
     def _encode_reference(self, sides: list[pa.Array]) -> Tokens:
         """The way of tokenizers that are written in Python: slow, and the definition of right."""
         pairs = [side.to_pylist() for side in sides]
-        found = self.reference(*pairs, truncation=True, max_length=self.max_length)
+        found = self.reference(*pairs, truncation=True, max_length=self.limit)
         whole = self.reference(*pairs, truncation=False, verbose=False)
         cut = [len(short) < len(long) for short, long in zip(found["input_ids"], whole["input_ids"], strict=True)]
         return self._tokens(found["input_ids"], cut, found.get("token_type_ids") if len(sides) == 2 else None)
@@ -176,6 +187,26 @@ class Tokenizer:
         )
 
 
+def keep_ends(tokens: Tokens, max_length: int) -> Tokens:
+    """Take the middle out of what is longer than `max_length`: a quarter stays at the beginning, three at the end.
+
+    Of 512 tokens 128 and 382 and one special token on each side (Sun et al. 2019, arXiv 1905.05583, section 5.3.1).
+    """
+    over = tokens.lengths > max_length
+    if not over.any():
+        return tokens
+    ends = np.cumsum(tokens.lengths, dtype=np.int64)
+    head = max_length // 4 + 1
+    first, last = (ends - tokens.lengths)[over] + head, ends[over] - (max_length - head)
+    stays = ~spans(first, last, len(tokens.ids))
+    return Tokens(
+        ids=tokens.ids[stays],
+        lengths=np.where(over, max_length, tokens.lengths).astype(np.int32),
+        truncated=tokens.truncated | over,
+        type_ids=None if tokens.type_ids is None else tokens.type_ids[stays],
+    )
+
+
 def as_texts(texts: pa.Array | Sequence[str]) -> pa.Array:
     """Texts as large_string."""
     if not isinstance(texts, pa.Array):
@@ -186,6 +217,8 @@ def as_texts(texts: pa.Array | Sequence[str]) -> pa.Array:
 
 
 @functools.lru_cache(maxsize=4)
-def load_tokenizer(folder: str, max_length: int, trust_code: bool = False) -> Tokenizer:
+def load_tokenizer(
+    folder: str, max_length: int, trust_code: bool = False, truncation: Truncation = "head"
+) -> Tokenizer:
     """Load a tokenizer once per process: the cache survives between the tasks of one worker."""
-    return Tokenizer(folder, max_length, trust_code)
+    return Tokenizer(folder, max_length, trust_code, truncation)

@@ -20,15 +20,18 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
+from lib.calibration import check_decision
 from lib.checkpoint import fetch
 from lib.config import TrainConfig, Trust
 from lib.errors import IncompleteError, TextsweepError, UsageError
 from lib.facts import check_weights, max_positions, read_config
 from lib.fitting import Job, deciding, find_committed, work
 from lib.labelled import LabelledIndex, Source, find_sources, prepare
+from lib.loss import make_objective
 from lib.runtime import Cluster
 from lib.storage import Store, explained, open_store
 from lib.tokenization import load_tokenizer
+from lib.tuning import check_tuning
 
 RUNS_FOLDER = "_train"
 
@@ -55,6 +58,11 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
     if found is not None:
         print(f"{output.url}: run {run_id} committed this checkpoint already", flush=True)
         return found
+    check_tuning(config)
+    if config.model.truncation == "head_tail" and not isinstance(config.train.text_column, str):
+        raise UsageError(
+            "model.truncation = head_tail with two text columns: which of the two would lose its middle? Use head or tail"
+        )
     output.check_writable()
     use_gpu, cpus_per_worker = place_workers(config, cluster)
     if output.is_local and len(cluster.nodes) > 1:
@@ -66,6 +74,9 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
     claim(folder, config, run_id)
     begun = time.monotonic()
     index = prepare(config, sources, base, max_length, folder.at("data"))
+    rdrop, counts, num_rows = config.optim.rdrop, index.label_counts["train"], index.rows["train"]
+    check_decision(config.decision, index.task)
+    objective = make_objective(config.loss, rdrop, index.task, index.labels, counts, num_rows)
     print_sets(index, sources, max_length, time.monotonic() - begun)
     job = Job(
         config=config,
@@ -74,6 +85,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
         max_length=max_length,
         pad_token_id=pad_token_id,
         index=index,
+        objective=objective,
         output=output,
         folder=folder,
         cpus_per_worker=cpus_per_worker,

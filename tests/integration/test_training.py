@@ -14,43 +14,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix, f1_score
-from torch.distributions import Bernoulli, Categorical, kl_divergence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from jobs.demo_store import LoopbackS3
 from jobs.train import main
 from lib import checkpoint
-from lib.batching import share_of
-from lib.config import OptimSection, TrainConfig, validate
+from lib.config import TrainConfig, validate
 from lib.errors import UsageError
-from lib.learning import Learner, Team, accumulate, depth_of, new_optimizer, rdrop_losses
-from lib.mapped import LabelledSet, Subset
-from lib.model import load_classifier, new_classifier
+from lib.model import load_classifier
+from lib.predictor import Predictor
 from lib.runtime import Cluster, Node, cluster_facts
 from lib.schema import Task
 from lib.storage import open_store
 from lib.training import place_workers, train
 from tests import fakes
+from tests.labelled import LABELS, Weights, difference, make_rows
 
-WORDS = {"bad": "broken awful terrible sad", "fair": "plain usual average middling", "good": "lovely great sharp happy"}
-LABELS = tuple(WORDS)
 TRAIN_ROWS, VALID_ROWS, TEST_ROWS = 81, 40, 101
 BATCH_ROWS = 16
 """81 rows: the last batch of an epoch has one row, so that one of two workers has none."""
-
-Weights = dict[str, torch.Tensor]
-
-
-def make_rows(count: int, seed: int) -> tuple[list[str], list[str]]:
-    """Texts of many lengths with words that give their labels away."""
-    chance = np.random.default_rng(seed)
-    prose = fakes.PROSE.split()
-    labels = [LABELS[index] for index in chance.integers(0, len(LABELS), count)]
-    texts = []
-    for label in labels:
-        words = [*chance.choice(prose, int(chance.integers(1, 30))), *chance.choice(WORDS[label].split(), 3)]
-        texts.append(" ".join(chance.permutation(words)))
-    return texts, labels
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +51,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     raw: list[bytes | None] = [one.encode() for one in texts]
     raw[10:10] = [one.encode() if isinstance(one, str) else one for one, _ in bad]
     marks: list[str | None] = [*labels[:10], *(label for _, label in bad), *labels[10:]]
+    weights: list[float | None] = [0.5 + index % 3 for index in range(len(marks))]
+    weights[0], weights[1] = None, float("nan")
     fakes.write_archive(
         str(folder / "train"),
         {
-            "a.parquet": pa.table({"text": pa.array(raw[:50], pa.binary()), "label": marks[:50]}),
+            "a.parquet": pa.table(
+                {"text": pa.array(raw[:50], pa.binary()), "label": marks[:50], "weight": pa.array(weights[:50])}
+            ),
             "b.parquet": pa.table(
-                {"text": pa.array(raw[50:], pa.binary()), "label": pa.array(marks[50:]).dictionary_encode()}
+                {
+                    "text": pa.array(raw[50:], pa.binary()),
+                    "label": pa.array(marks[50:]).dictionary_encode(),
+                    "weight": pa.array(weights[50:], pa.float32()),
+                }
             ),
         },
     )
@@ -91,12 +81,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def configure(data: dict[str, str], base: str, output: str, **sections: dict[str, Any]) -> TrainConfig:
+def configure(paths: dict[str, str], base: str, output: str, **sections: dict[str, Any]) -> TrainConfig:
     """A configuration of the tests' usual run, with changes."""
     values: dict[str, dict[str, Any]] = {
-        "train": {"path": data["train"]},
-        "valid": {"path": data["valid"]},
-        "test": {"path": data["test"]},
+        "train": {"path": paths["train"]},
+        "valid": {"path": paths["valid"]},
+        "test": {"path": paths["test"]},
         "model": {"base": base, "precision": "fp32", "dropout": 0.0},
         "optim": {"batch_size": BATCH_ROWS, "epochs": 2, "learning_rate": 5e-4},
         "stopping": {"metric": "loss"},
@@ -109,15 +99,6 @@ def configure(data: dict[str, str], base: str, output: str, **sections: dict[str
 
 def weights_of(url: str) -> Weights:
     return load_file(Path(checkpoint.fetch(url)) / "model.safetensors")
-
-
-def difference(first: Weights, second: Weights) -> float:
-    """The largest one between two models' weights.
-
-    Without the keys' biases: softmax does not see them, so their gradient is rounding alone, which Adam blows up to steps.
-    """
-    assert first.keys() == second.keys()
-    return max(float((first[name] - second[name]).abs().max()) for name in first if not name.endswith("key.bias"))
 
 
 def score_plainly(folder: str, texts: Sequence[str]) -> torch.Tensor:
@@ -284,6 +265,7 @@ def test_the_best_weights_are_kept_and_training_stops_early(
 def test_lists_of_numbers_train_a_multi_label_model_with_a_split_of_its_own(
     base: str, ray_session: None, tmp_path: Path
 ) -> None:
+    """With a head of our own, weights for rare labels, and what the validation rows decide at the end."""
     texts, labels = make_rows(100, 5)
     numbers = [[10] if label == "bad" else [2, 10] if label == "good" else [] for label in labels]
     table = pa.table({"title": texts, "body": texts, "tags": pa.array([*numbers[:99], None], pa.list_(pa.int16()))})
@@ -296,6 +278,9 @@ def test_lists_of_numbers_train_a_multi_label_model_with_a_split_of_its_own(
         valid={"path": None, "fraction": 0.25},
         optim={"epochs": 8, "learning_rate": 3e-3},
         stopping={"metric": "micro_f1"},
+        head={"pooling": "mean", "hidden_sizes": [16]},
+        loss={"positive_weights": "balanced"},
+        decision={"temperature": True, "thresholds": "f1"},
     )
     found = train(config, "night-1", cluster_facts())
     assert found["rows"] == {"train": 74, "valid": 25, "test": 99}
@@ -304,11 +289,13 @@ def test_lists_of_numbers_train_a_multi_label_model_with_a_split_of_its_own(
     assert loaded.facts.task is Task.MULTI_LABEL
 
     tokenizer = AutoTokenizer.from_pretrained(loaded.folder)
-    model = load_classifier(loaded.folder)
+    model, card = load_classifier(loaded.folder), loaded.card
+    assert card.temperature != 1.0 and card.thresholds is not None and card.thresholds != (0.5, 0.5)
     truth = np.array([["2" in map(str, one), "10" in map(str, one)] for one in map(set, numbers[:99])])
     with torch.no_grad():
         batches = [tokenizer(text, text, truncation=True, max_length=64, return_tensors="pt") for text in texts[:99]]
-        answers = np.concatenate([(model(**batch).logits.sigmoid() >= 0.5).numpy() for batch in batches])
+        scores = np.concatenate([(model(**batch).logits / card.temperature).sigmoid().numpy() for batch in batches])
+    answers = scores >= np.array(card.thresholds)
     assert found["test"]["micro_f1"] == pytest.approx(f1_score(truth, answers, average="micro"))
     assert found["test"]["micro_f1"] > 0.7
 
@@ -409,7 +396,10 @@ def test_an_unfinished_run_goes_on_only_as_it_was_started(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["train.text_column=txt"], r"column 'txt' is missing, did you mean 'text'\? \(there are: text, label\)"),
+        (
+            ["train.text_column=txt"],
+            r"column 'txt' is missing, did you mean 'text'\? \(there are: text, label, weight\)",
+        ),
         (["train.label_column=labels"], r"label column 'labels' is missing, did you mean 'label'\?"),
         (["train.path=NOWHERE/*.parquet"], r"train.path .*no Parquet file matches"),
         (
@@ -417,6 +407,15 @@ def test_an_unfinished_run_goes_on_only_as_it_was_started(
             r"valid.path: 2 labels do not occur in the training rows: 'god' \(2 rows\), 'odd' \(1 rows\)",
         ),
         (["train.path=FLOATS"], r"label column 'label' is double, expected strings, whole numbers, or lists"),
+        (["train.weight_column=label"], r"weight column 'label' is string, expected numbers"),
+        (["train.weight_column=wight"], r"column 'wight' is missing, did you mean 'weight'"),
+        (["loss.positive_weights=balanced"], r"each row of this data has one label; use loss.class_weights"),
+        (
+            ["model.truncation=head_tail", "train.text_column=['text', 'text']"],
+            r"head_tail with two text columns: which of the two would lose its middle",
+        ),
+        (["decision.thresholds=f1"], r"decision.thresholds: each row of this data has one label"),
+        (["lora.alpha=8"], r"there are no adapters; set lora.rank"),
         (["valid.path=NUMBERS_AS_LISTS"], r"valid.path .* is multi_label, in train.path it is multi_class"),
         (
             ["resources.num_workers=64"],
@@ -490,176 +489,101 @@ def test_workers_get_as_many_cpus_as_fit() -> None:
         place(2, Node(1, 4))
 
 
-# the gradient itself, without Ray
+# recipes
 
 
-@pytest.fixture
-def small_set(tmp_path: Path) -> LabelledSet:
-    """23 rows in two record batches of a mapped file."""
-    chance = np.random.default_rng(0)
-    lists = [chance.integers(5, 500, int(chance.integers(2, 40))).tolist() for _ in range(23)]
-    labels = [LABELS[index] for index in chance.integers(0, 3, 23)]
-    table = pa.table({"ids": pa.array(lists, pa.list_(pa.uint16())), "label": labels})
-    with pa.ipc.new_file(tmp_path / "set.arrow", table.schema) as writer:
-        for batch in table.to_batches(max_chunksize=14):
-            writer.write_batch(batch)
-    return LabelledSet([str(tmp_path / "set.arrow")], LABELS, Task.MULTI_CLASS, 0)
-
-
-ALONE = Team(rank=0, size=1, device=torch.device("cpu"), dtype=torch.float32)
-
-
-def plain_loss(model: Any, data: LabelledSet, rows: Sequence[int]) -> torch.Tensor:
-    """Mean loss of some rows, each in a forward pass of its own."""
-    losses = []
-    for row in rows:
-        ids, mask, _ = data.gather(np.array([row]))
-        assert mask.all()
-        target = torch.tensor([int(data.targets[row])])
-        losses.append(model(input_ids=torch.from_numpy(ids), labels=target).loss)
-    return torch.stack(losses).mean()
-
-
-@pytest.mark.parametrize(("accumulation_steps", "rdrop"), [(1, 0.0), (2, 0.0), (5, 0.0), (30, 0.0), (2, 3.0)])
-def test_the_gradient_is_that_of_the_mean_loss(
-    base: str, small_set: LabelledSet, accumulation_steps: int, rdrop: float
+def test_rows_that_are_known_from_training_are_counted_dropped_or_refused(
+    data: dict[str, str], base: str, ray_session: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Without dropout R-Drop's two passes are equal, and change nothing."""
-    rows = np.random.default_rng(1).permutation(23)[:17]
-    ours = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7)
-    shares = share_of(rows, 0, 1, accumulation_steps)
-    loss = accumulate(ours, small_set, shares, 17, Task.MULTI_CLASS, ALONE, rdrop)
-    plain = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7)
-    expected = plain_loss(plain, small_set, rows.tolist())
-    expected.backward()
-    assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
-    for (name, left), right in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        assert left.grad is not None and right.grad is not None, name
-        assert torch.allclose(left.grad, right.grad, rtol=1e-4, atol=1e-6), name
+    """Two thirds of the validation rows are training rows here."""
+    texts, labels = make_rows(TRAIN_ROWS, 1)
+    mixed, answers = make_rows(10, 6)
+    table = pa.table({"text": [*texts[:20], *mixed], "label": [*labels[:20], *answers]})
+    fakes.write_archive(str(tmp_path), {"mixed.parquet": table})
+    places = data | {"valid": f"{tmp_path}/mixed.parquet"}
+
+    def run(duplicates: str) -> dict[str, Any]:
+        config = configure(
+            places, base, str(tmp_path / duplicates), data={"duplicates": duplicates}, optim={"epochs": 1}
+        )
+        return train(config, "night-1", cluster_facts())
+
+    found = run("drop")
+    assert found["known_from_training"] == {"valid": 20, "test": 0}
+    assert found["rows"] == {"train": TRAIN_ROWS - 20, "valid": 30, "test": TEST_ROWS}
+    with pytest.raises(UsageError, match=r"20 of 30 valid rows have the text of a training row, expected at most 0.1%"):
+        run("refuse")
 
 
-@pytest.mark.parametrize("task", [Task.MULTI_CLASS, Task.MULTI_LABEL])
-def test_rdrop_is_the_formula_of_its_paper(task: Task) -> None:
-    """By torch's own distributions; half of it, see `rdrop_losses`."""
-    logits, losses = torch.randn(2 * 5, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10.0)
-    distribution: Any = Categorical if task is Task.MULTI_CLASS else Bernoulli
-    first, second = (distribution(logits=some) for some in logits.chunk(2))
-    both = (kl_divergence(first, second) + kl_divergence(second, first)) / 2
-    both = both if both.ndim == 1 else both.mean(dim=1)
-    expected = (losses[:5] + losses[5:] + 0.7 * both) / 2
-    assert torch.allclose(rdrop_losses(logits, losses, task, 0.7), expected, atol=1e-6)
+def test_a_loss_that_is_no_number_ends_the_run_with_its_batch(
+    data: dict[str, str], base: str, ray_session: None, tmp_path: Path
+) -> None:
+    config = configure(
+        data,
+        base,
+        str(tmp_path / "nan"),
+        optim={"learning_rate": 1e30, "warmup_fraction": 0.0},
+        resources={"num_workers": 2},
+    )
+    said = r"no finite number from step [2-6] \(epoch 1\) on; rows [0-9, .]+ of the 81 usable training rows .* lower optim.learning_rate"
+    with pytest.raises(UsageError, match=said):
+        train(config, "night-1", cluster_facts())
 
 
-def test_rdrop_weighs_what_dropout_makes_of_a_row(base: str, small_set: LabelledSet) -> None:
-    model = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.3, 7).train()
+def test_two_workers_unfreeze_and_weigh_as_one_does(
+    data: dict[str, str], base: str, ray_session: None, tmp_path: Path
+) -> None:
+    """One layer more each epoch: what gradients two workers exchange changes in between."""
     found = []
-    for weight in (1e-9, 4.0):
-        torch.manual_seed(3)
-        found.append(float(accumulate(model, small_set, [np.arange(23)], 23, Task.MULTI_CLASS, ALONE, weight)))
-    assert found[1] > found[0] + 1e-4
+    for workers in (1, 2):
+        config = configure(
+            data,
+            base,
+            str(tmp_path / str(workers)),
+            train={"weight_column": "weight"},
+            loss={"class_weights": "balanced"},
+            optim={"unfreeze_layers": 1, "schedule": "cosine"},
+            resources={"num_workers": workers},
+        )
+        found.append((train(config, "night-1", cluster_facts()), weights_of(config.output.path)))
+    assert found[0][0]["dropped"]["train"]["no weight"] == 2
+    assert_same_learning(found[0][0], found[1][0])
+    assert difference(found[0][1], found[1][1]) < 1e-5
+    before = load_file(Path(base) / "model.safetensors")
+    same = {name for name, one in before.items() if torch.equal(one, found[0][1][f"bert.{name}"])}
+    assert {name.split(".")[0] for name in same} == {"embeddings", "encoder"}
+    assert not [name for name in same if "layer.1." in name], "the second epoch's layer has learned"
+    assert [name for name in before if "layer.0." in name and name not in same] == []
 
 
-@pytest.mark.parametrize("family", fakes.FAMILIES)
-def test_every_weight_of_every_family_learns(family: str, small_set: LabelledSet, tmp_path: Path) -> None:
-    """Workers would wait for the gradient of a weight that takes no part."""
-    fakes.make_encoder(tmp_path / family, family)
-    model = new_classifier(str(tmp_path / family), LABELS, Task.MULTI_CLASS, None, 7)
-    accumulate(model, small_set, [np.arange(4)], 4, Task.MULTI_CLASS, ALONE)
-    assert [name for name, one in model.named_parameters() if one.grad is None] == []
-
-
-def test_steps_are_those_of_a_plain_torch_loop(base: str, small_set: LabelledSet) -> None:
-    """AdamW, decay of matrices alone, clipping, warm-up and decay of the rate, written out plainly."""
-    optim = OptimSection(learning_rate=1e-3, warmup_fraction=0.25, weight_decay=0.1, max_grad_norm=0.5)
-    batches = [np.arange(0, 8), np.arange(8, 16), np.arange(16, 23), np.arange(0, 8)]
-    learner = Learner(new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7), optim, Task.MULTI_CLASS, ALONE, 4)
-    plain = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7).train()
-    groups = [
-        {"params": [one for one in plain.parameters() if one.ndim > 1], "weight_decay": 0.1},
-        {"params": [one for one in plain.parameters() if one.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8)
-    for number, (rows, rate) in enumerate(zip(batches, (1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3), strict=True)):
-        learner.step(number, small_set, rows)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad()
-        plain_loss(plain, small_set, rows.tolist()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
-        assert norm > 0.5, "clipping must be at work"
-        optimizer.step()
-    ours = {name: one.detach() for name, one in learner.model.named_parameters()}
-    assert difference(ours, {name: one.detach() for name, one in plain.named_parameters()}) < 1e-5
-
-
-def test_each_layer_learns_at_its_own_rate(base: str) -> None:
-    optim = OptimSection(learning_rate=1e-3, head_learning_rate=5e-3, layer_decay=0.5)
-    model = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7)
-    assert model.config.num_hidden_layers == 2
-    names = {id(one): name for name, one in model.named_parameters()}
-    rates = {
-        names[id(one)]: group["peak"] for group in new_optimizer(model, optim).param_groups for one in group["params"]
-    }
-    expected = {
-        "bert.embeddings.": 1e-3 / 4,
-        "bert.encoder.layer.0.": 1e-3 / 2,
-        "bert.encoder.layer.1.": 1e-3,
-        "bert.pooler.": 5e-3,
-        "classifier.": 5e-3,
-    }
-    assert rates == {name: next(rate for start, rate in expected.items() if name.startswith(start)) for name in rates}
-    assert rates.keys() == set(names.values())
-
-
-@pytest.mark.parametrize("family", fakes.FAMILIES)
-def test_every_family_has_a_depth_for_each_layer(family: str, tmp_path: Path) -> None:
-    fakes.make_encoder(tmp_path / family, family)
-    model = new_classifier(str(tmp_path / family), LABELS, Task.MULTI_CLASS, None, 7)
-    depths = {name: depth_of(name, model) for name, _ in model.named_parameters()}
-    layers = (
-        1 if family == "albert" else model.config.num_hidden_layers
-    )  # ALBERT's layers are one, used again and again
-    assert set(depths.values()) == set(range(layers + 2))
-    words = next(name for name, one in model.named_parameters() if one is model.get_input_embeddings().weight)
-    assert depths[words] == layers + 1
-    encoder = {id(one) for one in model.base_model.parameters()}
-    assert {depths[name] for name, one in model.named_parameters() if id(one) not in encoder} == {0}
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    """Of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_the_average_of_the_weights_is_what_is_evaluated(
-    base: str, small_set: LabelledSet, process_group: None
+def test_adapters_are_merged_into_a_plain_checkpoint(
+    data: dict[str, str], base: str, ray_session: None, tmp_path: Path
 ) -> None:
-    """Its first value is the first step's; from then on a tenth of each step's weights comes in."""
-    optim = OptimSection(learning_rate=1e-2, ema_decay=0.9)
-    learner = Learner(new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7), optim, Task.MULTI_CLASS, ALONE, 4)
-    expected: Weights = {}
-    for number in range(4):
-        learner.step(number, small_set, np.arange(23))
-        for name, one in learner.model.state_dict().items():
-            expected[name] = one.clone() if number == 0 else 0.9 * expected[name] + 0.1 * one
-    average = learner.candidate.state_dict()
-    assert difference(average, expected) < 1e-6
-    assert difference(average, learner.model.state_dict()) > 1e-3
-    found = learner.evaluate(Subset(small_set, np.arange(23)))
-    assert found is not None
-    plain = plain_loss(learner.candidate.eval(), small_set, range(23)).item()
-    assert found[1].mean() == pytest.approx(plain, rel=1e-5)
-
-
-def test_a_set_gives_its_rows_in_any_order(small_set: LabelledSet) -> None:
-    rows = Subset(small_set, np.array([22, 0, 13, 14]))
-    ids, mask, type_ids = small_set.gather(rows.chosen)
-    assert type_ids is None
-    assert mask.sum(axis=1).tolist() == rows.lengths.tolist()
-    for place, row in enumerate(rows.chosen):
-        alone, _, _ = small_set.gather(np.array([row]))
-        assert ids[place][mask[place]].tolist() == alone[0].tolist()
-        assert not ids[place][~mask[place]].any()
+    config = configure(
+        data,
+        base,
+        str(tmp_path / "lora"),
+        model={"max_length": 12, "truncation": "head_tail"},
+        lora={"rank": 4},
+        optim={"learning_rate": 5e-3, "epochs": 4},
+        resources={"num_workers": 2},
+    )
+    metrics = train(config, "night-1", cluster_facts())
+    texts, labels = make_rows(TEST_ROWS, 3)
+    whole = AutoTokenizer.from_pretrained(config.output.path)
+    plain = AutoModelForSequenceClassification.from_pretrained(config.output.path).eval()
+    logits = []
+    for text in texts:
+        ids = whole(text, verbose=False)["input_ids"]
+        kept = ids if len(ids) <= 12 else [*ids[:4], *ids[-8:]]
+        with torch.no_grad():
+            logits.append(plain(torch.tensor([kept])).logits[0])
+    truth = [LABELS.index(label) for label in labels]
+    assert metrics["test"]["confusion"] == confusion_matrix(truth, torch.stack(logits).argmax(1)).tolist()
+    loaded = checkpoint.load(config.output.path)
+    tokens = checkpoint.tokenizer_of(loaded).encode(texts)
+    found = Predictor(loaded, "fp32").probabilities(tokens.ids, tokens.offsets)
+    assert np.abs(found - torch.stack(logits).softmax(-1).numpy()).max() < 1e-4, "scoring cuts as training did"
+    before, after = load_file(Path(base) / "model.safetensors"), weights_of(config.output.path)
+    changed = {name for name, one in before.items() if not torch.equal(one, after[f"bert.{name}"])}
+    assert {name.rpartition("self.")[2] for name in changed if "layer" in name} == {"query.weight", "value.weight"}

@@ -24,15 +24,19 @@ ORDER = (
         "template",
         "tokenization",
         "batching",
+        "calibration",
         "metrics",
+        "heads",
         "model",
+        "loss",
+        "tuning",
         "runtime",
         "progress",
         "mapped",
         "publishing",
     ),
     *("versions", "verification"),
-    *("checkpoint", "packing", "engine"),
+    *("checkpoint", "packing", "engine", "budget"),
     # the work of one process
     *("labelled", "blocks", "predictor", "learning", "fitting"),
     # the work of a cluster
@@ -52,7 +56,19 @@ MAY_IMPORT_RAY = {
     "suspects",
     "pipeline",
 }
-MAY_IMPORT_TORCH = {"model", "packing", "engine", "predictor", "learning", "fitting", "training"}
+MAY_IMPORT_TORCH = {
+    "heads",
+    "model",
+    "loss",
+    "tuning",
+    "packing",
+    "engine",
+    "budget",
+    "predictor",
+    "learning",
+    "fitting",
+    "training",
+}
 
 MODULES = sorted(path.stem for path in (REPOSITORY / "lib").glob("*.py") if path.stem != "__init__")
 

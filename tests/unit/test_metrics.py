@@ -4,25 +4,35 @@ import json
 import math
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+from scipy.special import softmax
+from sklearn.metrics import log_loss
 
 from lib import metrics
+from lib.calibration import Decision
 from lib.schema import Task
 
 LABELS = ("a", "b", "c")
+CLASSES, SEVERAL = Decision(task=Task.MULTI_CLASS), Decision(task=Task.MULTI_LABEL)
+
+
+def logits_for(answers: npt.NDArray[np.integer]) -> npt.NDArray[np.floating]:
+    """Logits (N, 3) that make these answers."""
+    return 4.0 * (np.eye(3)[answers] if answers.ndim == 1 else answers) - 2.0
 
 
 def test_multi_class_numbers_are_those_worked_out_by_hand() -> None:
     truth = np.array([0, 0, 0, 1, 1, 2])
     answers = np.array([0, 0, 1, 1, 1, 0])
-    found = metrics.describe(truth, answers, np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), Task.MULTI_CLASS, LABELS)
+    found = metrics.describe(truth, logits_for(answers), CLASSES, LABELS)
 
     assert found["rows"] == 6
     assert found["accuracy"] == pytest.approx(4 / 6)
     assert found["micro_f1"] == pytest.approx(4 / 6)
     # a: precision 2/3, recall 2/3; b: precision 2/3, recall 1; c: never answered
     assert found["macro_f1"] == pytest.approx((2 / 3 + 0.8 + 0) / 3)
-    assert found["loss"] == pytest.approx(3.5)
+    assert found["loss"] == pytest.approx(log_loss(truth, softmax(logits_for(answers), axis=1)))
     assert found["confusion"] == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
     assert [(one["label"], one["support"]) for one in found["per_class"]] == [("a", 3), ("b", 2), ("c", 1)]
     assert found["per_class"][1]["precision"] == pytest.approx(2 / 3)
@@ -32,7 +42,7 @@ def test_multi_class_numbers_are_those_worked_out_by_hand() -> None:
 def test_multi_label_numbers_are_those_worked_out_by_hand() -> None:
     truth = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 0]])
     answers = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]])
-    found = metrics.describe(truth, answers, np.zeros(3), Task.MULTI_LABEL, LABELS)
+    found = metrics.describe(truth, logits_for(answers), SEVERAL, LABELS)
 
     assert found["accuracy"] == pytest.approx(1 / 3)  # all labels of the row right
     assert found["macro_f1"] == pytest.approx(2 / 3)
@@ -41,17 +51,16 @@ def test_multi_label_numbers_are_those_worked_out_by_hand() -> None:
 
 
 def test_classes_without_rows_keep_their_place() -> None:
-    found = metrics.describe(np.array([0, 0]), np.array([0, 0]), np.zeros(2), Task.MULTI_CLASS, LABELS)
+    found = metrics.describe(np.array([0, 0]), logits_for(np.array([0, 0])), CLASSES, LABELS)
     assert len(found["confusion"]) == len(found["per_class"]) == 3
     assert found["macro_f1"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("task", [Task.MULTI_CLASS, Task.MULTI_LABEL])
-def test_metrics_are_plain_json(task: Task) -> None:
+@pytest.mark.parametrize("decision", [CLASSES, SEVERAL])
+def test_metrics_are_plain_json(decision: Decision) -> None:
     """NumPy's float64 passes through json; its float32 and integers do not, and Ray Train ends a run on any of them."""
-    probabilities = np.random.default_rng(0).random((20, 3), dtype=np.float32)
-    answers = metrics.decide(probabilities, task)
-    found = metrics.describe(answers, answers, np.ones(20, np.float32), task, LABELS)
+    logits = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    found = metrics.describe(decision.answers(logits), logits, decision, LABELS)
     json.dumps(found)
 
     def types(value: object) -> set[type]:
@@ -60,12 +69,6 @@ def test_metrics_are_plain_json(task: Task) -> None:
         return set().union(*map(types, value)) if isinstance(value, list) else {type(value)}
 
     assert types(found) <= {float, int, str}
-
-
-def test_answers_are_the_most_probable_class_or_all_labels_from_a_half_on() -> None:
-    probabilities = np.array([[0.2, 0.5, 0.3], [0.6, 0.5, 0.49]])
-    assert metrics.decide(probabilities, Task.MULTI_CLASS).tolist() == [1, 0]
-    assert metrics.decide(probabilities, Task.MULTI_LABEL).tolist() == [[0, 1, 0], [1, 1, 0]]
 
 
 def test_less_loss_is_better_and_more_of_all_else() -> None:
@@ -81,5 +84,5 @@ def test_less_loss_is_better_and_more_of_all_else() -> None:
 def test_confusions_come_most_rows_first_and_leave_out_what_is_right() -> None:
     truth = np.array([0, 0, 0, 1, 2, 2])
     answers = np.array([1, 1, 0, 1, 0, 2])
-    found = metrics.describe(truth, answers, np.zeros(6), Task.MULTI_CLASS, LABELS)
+    found = metrics.describe(truth, logits_for(answers), CLASSES, LABELS)
     assert metrics.top_confusions(found) == [("a", "b", 2), ("c", "a", 1)]

@@ -251,6 +251,24 @@ def test_texts_of_any_length_are_cut_as_the_reference_cuts_them(family: str, sid
             check(ours, theirs, [*long, "a b"], ["a b", *long])
 
 
+@pytest.mark.parametrize("max_length", [8, 33, 64])
+def test_the_tail_or_head_and_tail_of_long_texts_can_be_kept(folder: str, max_length: int) -> None:
+    """Of 64 tokens 16 and the first special one at the beginning, 46 and the last special one at the end."""
+    theirs = AutoTokenizer.from_pretrained(folder)
+    texts = [*AWKWARD, fakes.PROSE, " ".join(reversed(fakes.PROSE.split()))]
+    both = Tokenizer(folder, max_length, truncation="head_tail").encode(texts)
+    for row, text in enumerate(texts):
+        whole = theirs(text, verbose=False)["input_ids"]
+        head = max_length // 4 + 1
+        expected = whole if len(whole) <= max_length else [*whole[:head], *whole[head - max_length :]]
+        start, stop = both.offsets[row : row + 2]
+        assert both.ids[start:stop].tolist() == expected
+        assert both.truncated[row] == (len(whole) > max_length)
+    assert both.truncated[-2:].all()
+    theirs.truncation_side = "left"
+    check(Tokenizer(folder, max_length, truncation="tail"), theirs, texts)
+
+
 def test_blanks_that_stay_together_are_not_parted(tmp_path: Path) -> None:
     fakes.save_tokenizer(tmp_path, "modernbert")
     fakes.make_config("modernbert").save_pretrained(tmp_path)

@@ -1,0 +1,126 @@
+"""What a trained classifier's scores mean: the temperature that makes them honest, and from which one a label is given.
+
+Both are found on validation rows, kept in the checkpoint's card, and used by scoring. Letters: N rows, C classes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_expit, log_softmax, softmax
+from sklearn.metrics import precision_recall_curve
+
+from lib.config import DecisionSection
+from lib.errors import UsageError
+from lib.schema import Task
+
+FloatArray = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.integer]
+
+MULTI_LABEL_THRESHOLD = 0.5
+"""A label is given from this probability on, if nothing else is chosen."""
+
+CALIBRATION_BINS = 15
+
+LARGEST_LOG_TEMPERATURE = 3.0
+"""A temperature is sought from 1/20 to 20."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """How logits become answers."""
+
+    task: Task
+    temperature: float = 1.0
+    """logits are divided by it"""
+    thresholds: tuple[float, ...] | None = None
+    """(C,), for multi-label: the probability from which on each label is given"""
+
+    def probabilities(self, logits: FloatArray) -> FloatArray:
+        """Logits (N, C) to probabilities."""
+        scaled = logits.astype(np.float64) / self.temperature
+        found: FloatArray = expit(scaled) if self.task is Task.MULTI_LABEL else softmax(scaled, axis=1)
+        return found
+
+    def answers(self, logits: FloatArray) -> npt.NDArray[np.int64]:
+        """Logits (N, C) to the class (N,), or for multi-label to zeros and ones (N, C)."""
+        if self.task is not Task.MULTI_LABEL:
+            return logits.argmax(axis=1).astype(np.int64)
+        limits = np.asarray(self.thresholds or [MULTI_LABEL_THRESHOLD] * logits.shape[1])
+        return (self.probabilities(logits) >= limits).astype(np.int64)
+
+    def losses(self, logits: FloatArray, targets: IntArray) -> npt.NDArray[np.float64]:
+        """Cross entropy of each row (N,), for multi-label the labels' mean binary one."""
+        scaled = logits.astype(np.float64) / self.temperature
+        if self.task is Task.MULTI_LABEL:
+            found = -np.where(targets > 0, log_expit(scaled), log_expit(-scaled)).mean(axis=1)
+        else:
+            found = -log_softmax(scaled, axis=1)[np.arange(len(targets)), targets]
+        return np.asarray(found, np.float64)
+
+
+def decide(section: DecisionSection, logits: FloatArray, targets: IntArray, task: Task) -> Decision:
+    """Find the temperature and the thresholds that are asked for, on rows with known answers."""
+    temperature = find_temperature(logits, targets, task) if section.temperature else 1.0
+    found = Decision(task=task, temperature=temperature)
+    if section.thresholds is None:
+        return found
+    thresholds = find_thresholds(found.probabilities(logits), targets, section.thresholds)
+    return Decision(task=task, temperature=temperature, thresholds=thresholds)
+
+
+def check_decision(section: DecisionSection, task: Task) -> None:
+    """Raise `UsageError` for thresholds where every row gets the likeliest class."""
+    if section.thresholds is not None and task is not Task.MULTI_LABEL:
+        raise UsageError(
+            "decision.thresholds: each row of this data has one label, the likeliest; thresholds are for labels that are given"
+            " each by itself"
+        )
+
+
+def find_temperature(logits: FloatArray, targets: IntArray, task: Task) -> float:
+    """The temperature with the least cross entropy (Guo et al. 2017, arXiv 1706.04599). Answers stay what they are."""
+
+    def loss(log_temperature: float) -> float:
+        return float(Decision(task=task, temperature=float(np.exp(log_temperature))).losses(logits, targets).mean())
+
+    bounds = (-LARGEST_LOG_TEMPERATURE, LARGEST_LOG_TEMPERATURE)
+    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x))
+
+
+def find_thresholds(probabilities: FloatArray, targets: IntArray, goal: str | float) -> tuple[float, ...]:
+    """For each label the threshold with the best F1, or with the best recall of those with at least that precision.
+
+    Half-way to the next lower probability, so that rounding changes nothing. A label without a row that has it keeps 0.5; one
+    that never comes to the precision is given from its largest probability on.
+    """
+    found = []
+    for column, truth in zip(probabilities.T, targets.T, strict=True):
+        if not truth.any():
+            found.append(MULTI_LABEL_THRESHOLD)
+            continue
+        precision, recall, limits = precision_recall_curve(truth, column)
+        precision, recall = precision[:-1], recall[:-1]
+        if goal == "f1":
+            best = int(np.argmax(2 * precision * recall / np.maximum(precision + recall, 1e-12)))
+        else:
+            enough = np.flatnonzero(precision >= float(goal))
+            best = int(enough[0]) if len(enough) else len(limits) - 1
+        lower = column[column < limits[best]]
+        found.append(float((limits[best] + lower.max()) / 2) if len(lower) else float(limits[best]))
+    return tuple(found)
+
+
+def calibration_error(probabilities: FloatArray, targets: IntArray, task: Task) -> float:
+    """Expected calibration error: how far the mean score of equally many rows is from how often it is right, on average.
+
+    In 15 bins of equal size, by the likeliest class's probability; for multi-label over the probabilities of all labels.
+    """
+    if task is Task.MULTI_LABEL:
+        scores, right = probabilities.ravel(), targets.ravel().astype(np.float64)
+    else:
+        scores, right = probabilities.max(axis=1), (probabilities.argmax(axis=1) == targets).astype(np.float64)
+    order = np.argsort(scores, kind="stable")
+    bins = [part for part in np.array_split(order, CALIBRATION_BINS) if len(part)]
+    return float(sum(len(part) * abs(scores[part].mean() - right[part].mean()) for part in bins) / len(scores))

@@ -1,0 +1,134 @@
+"""A classifier of our own, for what transformers' do not offer: which layer is read, how its tokens are pooled, hidden layers.
+
+It has what the rest needs of a classifier of transformers: `config`, `base_model`, `save_pretrained`, an output with `logits`.
+Letters: B rows, L padded length, H hidden size, C classes.
+"""
+
+import inspect
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from lib.config import HeadSection
+from lib.errors import UsageError
+
+ARCHITECTURE = "TextsweepForSequenceClassification"
+"""Its name in `config.json`."""
+
+SPECIFICATION = "textsweep_head"
+"""The key of `config.json` under which the head is described."""
+
+WEIGHTS = "model.safetensors"
+
+LAST_LAYERS = 4
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+class PooledClassifier(nn.Module):
+    """An encoder, a pooling of its tokens, and a head."""
+
+    base_model_prefix = "encoder"
+
+    def __init__(self, encoder: Any, head: HeadSection) -> None:
+        """Raises `UsageError` if the pooler is wanted of an encoder that has none."""
+        super().__init__()
+        self.config = encoder.config
+        self.pooling, self.layer = head.pooling or "first", head.layer
+        if self.pooling != "pooler":
+            if getattr(encoder, "pooler", None) is not None:
+                encoder.pooler = None  # workers would wait for the gradients of what takes no part
+        elif getattr(encoder, "pooler", None) is None:
+            raise UsageError(
+                f'head.pooling = "pooler": {self.config.model_type} encoders have none; choose first, mean or max'
+            )
+        elif head.layer == "last_4":
+            raise UsageError(
+                'head.pooling = "pooler" reads the last layer, head.layer = "last_4" four; leave one of the two out'
+            )
+        self.encoder = encoder
+        self.takes_segments = "token_type_ids" in inspect.signature(encoder.forward).parameters
+        sizes = [self.config.hidden_size, *head.hidden_sizes, self.config.num_labels]
+        parts: list[nn.Module] = []
+        for before, after in pairwise(sizes):
+            parts += [nn.Dropout(head.dropout), nn.Linear(before, after), ACTIVATIONS[head.activation]()]
+        self.head = nn.Sequential(*parts[:-1])
+        self.config.architectures = [ARCHITECTURE]
+        setattr(self.config, SPECIFICATION, head.model_dump(mode="json"))
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The encoder."""
+        found: nn.Module = self.encoder
+        return found
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        """Ids, mask and segments (B, L) to logits (B, C)."""
+        segments = {"token_type_ids": token_type_ids} if self.takes_segments and token_type_ids is not None else {}
+        several = self.layer == "last_4"
+        found = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=several, **segments
+        )
+        if self.pooling == "pooler":
+            return SequenceClassifierOutput(logits=self.head(found.pooler_output))
+        states = torch.stack(found.hidden_states[1:][-LAST_LAYERS:]).mean(dim=0) if several else found.last_hidden_state
+        return SequenceClassifierOutput(logits=self.head(pool(states, attention_mask, self.pooling)))
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write `config.json` and the weights."""
+        self.config.save_pretrained(folder)
+        weights = {name: one.detach().cpu().contiguous() for name, one in self.state_dict().items()}
+        save_file(weights, Path(folder) / WEIGHTS, {"format": "pt"})
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Hidden states (B, L, H) of tokens that count where the mask (B, L) says so, to (B, H)."""
+    if pooling == "first":
+        return states[:, 0]
+    counts = mask[:, :, None].bool()
+    if pooling == "max":
+        return states.masked_fill(~counts, torch.finfo(states.dtype).min).amax(dim=1)
+    # Filled, not multiplied: what OpenVINO makes of padding can be NaN (ModernBERT).
+    return states.masked_fill(~counts, 0).sum(dim=1) / counts.sum(dim=1)
+
+
+def read_to(config: Any, head: HeadSection) -> None:
+    """Cut a configuration down to the layers that the head reads. Raises `UsageError` if there are fewer."""
+    if not isinstance(head.layer, int):
+        return
+    if head.layer > config.num_hidden_layers:
+        raise UsageError(
+            f"head.layer = {head.layer}, but model.base has {config.num_hidden_layers} layers; the last one is read without the key"
+        )
+    config.num_hidden_layers = head.layer
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: head.layer]
+
+
+def new_head(model: PooledClassifier, seed: int) -> None:
+    """Draw the head's weights, the same for the same seed, as the family draws its own."""
+    torch.manual_seed(seed)
+    for one in model.head.modules():
+        if isinstance(one, nn.Linear):
+            nn.init.normal_(one.weight, std=getattr(model.config, "initializer_range", 0.02))
+            nn.init.zeros_(one.bias)
+
+
+def load_pooled(folder: str, encoder: Any) -> PooledClassifier:
+    """Fill a classifier, described by its encoder's configuration, with the weights in a folder. Raises `UsageError` if some are missing."""
+    model = PooledClassifier(encoder, HeadSection.model_validate(getattr(encoder.config, SPECIFICATION)))
+    weights = load_file(Path(folder) / WEIGHTS)
+    missing = sorted(model.state_dict().keys() ^ weights.keys())
+    if missing:
+        raise UsageError(
+            f"{folder}: {WEIGHTS} does not fit its config.json ({', '.join(missing[:3])}): the checkpoint is damaged"
+        )
+    model.load_state_dict(weights)
+    return model

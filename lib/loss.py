@@ -1,0 +1,115 @@
+"""What training makes small, row by row. Letters: B rows of a forward pass, C classes, N rows of a set."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from lib.config import LossSection
+from lib.errors import UsageError, nearest
+from lib.schema import Task
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The training loss of a run. A step's loss is the mean over its rows, each taken times its weight."""
+
+    task: Task
+    gamma: float = 0.0
+    """of the focal loss; 0 is cross entropy"""
+    smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    """(C,), of a row of each class"""
+    positive_weights: tuple[float, ...] | None = None
+    """(C,), for multi-label, of having a label"""
+    rdrop: float = 0.0
+    """weight of R-Drop: each row passes twice"""
+
+    def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Loss of each row (B,), in fp32, from logits (B, C) and targets (B,) or (B, C)."""
+        logits = logits.float()
+        if self.task is Task.MULTI_LABEL:
+            hot = targets.float()
+            smooth = hot * (1 - self.smoothing) + self.smoothing / 2
+            positive = None if self.positive_weights is None else logits.new_tensor(self.positive_weights)
+            found = functional.binary_cross_entropy_with_logits(logits, smooth, reduction="none", pos_weight=positive)
+            if self.gamma:
+                found = found * (hot - logits.sigmoid()).abs() ** self.gamma
+            return found.mean(dim=1)
+        found = functional.cross_entropy(logits, targets, reduction="none", label_smoothing=self.smoothing)
+        if self.gamma:
+            right = logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+            found = found * (1 - right.exp()) ** self.gamma
+        return found
+
+    def row_weights(self, targets: npt.NDArray[np.integer], weights: FloatArray | None) -> FloatArray:
+        """How much each row counts (N,): its own weight, if rows have one, times its class's."""
+        found = np.ones(len(targets), np.float32) if weights is None else weights
+        return found if self.class_weights is None else found * np.asarray(self.class_weights, np.float32)[targets]
+
+
+def rdrop_losses(logits: torch.Tensor, losses: torch.Tensor, task: Task, weight: float) -> torch.Tensor:
+    """Loss of each row (B,) from two passes over it, given logits (2B, C) and losses (2B,): the first ones, then the second.
+
+    Half of R-Drop's (Liang et al. 2021, arXiv 2106.14448, equation 4), so that it is the plain loss without dropout: the mean
+    of both passes' losses and `weight` / 2 of the mean of both Kullback-Leibler divergences, for multi-label its labels' mean.
+    """
+    plain = losses.view(2, -1).mean(dim=0)
+    logits = logits.float()
+    if task is Task.MULTI_LABEL:
+        # the log odds' difference stands for both classes
+        (p, q), (log_p, log_q) = logits.sigmoid().chunk(2), logits.chunk(2)
+        divergence = ((p - q) * (log_p - log_q)).mean(dim=1)
+    else:
+        (p, q), (log_p, log_q) = logits.softmax(dim=-1).chunk(2), logits.log_softmax(dim=-1).chunk(2)
+        divergence = ((p - q) * (log_p - log_q)).sum(dim=1)
+    return plain + weight / 2 * divergence / 2
+
+
+def make_objective(
+    section: LossSection, rdrop: float, task: Task, labels: Sequence[str], counts: Mapping[str, int], num_rows: int
+) -> Objective:
+    """Resolve a configuration for labels that occur `counts` times in the N training rows.
+
+    Balanced: N / (C n) for a class of n rows, as scikit-learn has it, so that the mean over all rows is 1; for multi-label
+    (N - n) / n. Raises `UsageError` for what does not fit the task or names no label.
+    """
+    if task is Task.MULTI_LABEL and section.class_weights is not None:
+        raise UsageError("loss.class_weights: a row of this data can have several labels; use loss.positive_weights")
+    if task is not Task.MULTI_LABEL and section.positive_weights is not None:
+        raise UsageError("loss.positive_weights: each row of this data has one label; use loss.class_weights")
+    if section.kind == "focal" and section.label_smoothing:
+        raise UsageError("loss.label_smoothing with loss.kind = focal: each undoes the other; leave one of the two out")
+    given = {"class": section.class_weights, "positive": section.positive_weights}
+    balanced = {
+        "class": [num_rows / (len(labels) * max(1, counts.get(label, 0))) for label in labels],
+        "positive": [(num_rows - counts.get(label, 0)) / max(1, counts.get(label, 0)) for label in labels],
+    }
+    found = {
+        name: None if one is None else tuple(balanced[name] if one == "balanced" else named(name, one, labels))
+        for name, one in given.items()
+    }
+    return Objective(
+        task=task,
+        gamma=section.focal_gamma if section.kind == "focal" else 0.0,
+        smoothing=section.label_smoothing,
+        class_weights=found["class"],
+        positive_weights=found["positive"],
+        rdrop=rdrop,
+    )
+
+
+def named(name: str, weights: Mapping[str, float], labels: Sequence[str]) -> list[float]:
+    """Weights in label order, 1 for labels that are not named."""
+    for label in weights:
+        if label not in labels:
+            raise UsageError(
+                f"loss.{name}_weights: {label!r} is none of the {len(labels)} labels{nearest(label, labels)}; choose from"
+                f" {', '.join(labels[:20])}"
+            )
+    return [weights.get(label, 1.0) for label in labels]

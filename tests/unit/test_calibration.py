@@ -1,0 +1,112 @@
+"""Temperature, thresholds and calibration error against data whose truth is known, and scikit-learn."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from scipy.special import expit, softmax
+from sklearn.metrics import f1_score, log_loss, precision_score, recall_score
+from torch.nn import functional
+
+from lib.calibration import Decision, calibration_error, check_decision, decide, find_temperature, find_thresholds
+from lib.config import DecisionSection
+from lib.errors import UsageError
+from lib.schema import PredictionSchema, Task, to_results
+
+ROWS, CLASSES = 20_000, 5
+
+
+def honest(task: Task, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (N, C) and answers drawn from just the probabilities that they say."""
+    chance = np.random.default_rng(seed)
+    logits = chance.normal(scale=2, size=(ROWS, CLASSES))
+    if task is Task.MULTI_LABEL:
+        return logits, (chance.random(logits.shape) < expit(logits)).astype(np.uint8)
+    sums = softmax(logits, axis=1).cumsum(axis=1)
+    return logits, (chance.random((ROWS, 1)) > sums).sum(axis=1).clip(0, CLASSES - 1)
+
+
+@pytest.mark.parametrize("task", [Task.MULTI_CLASS, Task.MULTI_LABEL])
+@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
+def test_the_temperature_undoes_a_factor(task: Task, factor: float) -> None:
+    logits, truth = honest(task)
+    found = find_temperature(logits * factor, truth, task)
+    assert found == pytest.approx(factor, rel=0.03)
+    before, after = (Decision(task=task, temperature=one) for one in (1.0, found))
+    assert calibration_error(after.probabilities(logits * factor), truth, task) < 0.015
+    if factor != 1:
+        assert calibration_error(before.probabilities(logits * factor), truth, task) > 0.05
+        assert after.losses(logits * factor, truth).mean() < before.losses(logits * factor, truth).mean()
+    if task is Task.MULTI_CLASS:
+        assert (before.answers(logits) == after.answers(logits)).all()
+
+
+@pytest.mark.parametrize("task", [Task.MULTI_CLASS, Task.MULTI_LABEL])
+def test_losses_are_those_of_torch(task: Task) -> None:
+    logits, truth = honest(task)
+    found = Decision(task=task, temperature=2.0).losses(logits[:50], truth[:50])
+    scaled, target = torch.from_numpy(logits[:50] / 2), torch.from_numpy(truth[:50])
+    expected = (
+        functional.binary_cross_entropy_with_logits(scaled, target.double(), reduction="none").mean(1)
+        if task is Task.MULTI_LABEL
+        else functional.cross_entropy(scaled, target, reduction="none")
+    )
+    assert found == pytest.approx(expected.numpy())
+    if task is Task.MULTI_CLASS:
+        assert found.mean() == pytest.approx(
+            log_loss(truth[:50], softmax(logits[:50] / 2, axis=1), labels=range(CLASSES))
+        )
+
+
+def test_thresholds_have_the_best_f1_of_all_that_there_are() -> None:
+    logits, truth = honest(Task.MULTI_LABEL)
+    probabilities, truth = expit(logits[:300] - 1), truth[:300]
+    found = find_thresholds(probabilities, truth, "f1")
+    for column, limit in enumerate(found):
+        best = max(f1_score(truth[:, column], probabilities[:, column] >= one) for one in probabilities[:, column])
+        assert f1_score(truth[:, column], probabilities[:, column] >= limit) == pytest.approx(best)
+        assert limit not in probabilities[:, column], "half-way between two, so that rounding changes nothing"
+
+
+def test_thresholds_keep_a_precision_with_the_best_recall() -> None:
+    logits, truth = honest(Task.MULTI_LABEL)
+    probabilities, truth = expit(logits[:300]), truth[:300]
+    for column, limit in enumerate(find_thresholds(probabilities, truth, 0.9)):
+        answers = probabilities[:, column] >= limit
+        assert precision_score(truth[:, column], answers) >= 0.9
+        others = [probabilities[:, column] >= one for one in probabilities[:, column]]
+        allowed = [one for one in others if precision_score(truth[:, column], one) >= 0.9]
+        assert recall_score(truth[:, column], answers) == max(recall_score(truth[:, column], one) for one in allowed)
+
+
+def test_labels_without_a_row_and_precisions_out_of_reach_have_a_threshold() -> None:
+    probabilities = np.array([[0.2, 0.9], [0.3, 0.8]])
+    assert find_thresholds(probabilities, np.array([[0, 0], [0, 1]]), 0.9) == pytest.approx((0.5, 0.85))
+
+
+def test_the_calibration_error_of_known_bins() -> None:
+    """15 rows are a bin each."""
+    scores = np.linspace(0.55, 0.9, 15)
+    probabilities = np.stack([scores, 1 - scores], axis=1)
+    right = np.arange(15) % 2
+    expected = np.abs(scores - (right == 0)).mean()
+    assert calibration_error(probabilities, right, Task.MULTI_CLASS) == pytest.approx(expected)
+
+
+def test_scoring_gives_the_labels_that_training_measured() -> None:
+    logits, truth = honest(Task.MULTI_LABEL)
+    section = DecisionSection(temperature=True, thresholds="f1")
+    decision = decide(section, 2 * logits[:400], truth[:400], Task.MULTI_LABEL)
+    assert decision.thresholds is not None
+    labels = tuple("abcde")
+    schema = PredictionSchema(task=Task.MULTI_LABEL, labels=labels, prefix="", probabilities=False, keys=pa.schema([]))
+    scores = (torch.from_numpy(2 * logits[:400].astype(np.float32)) / decision.temperature).sigmoid().numpy()
+    nothing = np.zeros(400, np.uint8)
+    rows = to_results(schema, decision.thresholds, scores, nothing, nothing.astype(bool), nothing)["labels"].to_pylist()
+    answers = decision.answers(2 * logits[:400])
+    assert rows == [[label for label, one in zip(labels, row, strict=True) if one] for row in answers]
+
+
+def test_thresholds_of_a_single_answer_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"decision\.thresholds: each row of this data has one label"):
+        check_decision(DecisionSection(thresholds="f1"), Task.MULTI_CLASS)

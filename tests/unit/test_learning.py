@@ -1,0 +1,206 @@
+"""One optimizer step against plain torch and plain transformers, without Ray."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch.distributions import Bernoulli, Categorical, kl_divergence
+
+from lib.batching import share_of
+from lib.calibration import Decision
+from lib.config import OptimSection
+from lib.learning import Learner, Team, accumulate, new_optimizer
+from lib.loss import Objective, rdrop_losses
+from lib.mapped import LabelledSet, Subset
+from lib.model import new_classifier
+from lib.schema import Task
+from lib.tuning import depth_of
+from tests import fakes
+from tests.labelled import LABELS, Weights, difference
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    fakes.make_encoder(folder, "bert")
+    return str(folder)
+
+
+@pytest.fixture
+def small_set(tmp_path: Path) -> LabelledSet:
+    """23 rows in two record batches of a mapped file."""
+    chance = np.random.default_rng(0)
+    lists = [chance.integers(5, 500, int(chance.integers(2, 40))).tolist() for _ in range(23)]
+    labels = [LABELS[index] for index in chance.integers(0, 3, 23)]
+    table = pa.table({"ids": pa.array(lists, pa.list_(pa.uint16())), "label": labels})
+    with pa.ipc.new_file(tmp_path / "set.arrow", table.schema) as writer:
+        for batch in table.to_batches(max_chunksize=14):
+            writer.write_batch(batch)
+    return LabelledSet([str(tmp_path / "set.arrow")], LABELS, Task.MULTI_CLASS, 0)
+
+
+PLAIN = Objective(task=Task.MULTI_CLASS)
+
+ALONE = Team(rank=0, size=1, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def plain_loss(model: Any, data: LabelledSet, rows: Sequence[int]) -> torch.Tensor:
+    """Mean loss of some rows, each in a forward pass of its own."""
+    losses = []
+    for row in rows:
+        ids, mask, _ = data.gather(np.array([row]))
+        assert mask.all()
+        target = torch.tensor([int(data.targets[row])])
+        losses.append(model(input_ids=torch.from_numpy(ids), labels=target).loss)
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize(("accumulation_steps", "rdrop"), [(1, 0.0), (2, 0.0), (5, 0.0), (30, 0.0), (2, 3.0)])
+def test_the_gradient_is_that_of_the_mean_loss(
+    base: str, small_set: LabelledSet, accumulation_steps: int, rdrop: float
+) -> None:
+    """Without dropout R-Drop's two passes are equal, and change nothing."""
+    rows = np.random.default_rng(1).permutation(23)[:17]
+    ours = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7)
+    shares = share_of(rows, 0, 1, accumulation_steps)
+    loss = accumulate(ours, small_set, shares, rows, Objective(task=Task.MULTI_CLASS, rdrop=rdrop), ALONE)
+    plain = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7)
+    expected = plain_loss(plain, small_set, rows.tolist())
+    expected.backward()
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
+    for (name, left), right in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert left.grad is not None and right.grad is not None, name
+        assert torch.allclose(left.grad, right.grad, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("task", [Task.MULTI_CLASS, Task.MULTI_LABEL])
+def test_rdrop_is_the_formula_of_its_paper(task: Task) -> None:
+    """By torch's own distributions; half of it, see `rdrop_losses`."""
+    logits, losses = torch.randn(2 * 5, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10.0)
+    distribution: Any = Categorical if task is Task.MULTI_CLASS else Bernoulli
+    first, second = (distribution(logits=some) for some in logits.chunk(2))
+    both = (kl_divergence(first, second) + kl_divergence(second, first)) / 2
+    both = both if both.ndim == 1 else both.mean(dim=1)
+    expected = (losses[:5] + losses[5:] + 0.7 * both) / 2
+    assert torch.allclose(rdrop_losses(logits, losses, task, 0.7), expected, atol=1e-6)
+
+
+def test_rdrop_weighs_what_dropout_makes_of_a_row(base: str, small_set: LabelledSet) -> None:
+    model = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.3, 7).train()
+    found = []
+    for weight in (1e-9, 4.0):
+        torch.manual_seed(3)
+        objective = Objective(task=Task.MULTI_CLASS, rdrop=weight)
+        found.append(float(accumulate(model, small_set, [np.arange(23)], np.arange(23), objective, ALONE)))
+    assert found[1] > found[0] + 1e-4
+
+
+@pytest.mark.parametrize("family", fakes.FAMILIES)
+def test_every_weight_of_every_family_learns(family: str, small_set: LabelledSet, tmp_path: Path) -> None:
+    """Workers would wait for the gradient of a weight that takes no part."""
+    fakes.make_encoder(tmp_path / family, family)
+    model = new_classifier(str(tmp_path / family), LABELS, Task.MULTI_CLASS, None, 7)
+    accumulate(model, small_set, [np.arange(4)], np.arange(4), PLAIN, ALONE)
+    assert [name for name, one in model.named_parameters() if one.grad is None] == []
+
+
+def test_steps_are_those_of_a_plain_torch_loop(base: str, small_set: LabelledSet) -> None:
+    """AdamW, decay of matrices alone, clipping, warm-up and decay of the rate, written out plainly."""
+    optim = OptimSection(learning_rate=1e-3, warmup_fraction=0.25, weight_decay=0.1, max_grad_norm=0.5)
+    batches = [np.arange(0, 8), np.arange(8, 16), np.arange(16, 23), np.arange(0, 8)]
+    learner = Learner(new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7), optim, PLAIN, ALONE, 4)
+    plain = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7).train()
+    groups = [
+        {"params": [one for one in plain.parameters() if one.ndim > 1], "weight_decay": 0.1},
+        {"params": [one for one in plain.parameters() if one.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+    for number, (rows, rate) in enumerate(zip(batches, (1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3), strict=True)):
+        learner.step(number, small_set, rows)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        plain_loss(plain, small_set, rows.tolist()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        assert norm > 0.5, "clipping must be at work"
+        optimizer.step()
+    ours = {name: one.detach() for name, one in learner.model.named_parameters()}
+    assert difference(ours, {name: one.detach() for name, one in plain.named_parameters()}) < 1e-5
+
+
+def test_each_layer_learns_at_its_own_rate(base: str) -> None:
+    optim = OptimSection(learning_rate=1e-3, head_learning_rate=5e-3, layer_decay=0.5)
+    model = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7)
+    assert model.config.num_hidden_layers == 2
+    names = {id(one): name for name, one in model.named_parameters()}
+    rates = {
+        names[id(one)]: group["peak"] for group in new_optimizer(model, optim).param_groups for one in group["params"]
+    }
+    expected = {
+        "bert.embeddings.": 1e-3 / 4,
+        "bert.encoder.layer.0.": 1e-3 / 2,
+        "bert.encoder.layer.1.": 1e-3,
+        "bert.pooler.": 5e-3,
+        "classifier.": 5e-3,
+    }
+    assert rates == {name: next(rate for start, rate in expected.items() if name.startswith(start)) for name in rates}
+    assert rates.keys() == set(names.values())
+
+
+@pytest.mark.parametrize("family", fakes.FAMILIES)
+def test_every_family_has_a_depth_for_each_layer(family: str, tmp_path: Path) -> None:
+    fakes.make_encoder(tmp_path / family, family)
+    model = new_classifier(str(tmp_path / family), LABELS, Task.MULTI_CLASS, None, 7)
+    depths = {name: depth_of(name, model) for name, _ in model.named_parameters()}
+    layers = (
+        1 if family == "albert" else model.config.num_hidden_layers
+    )  # ALBERT's layers are one, used again and again
+    assert set(depths.values()) == set(range(layers + 2))
+    words = next(name for name, one in model.named_parameters() if one is model.get_input_embeddings().weight)
+    assert depths[words] == layers + 1
+    encoder = {id(one) for one in model.base_model.parameters()}
+    assert {depths[name] for name, one in model.named_parameters() if id(one) not in encoder} == {0}
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated(
+    base: str, small_set: LabelledSet, process_group: None
+) -> None:
+    """Its first value is the first step's; from then on a tenth of each step's weights comes in."""
+    optim = OptimSection(learning_rate=1e-2, ema_decay=0.9)
+    learner = Learner(new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7), optim, PLAIN, ALONE, 4)
+    expected: Weights = {}
+    for number in range(4):
+        learner.step(number, small_set, np.arange(23))
+        for name, one in learner.model.state_dict().items():
+            expected[name] = one.clone() if number == 0 else 0.9 * expected[name] + 0.1 * one
+    average = learner.candidate.state_dict()
+    assert difference(average, expected) < 1e-6
+    assert difference(average, learner.model.state_dict()) > 1e-3
+    found = learner.evaluate(Subset(small_set, np.arange(23)))
+    assert found is not None
+    plain = plain_loss(learner.candidate.eval(), small_set, range(23)).item()
+    losses = Decision(task=Task.MULTI_CLASS).losses(found, small_set.targets)
+    assert losses.mean() == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_set_gives_its_rows_in_any_order(small_set: LabelledSet) -> None:
+    rows = Subset(small_set, np.array([22, 0, 13, 14]))
+    ids, mask, type_ids = small_set.gather(rows.chosen)
+    assert type_ids is None
+    assert mask.sum(axis=1).tolist() == rows.lengths.tolist()
+    for place, row in enumerate(rows.chosen):
+        alone, _, _ = small_set.gather(np.array([row]))
+        assert ids[place][mask[place]].tolist() == alone[0].tolist()
+        assert not ids[place][~mask[place]].any()

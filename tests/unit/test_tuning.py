@@ -1,0 +1,169 @@
+"""Which weights learn, in every family: frozen layers, one layer more each epoch, adapters that are merged at the end."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import transformers
+
+from lib.config import OptimSection, TrainConfig, validate
+from lib.errors import UsageError
+from lib.learning import Learner, Team, rate_factor
+from lib.loss import Objective
+from lib.mapped import LabelledSet
+from lib.model import new_classifier
+from lib.schema import Task
+from lib.tuning import ADAPTER, add_adapters, check_tuning, depth_of, freeze, merge_adapters
+from tests import fakes
+
+LABELS = ("bad", "fair", "good")
+OBJECTIVE = Objective(task=Task.MULTI_CLASS)
+ALONE = Team(rank=0, size=1, device=torch.device("cpu"), dtype=torch.float32)
+STEPS_AN_EPOCH = 2
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> LabelledSet:
+    chance = np.random.default_rng(0)
+    lists = [chance.integers(5, 200, int(chance.integers(2, 20))).tolist() for _ in range(16)]
+    table = pa.table({"ids": pa.array(lists, pa.list_(pa.uint16())), "label": [LABELS[i % 3] for i in range(16)]})
+    path = tmp_path_factory.mktemp("set") / "set.arrow"
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    return LabelledSet([str(path)], LABELS, Task.MULTI_CLASS, 0)
+
+
+@pytest.fixture(params=fakes.FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    fakes.make_encoder(tmp_path / request.param, request.param)
+    return new_classifier(str(tmp_path / request.param), LABELS, Task.MULTI_CLASS, 0.1, 7)
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Any:
+    fakes.make_encoder(tmp_path / "bert", "bert")
+    return new_classifier(str(tmp_path / "bert"), LABELS, Task.MULTI_CLASS, 0.1, 7)
+
+
+def configure(**sections: dict[str, Any]) -> TrainConfig:
+    values: dict[str, dict[str, Any]] = {
+        "train": {"path": "x"},
+        "model": {"base": "x"},
+        "output": {"path": "x"},
+        "optim": {"learning_rate": 1e-2},
+    }
+    for name, section in sections.items():
+        values.setdefault(name, {}).update(section)
+    return validate(TrainConfig, values)
+
+
+def learn(model: Any, rows: LabelledSet, config: TrainConfig, epochs: int = 1) -> list[set[str]]:
+    """Train, and say which parameters each epoch changed."""
+    total = epochs * STEPS_AN_EPOCH
+    learner = Learner(model, config.optim, OBJECTIVE, ALONE, total)
+    changed = []
+    for epoch in range(epochs):
+        before = {name: one.detach().clone() for name, one in model.named_parameters()}
+        learner.begin_epoch(epoch)
+        for place in range(STEPS_AN_EPOCH):
+            learner.step(epoch * STEPS_AN_EPOCH + place, rows, np.arange(16))
+        changed.append({name for name, one in model.named_parameters() if not torch.equal(one, before[name])})
+    return changed
+
+
+def layers_of(model: Any) -> int:
+    return max(depth_of(name, model) for name, _ in model.named_parameters()) - 1
+
+
+def at_most(model: Any, depth: int) -> set[str]:
+    return {name for name, _ in model.named_parameters() if depth_of(name, model) <= depth}
+
+
+@pytest.mark.parametrize("frozen", [0, 1, "all"])
+def test_what_is_frozen_stays_and_all_else_learns(model: Any, rows: LabelledSet, frozen: Any) -> None:
+    config = configure(model={"freeze_layers": frozen})
+    freeze(model, config)
+    deepest = 0 if frozen == "all" else layers_of(model) - frozen
+    assert learn(model, rows, config) == [at_most(model, deepest)]
+    assert model.base_model.training == (deepest > 0), "an encoder of which nothing learns has no dropout"
+
+
+def test_one_layer_more_learns_each_epoch(model: Any, rows: LabelledSet) -> None:
+    changed = learn(model, rows, configure(optim={"unfreeze_layers": 1, "learning_rate": 1e-2}), epochs=4)
+    expected = [at_most(model, epoch) for epoch in range(4)]
+    assert expected[-1] == {name for name, _ in model.named_parameters()}
+    assert changed == expected
+
+
+def test_frozen_layers_are_not_unfrozen(bert: Any, rows: LabelledSet) -> None:
+    config = configure(model={"freeze_layers": 1}, optim={"unfreeze_layers": 1})
+    freeze(bert, config)
+    assert learn(bert, rows, config, epochs=3)[-1] == at_most(bert, 1)
+
+
+def test_adapters_learn_beside_the_encoder_and_are_merged_into_it(model: Any, rows: LabelledSet) -> None:
+    config = configure(lora={"rank": 4, "dropout": 0.1})
+    plain = [name for name, _ in model.named_parameters()]
+    add_adapters(model, config.lora)
+    names = [name for name, _ in model.named_parameters()]
+    adapters = {name for name in names if ADAPTER in name}
+    in_layers = {depth_of(name, model) for name in adapters}
+    assert in_layers == set(range(1, layers_of(model) + 1)), "every layer has adapters"
+    assert learn(model, rows, config) == [adapters | at_most(model, 0)]
+    ids, mask, _ = rows.gather(np.arange(16))
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+    with torch.no_grad():
+        before = model.eval()(**inputs).logits
+        merge_adapters(model)
+        after = model(**inputs).logits
+    assert [name for name, _ in model.named_parameters()] == plain
+    assert torch.allclose(before, after, atol=2e-6)
+
+
+def test_the_layers_that_get_adapters_can_be_named(bert: Any) -> None:
+    add_adapters(bert, configure(lora={"rank": 2, "alpha": 2, "target_modules": ["dense"]}).lora)
+    adapted = {name.partition(ADAPTER)[0].rpartition(".")[2] for name, _ in bert.named_parameters() if ADAPTER in name}
+    assert adapted == {"dense"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"lora": {"alpha": 8}}, "lora.alpha is set, but there are no adapters; set lora.rank"),
+        ({"lora": {"rank": 8}, "model": {"freeze_layers": 1}}, "model.freeze_layers and lora.rank: with adapters"),
+        ({"lora": {"rank": 8}, "optim": {"unfreeze_layers": 1}}, "optim.unfreeze_layers and lora.rank"),
+        ({"model": {"freeze_layers": "all"}, "optim": {"unfreeze_layers": 1}}, "there is no layer to unfreeze"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_tuning(configure(**sections))
+
+
+def test_layers_that_are_not_there_are_named(bert: Any) -> None:
+    with pytest.raises(
+        UsageError, match=r'freeze_layers = 3, but model.base has 2 layers; give at most that, or "all"'
+    ):
+        freeze(bert, configure(model={"freeze_layers": 3}))
+    with pytest.raises(
+        UsageError, match=r"q_proj names no linear layer of a bert encoder; choose from dense, key, query, value"
+    ):
+        add_adapters(bert, configure(lora={"rank": 2, "target_modules": ["q_proj"]}).lora)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules_are_those_of_transformers(schedule: str) -> None:
+    """Ours is at a rate above zero in the first step, theirs in the second."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    options = {} if schedule == "constant" else {"num_training_steps": 40}
+    make: Any = getattr(transformers, f"get_{schedule}_schedule_with_warmup")
+    theirs = make(optimizer, num_warmup_steps=10, **options)
+    for step in range(10, 40):
+        ours = rate_factor(step, 40, 0.25, OptimSection(schedule=schedule).schedule)
+        assert ours == pytest.approx(theirs.lr_lambdas[0](step)), step
+    assert [rate_factor(step, 40, 0.25, schedule) for step in range(10)] == pytest.approx(
+        [theirs.lr_lambdas[0](step + 1) for step in range(10)]
+    )
