@@ -28,9 +28,6 @@ OPENING_COST_BYTES = 256 * 1024
 MAX_WAVE_BLOCKS = 10_000
 """Blocks of one Ray Data execution: the driver grows by 22 kB a block."""
 
-SHARDS_LISTED_TOGETHER = 2_000
-"""Two pages of S3's listing, if a shard is one chunk."""
-
 OBJECT_NAME = r"^(?s:(?P<shard>.+))-(?P<identity>[0-9a-f]{12})-(?P<chunk>\d{5,12})-of-(?P<chunks>\d{5,12})\.parquet$"
 """Any character may stand in a shard's name, a line break too."""
 
@@ -150,12 +147,6 @@ def select_rows(chunks: Sequence[Chunk], rows: npt.NDArray[np.int64]) -> list[Ch
             kept.append(replace(chunk, only=tuple(rows[first:last].tolist())))
     kept = kept or [replace(chunks[0], start=0, rows=0, only=())]
     return [replace(chunk, index=index, count=len(kept)) for index, chunk in enumerate(kept)]
-
-
-def cut_listing(shards: pa.Table) -> list[str]:
-    """Some shards' paths, in order: what lies between two of them in the output is listed at the same time as the rest."""
-    parts = max(1, shards.num_rows // SHARDS_LISTED_TOGETHER)
-    return [shards["path"][part * shards.num_rows // parts].as_py() for part in range(1, parts)]
 
 
 def parse_objects(paths: pa.ChunkedArray) -> pa.Table:

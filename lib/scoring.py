@@ -17,7 +17,6 @@ from lib.config import ScoreConfig
 from lib.errors import ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
 from lib.outcome import Outcome
 from lib.planning import (
-    cut_listing,
     find_kept,
     find_stale,
     over_limit,
@@ -146,7 +145,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         raise UsageError(
             f"{', '.join(schema.clashes())}: a key column and a column that scoring adds; set output.prefix, for example output.prefix=pred_"
         )
-    objects = parse_objects(output.at(version).list(cuts=cut_listing(shards))["path"])
+    objects = parse_objects(output.at(version).list()["path"])
     finished, unfinished = split_finished(shards, objects)
     published = publishing.read_published(output)
     job = ScoreJob(
@@ -193,7 +192,7 @@ def find_current(run: Run, objects: pa.Table, finished: pa.Table) -> pa.Table:
 
 def reconcile(run: Run, outcome: Outcome) -> pa.Table:
     """List the output again and make the manifest of all that is complete now."""
-    objects = parse_objects(run.job.output.list(cuts=cut_listing(run.shards))["path"])
+    objects = parse_objects(run.job.output.list()["path"])
     finished, _ = split_finished(run.shards, objects)
     current = find_current(run, objects, finished)
     return publishing.build_manifest(

@@ -15,10 +15,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,9 +59,6 @@ NOT_IMPLEMENTED = {"NotImplemented", "501"}
 CONFLICT_PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
-
-MAX_LISTINGS = 16
-"""Parts of one folder that are listed at the same time."""
 
 BATCH_DELETE = 1000
 """S3's limit for one request."""
@@ -120,25 +115,20 @@ class Store:
 
     # reading
 
-    def list(self, folder: str = "", cuts: Sequence[str] = ()) -> pa.Table:
+    def list(self, folder: str = "") -> pa.Table:
         """List every file below `folder`, sorted by path, as `LISTING_SCHEMA`. A folder that does not exist is empty.
 
-        `cuts`: paths below `folder`, sorted. On S3, where a page of a thousand names must be there before the next one can be
-        asked for, what lies between them is listed at the same time; what is found does not depend on them.
         Pages go into Arrow as they come: a dict per object would cost 715 bytes each.
         """
         with explained(self.url, "list"):
-            pages = list(self._pages(folder, cuts))
+            pages = list(self._pages(folder))
         found = pa.concat_tables([LISTING_SCHEMA.empty_table(), *pages])
         in_order = pc.all(pc.less(found["path"].slice(0, max(0, len(found) - 1)), found["path"].slice(1)))
         return found if in_order.as_py() is not False else found.sort_by("path")  # S3 lists in order
 
-    def _pages(self, folder: str, cuts: Sequence[str]) -> Iterator[pa.Table]:
+    def _pages(self, folder: str) -> Iterator[pa.Table]:
         if self.is_s3:
-            ranges = list(pairwise(["", *cuts, None]))
-            with ThreadPoolExecutor(min(len(ranges), MAX_LISTINGS)) as pool:
-                for pages in pool.map(lambda ends: list(self._s3_pages(folder, *ends)), ranges):
-                    yield from pages
+            yield from self._s3_pages(folder)
             return
         strip = len(self.root) + 1
         try:
@@ -148,13 +138,9 @@ class Store:
         infos = [describe(info, str(info["name"])[strip:]) for info in found]
         yield to_listing(info for info in infos if not is_temporary(info.path))
 
-    def _s3_pages(self, folder: str, after: str, last: str | None) -> Iterator[pa.Table]:
-        """List what stands behind `after`, up to and with `last` (None: all)."""
+    def _s3_pages(self, folder: str) -> Iterator[pa.Table]:
         strip = len(self.root) - len(self.root.partition("/")[0]) if "/" in self.root else 0
-        _, _, first_key = self.full(f"{folder}/{after}".strip("/")).partition("/")
-        _, _, last_key = self.full(f"{folder}/{last}".strip("/")).partition("/")
-        for page in self._s3_answers(folder, **({"StartAfter": first_key} if after else {})):
-            found = page.get("Contents", [])
+        for page in self._s3_answers(folder):
             yield to_listing(
                 FileInfo(
                     item["Key"][strip:],
@@ -162,14 +148,9 @@ class Store:
                     item["ETag"].strip('"'),
                     int(item["LastModified"].timestamp() * 1e9),
                 )
-                for item in found
-                # Also told by the names, for a store that does not know `StartAfter`.
+                for item in page.get("Contents", [])
                 if not item["Key"].endswith("/")
-                and (not after or item["Key"] > first_key)
-                and (last is None or item["Key"] <= last_key)
             )
-            if last is not None and found and found[-1]["Key"] > last_key:
-                return
 
     def _s3_answers(self, folder: str, **options: str) -> Iterator[dict[str, Any]]:
         bucket, _, key = self.full(folder).partition("/")

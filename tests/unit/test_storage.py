@@ -107,26 +107,7 @@ def test_a_listing_of_more_than_one_page_is_whole(s3: LoopbackS3) -> None:
     store = open_store(s3.bucket())
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: store.create(f"{number:05d}", b""), range(1_050)))
-    whole = store.list()
-    assert whole["path"].to_pylist() == [f"{number:05d}" for number in range(1_050)]
-    before = len(s3.requests())
-    assert store.list(cuts=["00009", "00009-", "01020"]) == whole
-    asked = [path for _, path, _ in s3.requests()[before:]]
-    assert sum("start-after=" in path for path in asked) == 4, "all but that of the first part"
-    assert len(asked) == 5, "one for each part, and one more for the page that the third begins"
-
-
-def test_a_listing_in_parts_is_the_whole_one(store: Store) -> None:
-    names = ["a", "a-1", "a0", "c/1", "b c", "b+c", "b%20c", "part=1/x", "z", "\u00e9", "\uffee", "\U0001f600"]
-    for name in names:
-        store.create(f"below/{name}", b"")
-    store.create("above", b"")
-    store.create("zz", b"")
-    whole = store.list("below")
-    assert whole["path"].to_pylist() == [f"below/{name}" for name in sorted(names)]
-    for cuts in ([], ["a"], sorted(names), ["Z", "a-", "a/", "b", "\u00e8", "\ufffd", "\U0001f601"]):
-        assert store.list("below", cuts) == whole, cuts
-        assert store.at("below").list(cuts=cuts)["path"].to_pylist() == sorted(names), cuts
+    assert paths(store) == [f"{number:05d}" for number in range(1_050)]
 
 
 def test_unfinished_writes_are_not_listed(tmp_path: Path) -> None:
