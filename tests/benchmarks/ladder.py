@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of one forward pass over the texts")
     parser.add_argument(
-        "--rows", type=int, default=12_000, help="texts of the long archive for jobs.score and the peers"
+        "--rows", type=int, default=6_000, help="texts of the long archive for jobs.score and the peers"
     )
     parser.add_argument("--job-repeats", type=int, default=1)
     parser.add_argument("--no-jobs", action="store_true", help="leave out jobs.score, and Ray with it")
