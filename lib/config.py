@@ -186,8 +186,7 @@ class DataSection(Section):
     """What is checked before anything is learned."""
 
     duplicates: Literal["keep", "drop", "refuse"] = "keep"
-    """training rows whose text is in the validation or test rows, too: keep them with a warning, leave them out of training, or
-    refuse to train if more than 0.1% of a set is known from training"""
+    """training rows whose text is in another set, too: kept with a warning, left out, or refused where they are over 0.1% of that set"""
 
 
 class TrainModelSection(Section):
@@ -240,7 +239,7 @@ class LoraSection(Section):
     """Low-rank adapters in place of the encoder's own weights (Hu et al. 2021), merged into them at the end; needs `peft`."""
 
     rank: int | None = Field(default=None, ge=1)
-    """of the adapters: 8 to 32 is usual, with 5 to 10 times the learning rate; default: no adapters, the weights themselves learn"""
+    """of the adapters: 8 to 32 is usual, with a higher learning rate; default: no adapters, the weights themselves learn"""
     alpha: int | None = Field(default=None, ge=1)
     """the adapters' share is alpha / rank; default: twice the rank"""
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -112,9 +112,8 @@ def read_to(config: Any, head: HeadSection) -> None:
         config.layer_types = config.layer_types[: head.layer]
 
 
-def new_head(model: PooledClassifier, seed: int) -> None:
-    """Draw the head's weights, the same for the same seed, as the family draws its own."""
-    torch.manual_seed(seed)
+def new_head(model: PooledClassifier) -> None:
+    """Draw the head's weights as the family draws its own."""
     for one in model.head.modules():
         if isinstance(one, nn.Linear):
             nn.init.normal_(one.weight, std=getattr(model.config, "initializer_range", 0.02))

@@ -92,15 +92,15 @@ def new_classifier(
     for name in DROPOUTS:
         if dropout is not None and hasattr(config, name):
             changes[name] = dropout
+    torch.manual_seed(seed)
     if head.is_own:
         for name, value in changes.items():
             setattr(config, name, value)
         read_to(config, head)
         pooled: Any = PooledClassifier(pretrained(base, trust, "AutoModel", config=config), head)
-        new_head(pooled, seed)
+        new_head(pooled)
         own: PreTrainedModel = pooled  # in all that is asked of it
         return own
-    torch.manual_seed(seed)
     model: PreTrainedModel = pretrained(base, trust, ignore_mismatched_sizes=True, **changes)
     return model
 

@@ -108,22 +108,19 @@ def add_adapters(model: "PreTrainedModel", lora: LoraSection) -> None:
         raise UsageError(
             f"lora.rank needs peft, which cannot be imported ({error}); pip install peft, on every node"
         ) from None
-    targets = lora.target_modules or LORA_TARGETS.get(model.config.model_type)
+    family = model.config.model_type
+    targets = lora.target_modules or LORA_TARGETS.get(family, ())
     linear = [name for name, one in model.base_model.named_modules() if isinstance(one, nn.Linear)]
     endings = sorted({name.rpartition(".")[2] for name in linear})
-    missing = [name for name in targets or ("nothing given",) if name not in endings]
-    if missing:
-        raise UsageError(
-            f"lora.target_modules: {', '.join(missing)} names no linear layer of a {model.config.model_type} encoder; choose from"
-            f" {', '.join(endings)}"
-        )
-    prefix = model.base_model_prefix
-    names = [f"{prefix}.{name}" for name in linear if name.rpartition(".")[2] in (targets or ())]
+    unknown = [name for name in targets if name not in endings]
+    if unknown or not targets:
+        what = f"{', '.join(unknown)} names no linear layer of" if unknown else "it has to be given for"
+        raise UsageError(f"lora.target_modules: {what} a {family} encoder; choose from {', '.join(endings)}")
     chosen = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
         lora_dropout=lora.dropout,
-        target_modules=names,
+        target_modules=[f"{model.base_model_prefix}.{name}" for name in linear if name.rpartition(".")[2] in targets],
     )
     inject_adapter_in_model(chosen, model)
     for name, one in model.named_parameters():

@@ -1,8 +1,16 @@
 """Labelled rows whose words give their labels away, and how far two models' weights are apart."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import torch
 
+from lib.mapped import LabelledSet
+from lib.schema import Task
 from tests import fakes
 
 WORDS = {"bad": "broken awful terrible sad", "fair": "plain usual average middling", "good": "lovely great sharp happy"}
@@ -29,3 +37,21 @@ def difference(first: Weights, second: Weights) -> float:
     """
     assert first.keys() == second.keys()
     return max(float((first[name] - second[name]).abs().max()) for name in first if not name.endswith("key.bias"))
+
+
+def make_set(
+    path: Path,
+    labels: Sequence[Any],
+    task: Task = Task.MULTI_CLASS,
+    weights: npt.NDArray[np.float32] | None = None,
+    batch_rows: int | None = None,
+) -> LabelledSet:
+    """A mapped set of token ids of chance, 2 to 40 a row, in record batches of `batch_rows`."""
+    chance = np.random.default_rng(0)
+    lists = [chance.integers(5, 200, int(chance.integers(2, 40))).tolist() for _ in labels]
+    columns = {"ids": pa.array(lists, pa.list_(pa.uint16())), "label": list(labels)}
+    table = pa.table(columns if weights is None else {**columns, "weight": weights})
+    with pa.ipc.new_file(path, table.schema) as writer:
+        for batch in table.to_batches(max_chunksize=batch_rows):
+            writer.write_batch(batch)
+    return LabelledSet([str(path)], LABELS, task, 0)

@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import time_machine
+import torch
 from ray.exceptions import RayTaskError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from jobs import score
 from jobs.demo_store import LoopbackS3
@@ -244,9 +246,6 @@ def test_multi_label_regression_and_pairs(tmp_path: Path) -> None:
     predictions = read_predictions(str(tmp_path / "out2"))
     assert checkpoint.load(str(tmp_path / "one")).facts.task is Task.REGRESSION
     assert predictions.column_names == ["shard", "row", "score", "num_tokens", "truncated", "error"]
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "one").eval()
     with torch.inference_mode():
@@ -255,6 +254,46 @@ def test_multi_label_regression_and_pairs(tmp_path: Path) -> None:
             for row in pairs.to_pylist()
         ]
     assert predictions["score"].to_pylist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_checkpoints_card_says_how_texts_are_cut_and_labels_are_given(tmp_path: Path) -> None:
+    """Head and tail of long texts, a temperature, and a threshold for each label, against plain transformers."""
+    texts = [" ".join(fakes.PROSE.split()[start : start + size]) for start, size in enumerate((3, 9, 40, 60, 15, 50))]
+    fakes.write_archive(str(tmp_path / "archive"), {"one.parquet": pa.table({"text": texts, "second": texts})})
+    labels, thresholds = ("joy", "anger", "fear"), (0.45, 0.55, 0.5)
+    folder = tmp_path / "model"
+    fakes.make_classifier(folder, "bert", labels, "multi_label_classification")
+    card = checkpoint.Card(
+        labels=labels,
+        task=Task.MULTI_LABEL,
+        max_length=16,
+        truncation="head_tail",
+        temperature=3.0,
+        thresholds=thresholds,
+        files={name: checkpoint.digest_of(folder / name) for name in checkpoint.deciding_files(str(folder))},
+    )
+    (folder / checkpoint.CARD_NAME).write_text(card.model_dump_json())
+    run_score(str(tmp_path / "archive"), str(tmp_path / "model"), str(tmp_path / "out"), "output.probabilities=true")
+    found = read_predictions(str(tmp_path / "out")).to_pylist()
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    for row, text in zip(found, texts, strict=True):
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        kept = ids if len(ids) <= 16 else [*ids[:5], *ids[-11:]]
+        assert (row["num_tokens"], row["truncated"]) == (len(kept), len(ids) > 16)
+        with torch.inference_mode():
+            expected = (model(torch.tensor([kept])).logits[0] / 3).sigmoid().tolist()
+        assert row["probabilities"] == pytest.approx(expected, abs=1e-5)
+        given = [label for label, one, limit in zip(labels, expected, thresholds, strict=True) if one >= limit]
+        assert row["labels"] == given
+    assert any(row["truncated"] for row in found)
+
+    pairs = 'input.text_column=["text", "second"]'
+    with pytest.raises(
+        UsageError, match=r"names two columns, but model\.path was trained to keep the head and the tail"
+    ):
+        run_score(str(tmp_path / "archive"), str(tmp_path / "model"), str(tmp_path / "other"), pairs)
 
 
 # What a user gets wrong: one message, before any model is loaded

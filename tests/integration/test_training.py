@@ -493,7 +493,7 @@ def test_workers_get_as_many_cpus_as_fit() -> None:
 
 
 def test_rows_that_are_known_from_training_are_counted_dropped_or_refused(
-    data: dict[str, str], base: str, ray_session: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    data: dict[str, str], base: str, ray_session: None, tmp_path: Path
 ) -> None:
     """Two thirds of the validation rows are training rows here."""
     texts, labels = make_rows(TRAIN_ROWS, 1)

@@ -11,15 +11,14 @@ import transformers
 from lib import checkpoint
 from lib.config import HeadSection, OptimSection
 from lib.errors import UsageError
-from lib.learning import Learner
+from lib.learning import Learner, Team
 from lib.loss import Objective
 from lib.model import load_classifier, new_classifier
 from lib.predictor import Predictor
 from lib.schema import Task
 from lib.tokenization import load_tokenizer
 from tests import fakes
-from tests.labelled import LABELS
-from tests.unit.test_tuning import ALONE, rows  # noqa: F401 - a fixture
+from tests.labelled import LABELS, make_set
 
 TEXTS = [
     "The harbour was quiet.",
@@ -87,15 +86,13 @@ def test_the_head_reads_what_it_says(family: str, options: dict[str, Any], tmp_p
 @pytest.mark.parametrize("family", fakes.FAMILIES)
 @pytest.mark.parametrize("options", [one for one in POOLINGS if one.get("pooling") != "pooler"], ids=str)
 def test_every_weight_learns_and_the_checkpoint_gives_the_same_answers(
-    family: str,
-    options: dict[str, Any],
-    tmp_path: Path,
-    rows: Any,  # noqa: F811
+    family: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     model = make(tmp_path, family, HeadSection(**options))
     before = {name: one.clone() for name, one in model.state_dict().items()}
-    learner = Learner(model, OptimSection(learning_rate=1e-2), Objective(task=Task.MULTI_CLASS), ALONE, 2)
-    learner.step(0, rows, np.arange(16))
+    alone = Team(rank=0, size=1, device=torch.device("cpu"), dtype=torch.float32)
+    learner = Learner(model, OptimSection(learning_rate=1e-2), Objective(task=Task.MULTI_CLASS), alone, 2)
+    learner.step(0, make_set(tmp_path / "set.arrow", [LABELS[row % 3] for row in range(16)]), np.arange(16))
     learned = dict(model.named_parameters())
     assert [name for name, one in learned.items() if torch.equal(one, before[name])] == []
     folder = tmp_path / "saved"

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from torch.distributions import Bernoulli, Categorical, kl_divergence
@@ -20,7 +19,7 @@ from lib.model import new_classifier
 from lib.schema import Task
 from lib.tuning import depth_of
 from tests import fakes
-from tests.labelled import LABELS, Weights, difference
+from tests.labelled import LABELS, Weights, difference, make_set
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +32,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def small_set(tmp_path: Path) -> LabelledSet:
     """23 rows in two record batches of a mapped file."""
-    chance = np.random.default_rng(0)
-    lists = [chance.integers(5, 500, int(chance.integers(2, 40))).tolist() for _ in range(23)]
-    labels = [LABELS[index] for index in chance.integers(0, 3, 23)]
-    table = pa.table({"ids": pa.array(lists, pa.list_(pa.uint16())), "label": labels})
-    with pa.ipc.new_file(tmp_path / "set.arrow", table.schema) as writer:
-        for batch in table.to_batches(max_chunksize=14):
-            writer.write_batch(batch)
-    return LabelledSet([str(tmp_path / "set.arrow")], LABELS, Task.MULTI_CLASS, 0)
+    labels = np.random.default_rng(0).choice(LABELS, 23).tolist()
+    return make_set(tmp_path / "set.arrow", labels, batch_rows=14)
 
 
 PLAIN = Objective(task=Task.MULTI_CLASS)

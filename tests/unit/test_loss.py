@@ -1,10 +1,8 @@
 """The training loss against torch's own, scikit-learn's class weights and the papers' formulas; exact for any number of workers."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
@@ -15,25 +13,13 @@ from lib.config import LossSection
 from lib.errors import UsageError
 from lib.learning import Team, accumulate
 from lib.loss import Objective, make_objective
-from lib.mapped import LabelledSet
 from lib.model import new_classifier
 from lib.schema import Task
 from tests import fakes
+from tests.labelled import LABELS, make_set
 
-LABELS = ("bad", "fair", "good")
 ROWS = 32
 CPU = torch.device("cpu")
-
-
-def make_set(path: Path, labels: list[Any], task: Task) -> LabelledSet:
-    """Rows of chance with weights from 0 to 2, every fifth of them 0."""
-    chance = np.random.default_rng(0)
-    lists = [chance.integers(5, 500, int(chance.integers(2, 20))).tolist() for _ in labels]
-    weights = np.where(np.arange(len(labels)) % 5, chance.random(len(labels)) * 2, 0).astype(np.float32)
-    table = pa.table({"ids": pa.array(lists, pa.list_(pa.uint16())), "label": labels, "weight": weights})
-    with pa.ipc.new_file(path, table.schema) as writer:
-        writer.write_table(table)
-    return LabelledSet([str(path)], LABELS, task, 0)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +45,9 @@ def test_the_gradient_is_that_of_the_weighted_mean_for_any_division_of_a_step(
     chance = np.random.default_rng(1)
     single = [LABELS[index] for index in chance.integers(0, 3, ROWS)]
     several = [[label for label in LABELS if chance.random() < 0.4] for _ in range(ROWS)]
-    data = make_set(tmp_path / "set.arrow", several if objective.task is Task.MULTI_LABEL else single, objective.task)
+    labels = several if objective.task is Task.MULTI_LABEL else single
+    weights = np.where(np.arange(ROWS) % 5, chance.random(ROWS) * 2, 0).astype(np.float32)
+    data = make_set(tmp_path / "set.arrow", labels, objective.task, weights)
     rows = chance.permutation(ROWS)
 
     def gradient(workers: int, accumulation: int) -> list[torch.Tensor]:
@@ -73,8 +61,7 @@ def test_the_gradient_is_that_of_the_weighted_mean_for_any_division_of_a_step(
     ids, mask, _ = data.gather(rows)
     logits = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits
     targets = torch.from_numpy(data.targets[rows])
-    assert data.weights is not None
-    weights = torch.from_numpy(data.weights[rows]).double()
+    by_row = torch.from_numpy(weights[rows]).double()
     if objective.task is Task.MULTI_LABEL:
         positive = torch.tensor(objective.positive_weights)
         losses = nn.BCEWithLogitsLoss(pos_weight=positive, reduction="none")(logits.float(), targets.float()).mean(1)
@@ -82,8 +69,8 @@ def test_the_gradient_is_that_of_the_weighted_mean_for_any_division_of_a_step(
         classes = torch.tensor(objective.class_weights)
         losses = nn.CrossEntropyLoss(reduction="none")(logits.float(), targets)
         losses = losses * (1 - (-losses).exp()) ** objective.gamma
-        weights = weights * classes[targets]
-    ((losses * weights).sum() / weights.sum()).backward()
+        by_row = by_row * classes[targets]
+    ((losses * by_row).sum() / by_row.sum()).backward()
     expected = [one.grad for one in model.parameters() if one.grad is not None]
     largest = max(float(one.abs().max()) for one in expected)
     for workers, accumulation in ((1, 1), (2, 1), (1, 4), (2, 2), (7, 1)):

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 import transformers
@@ -18,22 +17,16 @@ from lib.model import new_classifier
 from lib.schema import Task
 from lib.tuning import ADAPTER, add_adapters, check_tuning, depth_of, freeze, merge_adapters
 from tests import fakes
+from tests.labelled import LABELS, make_set
 
-LABELS = ("bad", "fair", "good")
 OBJECTIVE = Objective(task=Task.MULTI_CLASS)
 ALONE = Team(rank=0, size=1, device=torch.device("cpu"), dtype=torch.float32)
 STEPS_AN_EPOCH = 2
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> LabelledSet:
-    chance = np.random.default_rng(0)
-    lists = [chance.integers(5, 200, int(chance.integers(2, 20))).tolist() for _ in range(16)]
-    table = pa.table({"ids": pa.array(lists, pa.list_(pa.uint16())), "label": [LABELS[i % 3] for i in range(16)]})
-    path = tmp_path_factory.mktemp("set") / "set.arrow"
-    with pa.ipc.new_file(path, table.schema) as writer:
-        writer.write_table(table)
-    return LabelledSet([str(path)], LABELS, Task.MULTI_CLASS, 0)
+@pytest.fixture
+def rows(tmp_path: Path) -> LabelledSet:
+    return make_set(tmp_path / "set.arrow", [LABELS[row % 3] for row in range(16)])
 
 
 @pytest.fixture(params=fakes.FAMILIES)
@@ -152,6 +145,9 @@ def test_layers_that_are_not_there_are_named(bert: Any) -> None:
         UsageError, match=r"q_proj names no linear layer of a bert encoder; choose from dense, key, query, value"
     ):
         add_adapters(bert, configure(lora={"rank": 2, "target_modules": ["q_proj"]}).lora)
+    bert.config.model_type = "new"
+    with pytest.raises(UsageError, match=r"it has to be given for a new encoder; choose from dense, key, query, value"):
+        add_adapters(bert, configure(lora={"rank": 2}).lora)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
