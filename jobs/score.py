@@ -15,8 +15,10 @@ Exit codes: 0 done; 2 the command or configuration is wrong; 3 done, but over a 
 4 incomplete, run the same command again; 5 stopped on request; 1 a bug.
 """
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from lib import pipeline, scoring
 from lib.config import ScoreConfig, parse_command
@@ -29,10 +31,14 @@ from lib.runtime import plan_layout, ray_session
 def main(argv: Sequence[str]) -> None:
     """Plan, score, account for every row, publish."""
     command = parse_command(ScoreConfig, argv, prog="jobs.score", description=__doc__ or "")
-    config = command.config
+    with pipeline.readers_started() if os.environ.get("RAY_ADDRESS") else nullcontext():
+        score(command.config, command.run_id)
 
-    # Everything that can be refused is refused here, before Ray starts and before a model is loaded.
-    run = scoring.prepare(config, command.run_id)
+
+def score(config: ScoreConfig, run_id: str) -> None:
+    """Bring the predictions up to date with the archive."""
+    # Everything that can be refused is refused here, before a local Ray starts and before a model is loaded.
+    run = scoring.prepare(config, run_id)
     print(run.plan(), flush=True)
     if run.is_published:
         print(run.nothing_to_do())

@@ -4,6 +4,7 @@ One block of Ray Data is one or more whole chunks; which ones travels as the blo
 needs for blocks to stay whole: a read task that returns one table, `override_num_blocks`, and no `target_max_block_size`.
 """
 
+import contextlib
 import json
 import logging
 import queue
@@ -28,9 +29,9 @@ from lib.errors import UsageError
 from lib.outcome import Outcome
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity, select_rows
 from lib.progress import Counts, end_actors, read_progress, start_progress
-from lib.runtime import Layout
+from lib.runtime import Layout, ray_session
 from lib.suspects import settle
-from lib.tasks import MAX_ATTEMPTS, ChunkSource, read_footer_batch, share_tokenizer, write_counted
+from lib.tasks import MAX_ATTEMPTS, ChunkSource, read_footer_batch, share_tokenizer, start_reader, write_counted
 from lib.tokenization import load_tokenizer
 from lib.watch import Running, Show, Watch, explain_ray_error
 
@@ -46,8 +47,20 @@ MAX_WAVE_REPEATS = 3
 FOOTER_BATCHES_AHEAD = 64
 """Tasks that read footers while a wave is put together: 4,096 shards."""
 
+FIRST_READERS = 2
+"""Processes that start while a job is planned; a job with nothing to do started them for nothing."""
+
 IN_FLIGHT_BLOCKS = 2
 """Blocks waiting at each actor while it scores one: it is never idle, and one lost worker costs no more."""
+
+
+@contextlib.contextmanager
+def readers_started() -> Iterator[None]:
+    """Connect to the cluster that runs already; its first reading processes start, 3 s each, while the job is planned."""
+    with ray_session():
+        for _ in range(FIRST_READERS):
+            start_reader.remote()
+        yield
 
 
 def read_footers(run: Running, shards: pa.ChunkedArray, batch: int = 64) -> Iterator[Footer]:

@@ -117,8 +117,11 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         )
     if config.input.rows is not None and config.input.key_columns:
         raise UsageError("input.rows: rows are named by shard and row, so set input.key_columns = []")
-    with ThreadPoolExecutor(1) as pool:  # torch, which a model's description needs, takes seconds to import
+    with ThreadPoolExecutor(2) as pool:  # torch, which a model's description needs, takes seconds to import
         loading = pool.submit(checkpoint.load, config.model.path, config.model.max_length, config.model.trust)
+        listed = None
+        if config.input.rows is None:
+            listed = pool.submit(lambda: list_version(config, output, loading.result()))
         archive, listing = list_shards(config.input.path)
     shards = with_identities(listing, chunk_bytes := int(config.planning.chunk_mb * 2**20))
     columns = resolve_columns(
@@ -145,7 +148,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         raise UsageError(
             f"{', '.join(schema.clashes())}: a key column and a column that scoring adds; set output.prefix, for example output.prefix=pred_"
         )
-    objects = parse_objects(output.at(version).list()["path"])
+    objects = parse_objects((listed.result() if listed else output.at(version).list())["path"])
     finished, unfinished = split_finished(shards, objects)
     published = publishing.read_published(output)
     job = ScoreJob(
@@ -179,6 +182,11 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         before=publishing.latest_manifest(output, version, published),
         selection=selection,
     )
+
+
+def list_version(config: ScoreConfig, output: Store, model: checkpoint.Checkpoint) -> pa.Table:
+    """List what is there of the version that a model and a config make, all rows selected."""
+    return output.at(checkpoint.version_of(model, config, "")).list()
 
 
 def find_current(run: Run, objects: pa.Table, finished: pa.Table) -> pa.Table:

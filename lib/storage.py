@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +25,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import s3fs
+from aiobotocore.session import AioSession
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
+from botocore.utils import parse_timestamp
 
 from lib.errors import DeniedError, IncompleteError, TextsweepError, UsageError
 from lib.listing import LISTING_SCHEMA, FileInfo, describe, is_temporary, to_listing
@@ -77,7 +80,9 @@ class Store:
         protocol = protocol_of(self.url)
         if protocol == "s3":
             s3fs.core.set_custom_error_handler(may_pass)
-            return fsspec.filesystem("s3", **S3_OPTIONS)
+            system = fsspec.filesystem("s3", **S3_OPTIONS)
+            system.session = system.session or make_session()
+            return system
         try:
             return fsspec.filesystem(protocol)
         except (ValueError, ImportError) as error:
@@ -398,6 +403,22 @@ def protocol_of(url: str) -> str:
     """The fsspec protocol of a URL: 's3', 'file', 'hf', ..."""
     head, sign, _ = url.partition("://")
     return {"s3a": "s3", "local": "file"}.get(head, head) if sign else "file"
+
+
+def make_session() -> AioSession:
+    """Make an S3 session that reads times quickly: botocore's parser takes half of a client's time for a page of a listing."""
+    session = AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=read_time)
+    return session
+
+
+def read_time(value: str | float) -> datetime:
+    """Read a time as S3 writes it in listings (ISO 8601), or in any other way that botocore knows."""
+    try:
+        return datetime.fromisoformat(str(value))
+    except ValueError:
+        found: datetime = parse_timestamp(value)
+        return found
 
 
 def may_pass(error: BaseException) -> bool:

@@ -70,6 +70,11 @@ def write_counted(job: ScoreJob, table: pa.Table, progress: Any) -> pa.Table:
         return work.write_block(job, table)
 
 
+@ray.remote(num_cpus=0.25)
+def start_reader() -> None:
+    """Do nothing: the process that does it has imported what reading needs, and stays for `read_footer_batch`."""
+
+
 @ray.remote(num_cpus=0.25, max_retries=1)
 def read_footer_batch(archive: Store, columns: Columns, shards: list[str]) -> list[Footer]:
     """Read the footers of some shards; one that cannot be read says why."""

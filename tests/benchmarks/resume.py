@@ -59,16 +59,16 @@ def main() -> None:
 def measure(server: LoopbackS3, folder: Path, shards: int, finished: int) -> dict[str, float]:
     """Make the archive and what is finished of it, and run the job."""
     fakes.make_classifier(folder / "model", "bert", ("down", "same", "up"))
-    url = server.bucket()
+    archive, output = server.bucket(), server.bucket()  # this server looks at a whole bucket for each page of a listing
     values = {
-        "input": {"path": f"{url}/archive"},
+        "input": {"path": f"{archive}/archive"},
         "model": {"path": str(folder / "model"), "precision": "fp32"},
-        "output": {"path": f"{url}/scores"},
+        "output": {"path": f"{output}/scores"},
     }
     sink = io.BytesIO()
     pq.write_table(pa.table({"text": ["one text", "and another"]}), sink)
     names = [f"part-{number:05d}.parquet" for number in range(shards)]
-    write_all(open_store(f"{url}/archive"), names, sink.getvalue())
+    write_all(open_store(f"{archive}/archive"), names, sink.getvalue())
     run = prepare(validate(ScoreConfig, values), "plan")
     rows = run.shards.slice(0, finished).select(["path", "identity"]).to_pylist()
     write_all(run.job.output, [f"{one['path']}-{one['identity']}-00000-of-00001.parquet" for one in rows], b"")
@@ -78,10 +78,10 @@ def measure(server: LoopbackS3, folder: Path, shards: int, finished: int) -> dic
     words = [word for setting in settings for word in ("--set", setting)]
     log = folder / "job.log"
     new = f"part-{finished:05d}.parquet"
-    with log.open("wb") as output:
+    with log.open("wb") as words_out:
         begun = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.score", *words, "--run-id", "resume"], stdout=output, stderr=output
+            [sys.executable, "-m", "jobs.score", *words, "--run-id", "resume"], stdout=words_out, stderr=words_out
         )
     seconds = {}
 

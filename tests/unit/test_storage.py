@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
+from botocore.utils import parse_timestamp
 
 from jobs.demo_store import LoopbackS3
 from lib.errors import IncompleteError, UsageError
 from lib.listing import FileInfo
-from lib.storage import Store, code_of, open_store, protocol_of, split_pattern
+from lib.storage import Store, code_of, open_store, protocol_of, read_time, split_pattern
 from tests.proxy import Fault, FaultyProxy, Rule
 
 REPOSITORY = Path(__file__).parents[2]
@@ -101,6 +102,13 @@ def test_a_folder_that_is_not_there_is_empty(store: Store) -> None:
     store.create("x", b"")
     assert store.list("missing").num_rows == 0
     assert store.at("missing").list().num_rows == 0
+
+
+@pytest.mark.parametrize(
+    "value", ["2026-11-22T03:38:10.000Z", "2026-11-22T03:38:10Z", "Sun, 22 Nov 2026 03:38:10 GMT", 1795318690.5, 0]
+)
+def test_times_are_read_as_botocore_reads_them(value: str | float) -> None:
+    assert read_time(value) == parse_timestamp(value)
 
 
 def test_a_listing_of_more_than_one_page_is_whole(s3: LoopbackS3) -> None:
