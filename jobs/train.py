@@ -21,7 +21,7 @@ import pandas as pd
 
 from lib.config import TrainConfig, parse_command
 from lib.errors import run_job
-from lib.metrics import top_confusions
+from lib.metrics import shown, top_confusions
 from lib.runtime import ray_session
 from lib.training import train
 
@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> None:
     print_metrics(f"validation ({result['rows']['valid']} rows)", best)
     if result["test"]:
         print_metrics(f"test ({result['test']['rows']} rows)", result["test"])
-        print_details(result["test"])
+        if "per_class" in result["test"]:
+            print_details(result["test"])
     path = command.config.output.path
     print(
         f"\ncheckpoint: {path}\nuse it:     python -m jobs.score --set model.path={path} --set input.path=... --set output.path=..."
@@ -54,10 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
 def print_metrics(name: str, metrics: dict[str, Any]) -> None:
     """The numbers that everyone asks for, in one line."""
-    shown = ", ".join(
-        f"{key.replace('_', '-')} {metrics[key]:.4f}" for key in ("accuracy", "macro_f1", "micro_f1", "loss")
-    )
-    print(f"{name}: {shown}")
+    print(f"{name}: {shown(metrics)}")
 
 
 def print_details(metrics: dict[str, Any]) -> None:

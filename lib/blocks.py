@@ -201,21 +201,22 @@ def create(job: ScoreJob, name: str, table: pa.Table) -> int:
 
 
 def summarise(schema: PredictionSchema, rows: pa.Table) -> dict[str, Any]:
-    """Count what a chunk holds: errors by reason, labels, tokens, truncated rows, a histogram of scores."""
+    """Count what a chunk holds: errors by reason, labels, rows without one, tokens, truncated rows, a histogram of scores."""
     prefix = schema.prefix
     names = rows.column_names
-    labels = (
-        rows[f"{prefix}label"]
-        if f"{prefix}label" in names
-        else pc.list_flatten(rows[f"{prefix}labels"])
-        if f"{prefix}labels" in names
-        else None
-    )
+    errors = rows[f"{prefix}error"]
+    labels, abstained = None, 0
+    if f"{prefix}label" in names:
+        labels = rows[f"{prefix}label"]
+        abstained = labels.null_count - (len(errors) - errors.null_count)
+    elif f"{prefix}labels" in names:
+        labels = pc.list_flatten(rows[f"{prefix}labels"])
     scores = rows[f"{prefix}score"] if f"{prefix}score" in names else pc.list_flatten(rows[f"{prefix}scores"])
     bins, _ = np.histogram(scores.drop_null().to_numpy(), bins=SCORE_BINS, range=(0, 1))
     return {
-        "errors": count_values(rows[f"{prefix}error"]),
+        "errors": count_values(errors),
         "labels": {} if labels is None else count_values(labels),
+        "abstained": abstained,
         "tokens": int(pc.sum(rows[f"{prefix}num_tokens"]).as_py() or 0),
         "truncated": int(pc.sum(rows[f"{prefix}truncated"]).as_py() or 0),
         "score_bins": bins.tolist(),

@@ -3,7 +3,8 @@
 Both are found on validation rows, kept in the checkpoint's card, and used by scoring. Letters: N rows, C classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.metrics import precision_recall_curve
 
 from lib.config import DecisionSection
-from lib.errors import UsageError
+from lib.errors import UsageError, say
 from lib.schema import Task
 
 FloatArray = npt.NDArray[np.floating]
@@ -35,7 +36,7 @@ class Decision:
     temperature: float = 1.0
     """logits are divided by it"""
     thresholds: tuple[float, ...] | None = None
-    """(C,), for multi-label: the probability from which on each label is given"""
+    """(C,), the probability from which on each label is given; without, for multi-label 0.5, for one label a row 0"""
 
     def probabilities(self, logits: FloatArray) -> FloatArray:
         """Logits (N, C) to probabilities."""
@@ -45,33 +46,57 @@ class Decision:
 
     def answers(self, logits: FloatArray) -> npt.NDArray[np.int64]:
         """Logits (N, C) to the class (N,), or for multi-label to zeros and ones (N, C)."""
-        if self.task is not Task.MULTI_LABEL:
+        if self.task is Task.MULTI_CLASS:
             return logits.argmax(axis=1).astype(np.int64)
         limits = np.asarray(self.thresholds or [MULTI_LABEL_THRESHOLD] * logits.shape[1])
         return (self.probabilities(logits) >= limits).astype(np.int64)
 
-    def losses(self, logits: FloatArray, targets: IntArray) -> npt.NDArray[np.float64]:
-        """Cross entropy of each row (N,), for multi-label the labels' mean binary one."""
+    def answered(self, logits: FloatArray) -> npt.NDArray[np.bool_]:
+        """Which rows (N,) get a label, where each has one: those whose likeliest class comes to its threshold."""
+        probabilities = self.probabilities(logits)
+        best = probabilities.argmax(axis=1)
+        limits = np.asarray(self.thresholds or np.zeros(logits.shape[1]))
+        found: npt.NDArray[np.bool_] = probabilities[np.arange(len(best)), best] >= limits[best]
+        return found
+
+    def losses(self, logits: FloatArray, targets: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Cross entropy of each row (N,), for multi-label the labels' mean binary one, for regression the squared error."""
         scaled = logits.astype(np.float64) / self.temperature
-        if self.task is Task.MULTI_LABEL:
+        if self.task is Task.REGRESSION:
+            found = (scaled[:, 0] - targets) ** 2
+        elif self.task is Task.MULTI_LABEL:
             found = -np.where(targets > 0, log_expit(scaled), log_expit(-scaled)).mean(axis=1)
         else:
             found = -log_softmax(scaled, axis=1)[np.arange(len(targets)), targets]
         return np.asarray(found, np.float64)
 
 
-def decide(section: DecisionSection, logits: FloatArray, targets: IntArray, task: Task) -> Decision:
+def decide(section: DecisionSection, logits: FloatArray, targets: npt.NDArray[Any], task: Task) -> Decision:
     """Find the temperature and the thresholds that are asked for, on rows with known answers."""
     temperature = find_temperature(logits, targets, task) if section.temperature else 1.0
     found = Decision(task=task, temperature=temperature)
+    if section.abstain is not None:
+        threshold = find_abstention(found.probabilities(logits), targets, section.abstain)
+        return replace(found, thresholds=(threshold,) * logits.shape[1])
     if section.thresholds is None:
         return found
     thresholds = find_thresholds(found.probabilities(logits), targets, section.thresholds)
-    return Decision(task=task, temperature=temperature, thresholds=thresholds)
+    return replace(found, thresholds=thresholds)
 
 
 def check_decision(section: DecisionSection, task: Task) -> None:
-    """Raise `UsageError` for thresholds where every row gets the likeliest class."""
+    """Raise `UsageError` for what a task does not have: thresholds of labels, or rows that have just one label."""
+    if task is Task.REGRESSION:
+        if section.model_fields_set:
+            raise UsageError(
+                f"decision.{sorted(section.model_fields_set)[0]}: it is for classes, and train.regression learns a number"
+            )
+        return
+    if section.abstain is not None and task is not Task.MULTI_CLASS:
+        raise UsageError(
+            "decision.abstain: a row of this data may have no label as it is; decision.thresholds with a precision gives each label"
+            " only where it is sure enough"
+        )
     if section.thresholds is not None and task is not Task.MULTI_LABEL:
         raise UsageError(
             "decision.thresholds: each row of this data has one label, the likeliest; thresholds are for labels that are given"
@@ -79,7 +104,7 @@ def check_decision(section: DecisionSection, task: Task) -> None:
         )
 
 
-def find_temperature(logits: FloatArray, targets: IntArray, task: Task) -> float:
+def find_temperature(logits: FloatArray, targets: npt.NDArray[Any], task: Task) -> float:
     """The temperature with the least cross entropy (Guo et al. 2017, arXiv 1706.04599). Answers stay what they are."""
 
     def loss(log_temperature: float) -> float:
@@ -110,6 +135,29 @@ def find_thresholds(probabilities: FloatArray, targets: IntArray, goal: str | fl
         lower = column[column < limits[best]]
         found.append(float((limits[best] + lower.max()) / 2) if len(lower) else float(limits[best]))
     return tuple(found)
+
+
+def find_abstention(probabilities: FloatArray, targets: IntArray, accuracy: float) -> float:
+    """The least score from which on the likeliest classes are right so often, so that as many rows as can be get a label.
+
+    Selective classification by the softmax response (Geifman and El-Yaniv 2017, arXiv 1705.08500), on these rows alone: without
+    their bound for others. Half-way to the next lower score, so that rounding changes nothing. If no threshold is enough, that of
+    the most accurate rows, and a warning.
+    """
+    scores, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
+    order = np.argsort(-scores, kind="stable")
+    scores, found = scores[order], np.cumsum(right[order]) / np.arange(1, len(order) + 1)
+    ends = np.flatnonzero(
+        np.append(scores[:-1] > scores[1:], True)
+    )  # rows with the same score get a label or none together
+    enough = ends[found[ends] >= accuracy]
+    last = int(enough[-1] if len(enough) else ends[np.argmax(found[ends])])
+    if not len(enough):
+        say(
+            f"WARNING: decision.abstain = {accuracy}: the surest {last + 1} of {len(scores)} validation rows are right {found[last]:.2%}"
+            " of the time, and no others more often; only rows that are as sure will get a label"
+        )
+    return float((scores[last] + scores[last + 1]) / 2) if last + 1 < len(scores) else 0.0
 
 
 def calibration_error(probabilities: FloatArray, targets: IntArray, task: Task) -> float:

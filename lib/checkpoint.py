@@ -45,7 +45,7 @@ class Card(BaseModel):
     truncation: Truncation = "head"
     temperature: float = 1.0
     thresholds: tuple[float, ...] | None = None
-    """for multi-label, one for each label; 0.5 without"""
+    """(C,), from which probability on each label is given; without, for multi-label 0.5, for one label a row 0"""
     files: dict[str, str] = {}
     """SHA-256 of every other file of the checkpoint"""
     metrics: dict[str, Any] = {}

@@ -162,6 +162,8 @@ class TrainSection(Section):
     """the text's column in all labelled sets; ["first", "second"] for sentence pairs"""
     label_column: str = "label"
     """the label's column in all labelled sets: strings, whole numbers, or lists of them for multi-label"""
+    regression: bool = False
+    """the label is a number to predict, not the name of a class"""
     weight_column: str | None = None
     """a column of the training rows with a number from 0: how much each counts in the loss; default: all the same"""
 
@@ -303,15 +305,19 @@ class DecisionSection(Section):
     """temperature scaling (Guo et al. 2017): scores that are right as often as they say; which class is likeliest stays"""
     thresholds: Literal["f1"] | Annotated[float, Field(gt=0, lt=1)] | None = None
     """for multi-label, from which probability on each label is given: by its best F1, or its best recall at such a precision; default: 0.5"""
+    abstain: float | None = Field(default=None, gt=0, lt=1)
+    """for one label a row: the least sure rows get none, so many that of the others at least this part is right; default: all get one"""
 
 
 class StoppingSection(Section):
     """Which checkpoint is best and when to give up."""
 
-    metric: Literal["accuracy", "macro_f1", "micro_f1", "loss"] = "macro_f1"
-    """on the validation rows; the checkpoint with the best one is kept"""
+    metric: Literal["accuracy", "macro_f1", "micro_f1", "pearson", "spearman", "loss"] | None = None
+    """on the validation rows; the checkpoint with the best one is kept; default: macro_f1, for regression loss"""
     keep: Literal["best", "last"] = "best"
     """last: the weights of the last step, without early stopping; on a few hundred validation rows the best one is chance"""
+    average: int = Field(default=1, ge=1)
+    """keep the mean of the weights of so many evaluations: the best ones, or with keep = "last" the last ones"""
     patience: int = Field(default=4, ge=1)
     """evaluations without a better value before training stops"""
     evaluations_per_epoch: int = Field(default=1, ge=1)

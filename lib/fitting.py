@@ -12,6 +12,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,19 +27,22 @@ import torch.distributed as dist
 from lib.batching import epoch_batches
 from lib.calibration import Decision, decide
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, commit, fetch
-from lib.config import TrainConfig
+from lib.config import StoppingSection, TrainConfig
 from lib.errors import UsageError, say
 from lib.labelled import LabelledIndex
 from lib.learning import Learner, Team
 from lib.loss import Objective
 from lib.mapped import Subset, known_rows, local_copy, map_set, split_rows, without_known
-from lib.metrics import describe, is_better, summarize
+from lib.metrics import describe, is_better, shown, summarize
 from lib.model import choose_dtype, new_classifier
 from lib.storage import Store
 from lib.tokenization import load_tokenizer
 from lib.tuning import add_adapters, freeze, merge_adapters
 
 METRICS_NAME = "metrics.json"
+
+Weights = dict[str, torch.Tensor]
+"""A model's parameters and buffers by name, in host memory."""
 
 PROGRESS_SECONDS = 5.0
 
@@ -63,6 +67,8 @@ class Job:
     pad_token_id: int
     index: LabelledIndex
     objective: Objective
+    metric: str
+    """which chooses the checkpoint"""
     output: Store
     folder: Store
     """of this run: tokenized data and Ray Train's checkpoints; removed at the end"""
@@ -77,6 +83,8 @@ class Progress:
     """optimizer steps done"""
     best_step: int | None = None
     best_value: float | None = None
+    kept: list[int] = field(default_factory=list)
+    """steps whose weights are kept, the best one or the last one first"""
     stale: int = 0
     """evaluations since the best one"""
     stopped: bool = False
@@ -162,8 +170,8 @@ class Fit:
         add_adapters(model, job.config.lora)
         self.learner = Learner(model.to(team.device), optim, job.objective, team, self.steps_per_epoch * optim.epochs)
         self.progress = Progress()
-        self.best_weights: dict[str, torch.Tensor] = {}
-        """on rank 0"""
+        self.kept: dict[int, Weights] = {}
+        """by step, on rank 0"""
         self.resume()
         self.begun = time.monotonic() - self.progress.seconds
         self.printed = (time.monotonic(), self.progress.step)
@@ -186,11 +194,11 @@ class Fit:
                 self.assess()
                 self.save()
         if progress.failure is None:
-            self.restore_best()
+            self.restore_kept()
 
     def assess(self) -> None:
         """Evaluate on the validation rows, and decide what is best and whether to stop: on rank 0, for all."""
-        progress, stopping = self.progress, self.job.config.stopping
+        progress, stopping, metric = self.progress, self.job.config.stopping, self.job.metric
         valid = self.sets["valid"]
         train_loss, grad_norm, bad_step = self.learner.means()
         found = self.learner.evaluate(valid)
@@ -211,15 +219,23 @@ class Fit:
         if not math.isfinite(entry["train_loss"]):
             progress.failure = self.team.broadcast(None if bad_step is None else self.describe_bad(bad_step))
             progress.stopped = True
-        elif stopping.keep == "last" or is_better(entry[stopping.metric], progress.best_value, stopping.metric):
-            progress.best_value, progress.best_step, progress.stale = entry[stopping.metric], progress.step, 0
-            if self.team.rank == 0:
-                self.best_weights = copy_weights(self.learner.candidate)
+        elif stopping.keep == "last" or is_better(entry[metric], progress.best_value, metric):
+            progress.best_value, progress.best_step, progress.stale = entry[metric], progress.step, 0
         else:
             progress.stale += 1
             progress.stopped = progress.stale >= stopping.patience
+        self.keep()
         self.print_evaluation(entry)
         self.printed = (time.monotonic(), progress.step)
+
+    def keep(self) -> None:
+        """Keep the weights of the best or of the last evaluations, as many as are averaged at the end."""
+        progress, stopping = self.progress, self.job.config.stopping
+        progress.kept = steps_to_keep(progress.history, stopping, self.job.metric)
+        if self.team.rank == 0:
+            if progress.step in progress.kept:
+                self.kept[progress.step] = copy_weights(self.learner.candidate)
+            self.kept = {step: self.kept[step] for step in progress.kept}
 
     def describe_bad(self, step: int) -> str:
         """Say where the training loss ceased to be a number."""
@@ -253,7 +269,7 @@ class Fit:
         """On rank 0, one line for each evaluation."""
         if self.team.rank:
             return
-        progress, metric = self.progress, self.job.config.stopping.metric
+        progress, metric = self.progress, self.job.metric
         if progress.failure is not None:
             note = progress.failure
         elif self.job.config.stopping.keep == "last":
@@ -267,25 +283,24 @@ class Fit:
                 else f"best: {progress.best_value:.4f} at step {progress.best_step}"
             )
         print(
-            f"validation at step {progress.step}: accuracy {entry['accuracy']:.4f}, macro-F1 {entry['macro_f1']:.4f},"
-            f" loss {entry['loss']:.4f}; {metric}: {note}{'; stopping here' if progress.stopped else ''}",
+            f"validation at step {progress.step}: {shown(entry)}; {metric}: {note}{'; stopping here' if progress.stopped else ''}",
             flush=True,
         )
 
     def save(self) -> None:
         """Report a Ray Train checkpoint that `resume` goes on from."""
-        metric = self.job.config.stopping.metric
+        metric = self.job.metric
         metrics = {"step": self.progress.step, metric: self.progress.history[-1][metric]}
         if self.team.rank:
             ray.train.report(metrics, checkpoint=None)
             return
-        is_best, average = self.progress.best_step == self.progress.step, self.learner.average
+        average = self.learner.average
         state = {
             "model": self.learner.model.state_dict(),
             "optimizer": self.learner.optimizer.state_dict(),
             "average": None if average is None else average.state_dict(),
             "progress": asdict(self.progress),
-            "best": None if is_best else self.best_weights,
+            "kept": {step: one for step, one in self.kept.items() if step != self.progress.step},
         }
         with tempfile.TemporaryDirectory() as folder:
             torch.save(state, Path(folder) / STATE_NAME)
@@ -305,18 +320,45 @@ class Fit:
         self.progress = Progress(**state["progress"])
         self.progress.resumed_after.append(self.progress.step)
         if self.team.rank == 0:
-            self.best_weights = state["best"] or copy_weights(self.learner.candidate)
+            now = {self.progress.step: copy_weights(self.learner.candidate)}
+            self.kept = {step: (state["kept"] | now)[step] for step in self.progress.kept}
             print(f"resuming after step {self.progress.step} of {self.learner.total_steps}", flush=True)
 
-    def restore_best(self) -> None:
-        """Make the best weights, which rank 0 keeps, every worker's candidate."""
+    def restore_kept(self) -> None:
+        """Make the weights that rank 0 keeps, or the mean of several, every worker's candidate."""
         if self.team.rank == 0:
-            self.learner.candidate.load_state_dict(self.best_weights)
+            self.learner.candidate.load_state_dict(mean_of(list(self.kept.values())))
         for one in self.learner.candidate.state_dict().values():
             dist.broadcast(one, src=0)
 
 
-def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def steps_to_keep(history: list[dict[str, float]], stopping: StoppingSection, metric: str) -> list[int]:
+    """Steps of the best evaluations, or of the last ones, first those; of equally good ones the earlier."""
+    if stopping.keep == "last":
+        entries = history[::-1]
+    else:
+        sign = 1 if metric == "loss" else -1
+        entries = sorted(
+            (one for one in history if is_better(one[metric], None, metric)),
+            key=lambda one: sign * one[metric],
+        )
+    return [int(one["step"]) for one in entries[: stopping.average]]
+
+
+def mean_of(several: Sequence[Weights]) -> Weights:
+    """The mean of several models' weights; whole numbers, such as positions, are the first one's."""
+    first = several[0]
+    if len(several) == 1:
+        return first
+    return {
+        name: torch.stack([one[name] for one in several]).double().mean(0).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in first.items()
+    }
+
+
+def copy_weights(model: torch.nn.Module) -> Weights:
     """A model's weights as they are now, in host memory."""
     return {name: one.detach().cpu().clone() for name, one in model.state_dict().items()}
 
@@ -362,8 +404,9 @@ def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None) -> None
         "dropped": job.index.dropped,
         "known_from_training": fit.known,
         "labels": list(job.index.labels),
-        "metric": job.config.stopping.metric,
+        "metric": job.metric,
         "best": best,
+        "averaged_steps": progress.kept if len(progress.kept) > 1 else None,
         "temperature": decision.temperature,
         "thresholds": decision.thresholds,
         "resumed_after": progress.resumed_after,
@@ -403,7 +446,8 @@ def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None) -> None
         tokenizer.reference.save_pretrained(folder)
         (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         commit(job.output, folder, card)
-    print(f"committed the weights of step {progress.best_step} to {job.output.url}", flush=True)
+    steps = f"step {progress.best_step}" if len(progress.kept) == 1 else f"steps {progress.kept}, averaged,"
+    print(f"committed the weights of {steps} to {job.output.url}", flush=True)
 
 
 def find_committed(output: Store, config: TrainConfig, run_id: str) -> dict[str, Any] | None:

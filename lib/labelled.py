@@ -98,7 +98,7 @@ def find_source(name: str, path: str, config: TrainConfig) -> Source:
     """List one labelled set and cut it into blocks for tokenizing."""
     store, shards = list_shards(path, key=f"{name}.path")
     text = config.train.text_column
-    label = config.train.label_column
+    label, regression = config.train.label_column, config.train.regression
     weight = config.train.weight_column if name == "train" else None
     shards = with_identities(shards, BLOCK_BYTES)
     chunks: list[Chunk] = []
@@ -107,7 +107,7 @@ def find_source(name: str, path: str, config: TrainConfig) -> Source:
         try:
             with explained(f"{store.url}/{shard}", "read"):
                 columns = columns or labelled_columns(
-                    store, shard, (text,) if isinstance(text, str) else text, label, weight
+                    store, shard, (text,) if isinstance(text, str) else text, label, regression, weight
                 )
                 groups = read_row_groups(store, shard, columns)
         except BadShardError as error:
@@ -122,12 +122,21 @@ def find_source(name: str, path: str, config: TrainConfig) -> Source:
         store=store,
         blocks=tuple(bundle(chunks, BLOCK_BYTES)),
         columns=columns,
-        task=Task.MULTI_LABEL if is_list(columns.keys.field(label).type) else Task.MULTI_CLASS,
+        task=task_of(columns.keys.field(label).type),
         fingerprint=hashlib.sha256(json.dumps([store.url, listing]).encode()).hexdigest()[:16],
     )
 
 
-def labelled_columns(store: Store, shard: str, text: tuple[str, ...], label: str, weight: str | None) -> Columns:
+def task_of(label: pa.DataType) -> Task:
+    """What a label of some type asks for."""
+    if pa.types.is_floating(label):
+        return Task.REGRESSION
+    return Task.MULTI_LABEL if is_list(label) else Task.MULTI_CLASS
+
+
+def labelled_columns(
+    store: Store, shard: str, text: tuple[str, ...], label: str, regression: bool, weight: str | None
+) -> Columns:
     """Look at a shard's columns: is there text, a label of a kind to learn, a weight? Raises `BadShardError`."""
     parquet, watched = open_parquet(store, shard)
     schema = parquet.schema_arrow
@@ -139,11 +148,16 @@ def labelled_columns(store: Store, shard: str, text: tuple[str, ...], label: str
         )
     found = find_type(schema, label)
     kind = value_kind(found)
-    if pa.types.is_null(found) or not (pa.types.is_integer(kind) or pa.types.is_string(kind)):
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    if regression and (is_list(found) or not is_number):
+        raise BadShardError(f"label column {label!r} is {found}, train.regression expects numbers")
+    if not regression and (pa.types.is_null(found) or not (pa.types.is_integer(kind) or pa.types.is_string(kind))):
+        advice = "; to predict the number itself: train.regression = true" if pa.types.is_floating(kind) else ""
         raise BadShardError(
-            f"label column {label!r} is {found}, expected strings, whole numbers, or lists of them (multi-label)"
+            f"label column {label!r} is {found}, expected strings, whole numbers, or lists of them (multi-label){advice}"
         )
-    target = found if is_list(found) else pa.int64() if pa.types.is_integer(kind) else kind
+    numbers = pa.float64() if regression else pa.int64()
+    target = found if is_list(found) else numbers if is_number else kind
     keys = [(label, target)]
     if weight is not None:
         kind = find_type(schema, weight)
@@ -241,8 +255,9 @@ def tokenize_block(
         arrays = {"ids": tokens.id_lists(), "label": labels, "weight": weights, "type_ids": tokens.type_id_lists()}
         arrays["hash"] = pa.array(hash_texts(texts))
         batches.append(pa.RecordBatch.from_pydict({name: one for name, one in arrays.items() if one is not None}))
-        flat = labels.flatten() if source.task is Task.MULTI_LABEL else labels
-        counts.update({one["values"]: one["counts"] for one in pc.value_counts(flat).to_pylist()})
+        if source.task is not Task.REGRESSION:
+            flat = labels.flatten() if source.task is Task.MULTI_LABEL else labels
+            counts.update({one["values"]: one["counts"] for one in pc.value_counts(flat).to_pylist()})
     name = f"{source.name}-{item['number']:05d}.arrow"
     if batches:
         sink = pa.BufferOutputStream()
@@ -276,10 +291,13 @@ def read_block(source: Source, chunks: list[Chunk]) -> Iterator[Rows]:
 def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[pa.LargeStringArray], pa.Array, pa.FloatArray | None]:
     """Leave out rows without a text, a label or a weight, and count them by reason.
 
-    Labels as strings (or lists of them), weights as fp32 if there is a column for them.
+    Labels as strings (or lists of them, or for regression fp32), weights as fp32 if there is a column for them.
     """
     labels = rows.keys.column(0).combine_chunks()
-    labels = labels.cast(pa.list_(pa.string()) if is_list(labels.type) else pa.string())
+    if pa.types.is_floating(labels.type):
+        labels = labels.cast(pa.float32(), safe=False)
+    else:
+        labels = labels.cast(pa.list_(pa.string()) if is_list(labels.type) else pa.string())
     for error in RowError:
         if error is not RowError.NONE and (count := int((rows.errors == error).sum())):
             dropped[f"{error.name.lower()} text"] += count
@@ -291,6 +309,11 @@ def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[pa.LargeStringA
         valid[np.unique(parents.filter(labels.flatten().is_null()).to_numpy(zero_copy_only=False))] = False
     if count := int((~valid).sum()):
         dropped["null label"] += count
+    if pa.types.is_floating(labels.type):
+        finite = np.isfinite(labels.fill_null(0).to_numpy())
+        if count := int((~finite).sum()):
+            dropped["label that is no finite number"] += count
+        valid &= finite
     weights = None
     if rows.keys.num_columns > 1:
         weights = rows.keys.column(1).combine_chunks().filter(readable).cast(pa.float32(), safe=False)
@@ -325,11 +348,13 @@ def build_index(
         assert report["rows"] + sum(report["dropped"].values()) == report["read"], f"rows lost in {report}"
         counts[report["set"]].update(report["labels"])
         dropped[report["set"]].update(report["dropped"])
-    numeric = pa.types.is_integer(value_kind(sources[0].columns.keys.types[0]))
+    task, numeric = sources[0].task, pa.types.is_integer(value_kind(sources[0].columns.keys.types[0]))
     labels = tuple(sorted(counts["train"], key=int if numeric else str))
+    if task is Task.REGRESSION:
+        labels = (config.train.label_column,)
     index = LabelledIndex(
         fingerprint=fingerprint,
-        task=sources[0].task,
+        task=task,
         labels=labels,
         files={name: [one["file"] for one in reports if one["set"] == name and one["file"]] for name in counts},
         rows={name: sum(one["rows"] for one in reports if one["set"] == name) for name in counts},
@@ -345,7 +370,7 @@ def check_labels(index: LabelledIndex, config: TrainConfig) -> None:
     for name, rows in index.rows.items():
         if not rows:
             raise UsageError(f"{name}.path: no row with a text and a label is left (dropped: {index.dropped[name]})")
-    least = 1 if index.task is Task.MULTI_LABEL else 2
+    least = 2 if index.task is Task.MULTI_CLASS else 1
     if len(index.labels) < least:
         raise UsageError(
             f"train.path: column {config.train.label_column!r} holds {len(index.labels)} different labels"

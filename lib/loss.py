@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,8 @@ class Objective:
     def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Loss of each row (B,), in fp32, from logits (B, C) and targets (B,) or (B, C)."""
         logits = logits.float()
+        if self.task is Task.REGRESSION:
+            return functional.mse_loss(logits.squeeze(1), targets, reduction="none")
         if self.task is Task.MULTI_LABEL:
             hot = targets.float()
             smooth = hot * (1 - self.smoothing) + self.smoothing / 2
@@ -47,7 +50,7 @@ class Objective:
             found = found * (1 - right.exp()) ** self.gamma
         return found
 
-    def row_weights(self, targets: npt.NDArray[np.integer], weights: FloatArray | None) -> FloatArray:
+    def row_weights(self, targets: npt.NDArray[Any], weights: FloatArray | None) -> FloatArray:
         """How much each row counts (N,): its own weight, if rows have one, times its class's."""
         found = np.ones(len(targets), np.float32) if weights is None else weights
         return found if self.class_weights is None else found * np.asarray(self.class_weights, np.float32)[targets]
@@ -71,6 +74,23 @@ def rdrop_losses(logits: torch.Tensor, losses: torch.Tensor, task: Task, weight:
     return plain + weight / 2 * divergence / 2
 
 
+def check_loss(section: LossSection, rdrop: float, task: Task) -> None:
+    """Raise `UsageError` for what a task does not have, or what does not go together."""
+    if task is Task.REGRESSION:
+        set_here = sorted(section.model_fields_set) + (["rdrop"] if rdrop else [])
+        if set_here:
+            name = "optim.rdrop" if set_here[0] == "rdrop" else f"loss.{set_here[0]}"
+            raise UsageError(
+                f"{name}: it is for classes, and train.regression learns a number by its mean squared error"
+            )
+    if task is Task.MULTI_LABEL and section.class_weights is not None:
+        raise UsageError("loss.class_weights: a row of this data can have several labels; use loss.positive_weights")
+    if task is Task.MULTI_CLASS and section.positive_weights is not None:
+        raise UsageError("loss.positive_weights: each row of this data has one label; use loss.class_weights")
+    if section.kind == "focal" and section.label_smoothing:
+        raise UsageError("loss.label_smoothing with loss.kind = focal: each undoes the other; leave one of the two out")
+
+
 def make_objective(
     section: LossSection, rdrop: float, task: Task, labels: Sequence[str], counts: Mapping[str, int], num_rows: int
 ) -> Objective:
@@ -79,12 +99,7 @@ def make_objective(
     Balanced: N / (C n) for a class of n rows, as scikit-learn has it, so that the mean over all rows is 1; for multi-label
     (N - n) / n. Raises `UsageError` for what does not fit the task or names no label.
     """
-    if task is Task.MULTI_LABEL and section.class_weights is not None:
-        raise UsageError("loss.class_weights: a row of this data can have several labels; use loss.positive_weights")
-    if task is not Task.MULTI_LABEL and section.positive_weights is not None:
-        raise UsageError("loss.positive_weights: each row of this data has one label; use loss.class_weights")
-    if section.kind == "focal" and section.label_smoothing:
-        raise UsageError("loss.label_smoothing with loss.kind = focal: each undoes the other; leave one of the two out")
+    check_loss(section, rdrop, task)
     given = {"class": section.class_weights, "positive": section.positive_weights}
     balanced = {
         "class": [num_rows / (len(labels) * max(1, counts.get(label, 0))) for label in labels],

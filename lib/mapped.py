@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ import pyarrow.compute as pc
 from lib.batching import IntArray
 from lib.schema import Task
 from lib.storage import Store, cache_folder, explained
+
+Targets = npt.NDArray[Any]
+"""What rows teach: classes, several of them, or a number."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ class LabelledSet:
                     hashes.append(batch.column("hash").to_numpy())
         self.lengths: npt.NDArray[np.int32] = np.concatenate([np.diff(part.offsets) for part in self.parts])
         self.starts = np.cumsum([0, *(len(part.offsets) - 1 for part in self.parts)])
-        self.targets: npt.NDArray[np.integer] = np.concatenate(targets)
-        """(N,) class numbers as int64, or (N, C) zeros and ones as uint8"""
+        self.targets: Targets = np.concatenate(targets)
+        """(N,) class numbers as int64, (N, C) zeros and ones as uint8, or (N,) numbers as float32"""
         self.weights: npt.NDArray[np.float32] | None = np.concatenate(weights) if weights else None
         """(N,) how much each row counts, if the rows say so"""
         self.hashes: npt.NDArray[np.uint64] = np.concatenate([np.zeros(0, np.uint64), *hashes])
@@ -96,8 +100,8 @@ class Subset:
         return self.data.hashes[self.chosen]
 
     @property
-    def targets(self) -> npt.NDArray[np.integer]:
-        """(N,) class numbers, or (N, C) zeros and ones."""
+    def targets(self) -> Targets:
+        """(N,) class numbers, (N, C) zeros and ones, or (N,) numbers."""
         return self.data.targets[self.chosen]
 
 
@@ -114,8 +118,11 @@ def without_known(sets: Mapping[str, Subset]) -> dict[str, Subset]:
     return {**sets, "train": Subset(train.data, train.chosen[~np.isin(train.hashes, others)])}
 
 
-def encode_labels(column: pa.Array, labels: Sequence[str], task: Task) -> npt.NDArray[np.integer]:
-    """Turn label names into class numbers (N,), or for multi-label into zeros and ones (N, C)."""
+def encode_labels(column: pa.Array, labels: Sequence[str], task: Task) -> Targets:
+    """Turn label names into class numbers (N,), or for multi-label into zeros and ones (N, C); numbers stay what they are."""
+    if task is Task.REGRESSION:
+        numbers: npt.NDArray[np.float32] = column.to_numpy()
+        return numbers
     known = pa.array(labels, pa.string())
     if task is not Task.MULTI_LABEL:
         return pc.index_in(column, known).to_numpy().astype(np.int64)
@@ -124,15 +131,15 @@ def encode_labels(column: pa.Array, labels: Sequence[str], task: Task) -> npt.ND
     return hot
 
 
-def split_rows(targets: npt.NDArray[np.integer], fraction: float, seed: int) -> tuple[IntArray, IntArray]:
-    """Split rows into training and validation rows, the same for the same seed: by class, at random for multi-label.
+def split_rows(targets: Targets, fraction: float, seed: int) -> tuple[IntArray, IntArray]:
+    """Split rows into training and validation rows, the same for the same seed: by class, at random for multi-label and regression.
 
     Every class keeps at least one training row. Both are sorted.
     """
     chance = np.random.default_rng([seed, len(targets)])
     groups = (
         [np.flatnonzero(targets == index) for index in np.unique(targets)]
-        if targets.ndim == 1
+        if targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
         else [np.arange(len(targets))]
     )
     taken = [chance.permutation(group)[: min(round(len(group) * fraction), len(group) - 1)] for group in groups]

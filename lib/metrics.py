@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import (
     accuracy_score,
     confusion_matrix,
@@ -16,16 +18,49 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from lib.calibration import Decision, FloatArray, IntArray, calibration_error
+from lib.calibration import Decision, FloatArray, calibration_error
+from lib.errors import UsageError
 from lib.schema import Task
 
+CHOOSING = {
+    Task.MULTI_CLASS: ("macro_f1", "micro_f1", "accuracy", "loss"),
+    Task.MULTI_LABEL: ("macro_f1", "micro_f1", "accuracy", "loss"),
+    Task.REGRESSION: ("loss", "pearson", "spearman"),
+}
+"""Metrics that may choose a checkpoint, the default one first."""
 
-def summarize(truth: IntArray, logits: FloatArray, decision: Decision) -> dict[str, float]:
+SHOWN = ("accuracy", "macro_f1", "micro_f1", "mean_absolute_error", "pearson", "spearman", "loss")
+
+
+def choose_metric(wanted: str | None, task: Task) -> str:
+    """The metric that chooses a checkpoint. Raises `UsageError` if the task does not have it."""
+    if wanted is not None and wanted not in CHOOSING[task]:
+        kind = task.value.replace("_", "-")
+        raise UsageError(f"stopping.metric = {wanted}: this data is {kind}; choose from {', '.join(CHOOSING[task])}")
+    return wanted or CHOOSING[task][0]
+
+
+def shown(metrics: dict[str, Any]) -> str:
+    """The numbers that everyone asks for, in one line."""
+    return ", ".join(f"{name.replace('_', '-')} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
+
+
+def summarize(truth: npt.NDArray[Any], logits: FloatArray, decision: Decision) -> dict[str, float]:
     """The few numbers that choose a checkpoint: accuracy, macro_f1, micro_f1, loss (mean of the rows').
 
     `truth`: the class (N,), or for multi-label zeros and ones (N, C). Accuracy of multi-label means all labels of a row
-    right. A class without any row, and never answered, counts 0 in macro_f1.
+    right. A class without any row, and never answered, counts 0 in macro_f1. For regression: mean_absolute_error, pearson and
+    spearman correlations (0 where all answers are the same), loss (the mean squared error).
     """
+    if decision.task is Task.REGRESSION:
+        numbers = logits[:, 0].astype(np.float64)
+        varied = np.ptp(numbers) > 0 and np.ptp(truth) > 0
+        return {
+            "mean_absolute_error": float(np.abs(numbers - truth).mean()),
+            "pearson": float(pearsonr(truth, numbers).statistic) if varied else 0.0,
+            "spearman": float(spearmanr(truth, numbers).statistic) if varied else 0.0,
+            "loss": float(decision.losses(logits, truth).mean()),
+        }
     answers = decision.answers(logits)
     classes = None if decision.task is Task.MULTI_LABEL else list(range(logits.shape[1]))
     f1 = {
@@ -40,12 +75,15 @@ def summarize(truth: IntArray, logits: FloatArray, decision: Decision) -> dict[s
     }
 
 
-def describe(truth: IntArray, logits: FloatArray, decision: Decision, labels: Sequence[str]) -> dict[str, Any]:
+def describe(truth: npt.NDArray[Any], logits: FloatArray, decision: Decision, labels: Sequence[str]) -> dict[str, Any]:
     """All metrics: `summarize`, rows, calibration error, per class precision, recall, f1 and support, and the confusion matrix.
 
     `confusion[i][j]` counts rows of class i answered as j; for multi-label it is one 2x2 matrix for each label, in
-    label order, with [[true negatives, false positives], [false negatives, true positives]].
+    label order, with [[true negatives, false positives], [false negatives, true positives]]. Where a model abstains,
+    `coverage` is the part of the rows that get a label, `answered_accuracy` the accuracy on them; all else is on all rows.
     """
+    if decision.task is Task.REGRESSION:
+        return {"rows": len(truth), **summarize(truth, logits, decision)}
     task, answers = decision.task, decision.answers(logits)
     classes = list(range(len(labels)))
     columns = precision_recall_fscore_support(truth, answers, labels=classes, average=None, zero_division=0)
@@ -64,9 +102,15 @@ def describe(truth: IntArray, logits: FloatArray, decision: Decision, labels: Se
         if task is Task.MULTI_LABEL
         else confusion_matrix(truth, answers, labels=classes)
     )
+    answered = {}
+    if task is Task.MULTI_CLASS and decision.thresholds is not None:
+        some = decision.answered(logits)
+        right = float((answers == truth)[some].mean()) if some.any() else None
+        answered = {"coverage": float(some.mean()), "answered_accuracy": right}
     return {
         "rows": len(truth),
         **summarize(truth, logits, decision),
+        **answered,
         "calibration_error": calibration_error(decision.probabilities(logits), truth, task),
         "per_class": per_class,
         "confusion": confusion.tolist(),

@@ -38,6 +38,8 @@ class Outcome:
     errors: Counter[str] = field(default_factory=Counter)
     """rows by reason"""
     labels: Counter[str] = field(default_factory=Counter)
+    abstained: int = 0
+    """rows without an error that get no label, since the model is not sure enough"""
     score_bins: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(SCORE_BINS, np.int64))
     bad_shards: dict[str, str] = field(default_factory=dict)
     """shards without a readable footer or the right columns, and why"""
@@ -76,6 +78,7 @@ class Outcome:
         self.tokens += result["tokens"]
         self.errors.update(result["errors"])
         self.labels.update(result["labels"])
+        self.abstained += result["abstained"]
         self.score_bins += np.array(result["score_bins"], np.int64)
         counted = {name: result[name] for name in ("start", "rows", "bytes")}
         self._rows.append({"path": result["name"], "errors": sum(result["errors"].values()), **counted})

@@ -125,6 +125,7 @@ def run_record(facts: RunFacts) -> dict[str, Any]:
             "tokens": outcome.tokens,
             "tokens_per_second": round(outcome.tokens / seconds) if seconds else 0,
             "labels": dict(outcome.labels.most_common()),
+            "abstained": outcome.abstained,
             "score_bins": outcome.score_bins.tolist(),
         },
         "published_total": facts.totals,
@@ -229,7 +230,8 @@ svg { max-width: 100%; height: auto; } pre { background: #f6f8fa; padding: 1rem;
 {% for name in ("input", "model", "output", "version", "started_at", "cluster", "published") %}<tr><th>{{ name }}</th><td>{{ record[name] }}</td></tr>{% endfor %}
 <tr><th>chunks</th><td>{{ run.chunks_finished }} of {{ run.chunks_planned }} planned</td></tr>
 <tr><th>tokens</th><td>{{ "{:,}".format(run.tokens) }}; {{ "{:,}".format(run.truncated) }} texts were cut at the length limit</td></tr>
-<tr><th>packages</th><td>{% for name, number in record.packages.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}</td></tr></table>
+{% if run.abstained %}<tr><th>no label</th><td>{{ "{:,}".format(run.abstained) }} rows: the model is not sure enough of any</td></tr>
+{% endif %}<tr><th>packages</th><td>{% for name, number in record.packages.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}</td></tr></table>
 <h2>Configuration</h2><pre>{{ record.config | tojson(indent=2) }}</pre>
 </body></html>
 """

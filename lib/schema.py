@@ -102,7 +102,10 @@ def to_results(
     truncated: npt.NDArray[np.bool_],
     errors: npt.NDArray[np.uint8],
 ) -> pa.Table:
-    """Turn probabilities (N, C) into the columns that scoring adds; rows with an error get nulls and the error's name."""
+    """Turn probabilities (N, C) into the columns that scoring adds; rows with an error get nulls and the error's name.
+
+    A row whose likeliest class is below its threshold gets that class's score and no label.
+    """
     errors = np.where((errors == RowError.NONE) & ~np.isfinite(probabilities).all(axis=1), RowError.NOT_FINITE, errors)
     bad = errors != RowError.NONE
     columns: list[pa.Array] = []
@@ -110,8 +113,10 @@ def to_results(
         columns.append(pa.array(probabilities[:, 0], pa.float32(), mask=bad))
     elif schema.task is Task.MULTI_CLASS:
         best = np.where(bad, 0, np.argmax(np.nan_to_num(probabilities), axis=1))
-        columns.append(pa.array(schema.labels, pa.string()).take(pa.array(best, mask=bad)))
-        columns.append(pa.array(probabilities[np.arange(len(best)), best], pa.float32(), mask=bad))
+        sure = probabilities[np.arange(len(best)), best]
+        without = bad | (sure < np.array(thresholds or [0] * len(schema.labels), np.float32)[best])
+        columns.append(pa.array(schema.labels, pa.string()).take(pa.array(best, mask=without)))
+        columns.append(pa.array(sure, pa.float32(), mask=bad))
     else:
         columns.extend(multi_label_columns(schema.labels, thresholds, probabilities, bad))
     if schema.probabilities and schema.task is not Task.REGRESSION:

@@ -27,8 +27,10 @@ from lib.errors import IncompleteError, TextsweepError, UsageError
 from lib.facts import check_weights, max_positions, read_config
 from lib.fitting import Job, deciding, find_committed, work
 from lib.labelled import LabelledIndex, Source, find_sources, prepare
-from lib.loss import make_objective
+from lib.loss import check_loss, make_objective
+from lib.metrics import choose_metric
 from lib.runtime import Cluster
+from lib.schema import Task
 from lib.storage import Store, explained, open_store
 from lib.tokenization import load_tokenizer
 from lib.tuning import check_tuning
@@ -70,12 +72,15 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
     base = config.model.base if config.model.base.startswith("package:") else open_store(config.model.base).url
     max_length, pad_token_id = check_base(base, config.model.max_length, config.model.trust)
     sources = find_sources(config)
+    task = sources[0].task
+    check_decision(config.decision, task)
+    check_loss(config.loss, config.optim.rdrop, task)
+    metric = choose_metric(config.stopping.metric, task)
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
     claim(folder, config, run_id)
     begun = time.monotonic()
     index = prepare(config, sources, base, max_length, folder.at("data"))
     rdrop, counts, num_rows = config.optim.rdrop, index.label_counts["train"], index.rows["train"]
-    check_decision(config.decision, index.task)
     objective = make_objective(config.loss, rdrop, index.task, index.labels, counts, num_rows)
     print_sets(index, sources, max_length, time.monotonic() - begun)
     job = Job(
@@ -86,6 +91,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
         pad_token_id=pad_token_id,
         index=index,
         objective=objective,
+        metric=metric,
         output=output,
         folder=folder,
         cpus_per_worker=cpus_per_worker,
@@ -163,9 +169,8 @@ def print_sets(index: LabelledIndex, sources: list[Source], max_length: int, sec
         note = f"; left out {sum(dropped.values())} ({reasons})" if dropped else ""
         print(f"{source.name}: {index.rows[source.name]} rows from {source.store.url}{note}", flush=True)
     kind = index.task.value.replace("_", "-")
-    print(
-        f"{len(index.labels)} labels, {kind}, at most {max_length} tokens a text; ready in {seconds:.1f} s", flush=True
-    )
+    learned = f"{len(index.labels)} labels" if index.task is not Task.REGRESSION else f"the number {index.labels[0]!r}"
+    print(f"{learned}, {kind}, at most {max_length} tokens a text; ready in {seconds:.1f} s", flush=True)
 
 
 # running the workers

@@ -57,6 +57,11 @@ def peak_rate(depth: int, optim: OptimSection) -> float:
 def check_tuning(config: TrainConfig) -> None:
     """Raise `UsageError` for settings that do not go together."""
     frozen, unfreezing, rank = config.model.freeze_layers, config.optim.unfreeze_layers, config.lora.rank
+    if rank is not None and config.stopping.average > 1:
+        raise UsageError(
+            "stopping.average and lora.rank: the mean of two adapters' factors is not the mean of what they add to the weights; leave"
+            " one of the two out, or set optim.ema_decay"
+        )
     if rank is None:
         given = [name for name in ("alpha", "dropout", "target_modules") if getattr(config.lora, name)]
         if given:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from safetensors.torch import load_file
-from sklearn.metrics import confusion_matrix, f1_score
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import confusion_matrix, f1_score, mean_absolute_error, mean_squared_error
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from jobs.demo_store import LoopbackS3
@@ -262,6 +264,31 @@ def test_the_best_weights_are_kept_and_training_stops_early(
     assert float(loss) == pytest.approx(losses[best], abs=1e-5)
 
 
+def test_checkpoints_are_averaged_and_the_model_may_abstain(
+    data: dict[str, str], base: str, one: tuple[TrainConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = configure(
+        data, base, str(tmp_path / "mean"), stopping={"metric": "loss", "average": 2}, decision={"abstain": 0.8}
+    )
+    found = train(config, "night-1", cluster_facts())
+    before, after = (entry["step"] for entry in found["history"])
+    assert (found["averaged_steps"], one[1]["best"]["step"]) == ([after, before], after)
+    mean, last = weights_of(config.output.path), weights_of(one[0].output.path)
+    first = {name: 2 * value - last[name] for name, value in mean.items()}
+    assert difference(first, last) > 1e-3
+    shutil.copytree(config.output.path, tmp_path / "first")
+    save_file(first, tmp_path / "first" / "model.safetensors", {"format": "pt"})
+    texts, labels = make_rows(VALID_ROWS, 2)
+    targets = torch.tensor([LABELS.index(label) for label in labels])
+    loss = torch.nn.functional.cross_entropy(score_plainly(str(tmp_path / "first"), texts), targets)
+    assert float(loss) == pytest.approx(found["history"][0]["loss"], abs=1e-4)
+
+    scores, answers = score_plainly(config.output.path, texts).softmax(1).max(1)
+    limit = found["thresholds"][0]
+    assert found["thresholds"] == [limit] * 3 and 0 < limit < 1
+    assert (answers == targets)[scores >= limit].float().mean() >= 0.8 > (answers == targets).float().mean()
+
+
 def test_lists_of_numbers_train_a_multi_label_model_with_a_split_of_its_own(
     base: str, ray_session: None, tmp_path: Path
 ) -> None:
@@ -353,7 +380,7 @@ def test_a_killed_worker_resumes_to_the_same_weights(
     changes: dict[str, dict[str, Any]] = {
         "model": {"dropout": 0.2},
         "optim": {"epochs": 3, "ema_decay": 0.8, "layer_decay": 0.9, "rdrop": 1.0},
-        "stopping": {"metric": "loss", "evaluations_per_epoch": 6, "patience": 100},
+        "stopping": {"metric": "loss", "evaluations_per_epoch": 6, "patience": 100, "average": 3},
         "resources": {"num_workers": 2},
     }
     whole = configure(data, base, str(tmp_path / "whole"), **changes)
@@ -366,6 +393,7 @@ def test_a_killed_worker_resumes_to_the_same_weights(
     assert len(found["resumed_after"]) == 1
     assert 0 < found["resumed_after"][0] < 18
     assert expected["resumed_after"] == []
+    assert expected["averaged_steps"] == found["averaged_steps"]
     assert difference(weights_of(whole.output.path), weights_of(config.output.path)) < 1e-6
     assert [entry["step"] for entry in found["history"]] == list(range(1, 19))
     for left, right in zip(expected["history"], found["history"], strict=True):
@@ -587,3 +615,59 @@ def test_adapters_are_merged_into_a_plain_checkpoint(
     before, after = load_file(Path(base) / "model.safetensors"), weights_of(config.output.path)
     changed = {name for name, one in before.items() if not torch.equal(one, after[f"bert.{name}"])}
     assert {name.rpartition("self.")[2] for name in changed if "layer" in name} == {"query.weight", "value.weight"}
+
+
+def test_a_number_is_learned_and_scored(base: str, ray_session: None, tmp_path: Path) -> None:
+    """How good a text is, in whole numbers with a few that are none, from a set without validation rows; then an archive is scored."""
+    texts, labels = make_rows(TRAIN_ROWS, 1)
+    numbers: list[float | None] = [float(LABELS.index(label)) - 1 for label in labels]
+    numbers[:3] = [None, float("nan"), float("inf")]
+    tested, answers = make_rows(TEST_ROWS, 3)
+    truth = [LABELS.index(label) - 1 for label in answers]
+    fakes.write_archive(
+        str(tmp_path),
+        {
+            "train.parquet": pa.table({"text": texts, "stars": pa.array(numbers, pa.float32())}),
+            "test.parquet": pa.table({"text": tested, "stars": pa.array(truth, pa.int8())}),
+        },
+    )
+    paths = {"train": f"{tmp_path}/train.parquet", "valid": "", "test": f"{tmp_path}/test.parquet"}
+    config = configure(
+        paths,
+        base,
+        str(tmp_path / "model"),
+        train={"label_column": "stars", "regression": True},
+        valid={"path": None, "fraction": 0.25},
+        optim={"epochs": 6, "learning_rate": 3e-3},
+        stopping={"metric": None},
+    )
+    found = train(config, "night-1", cluster_facts())
+    assert found["dropped"]["train"] == {"null label": 1, "label that is no finite number": 2}
+    assert (found["metric"], found["labels"], found["rows"]["valid"]) == ("loss", ["stars"], 20)
+
+    expected = score_plainly(config.output.path, tested)[:, 0].numpy()
+    assert found["test"]["loss"] == pytest.approx(mean_squared_error(truth, expected), abs=1e-5)
+    assert found["test"]["mean_absolute_error"] == pytest.approx(mean_absolute_error(truth, expected), abs=1e-5)
+    assert found["test"]["pearson"] == pytest.approx(np.corrcoef(truth, expected)[0, 1], abs=1e-5)
+    ranks = pd.Series(expected).corr(pd.Series(truth), method="spearman")
+    assert found["test"]["spearman"] == pytest.approx(ranks, abs=1e-5)
+    assert ranks > 0.5
+    loaded = checkpoint.load(config.output.path)
+    assert (loaded.facts.task, loaded.card.labels) == (Task.REGRESSION, ("stars",))
+    tokens = checkpoint.tokenizer_of(loaded).encode(tested)
+    scores = Predictor(loaded, "fp32", "auto").probabilities(tokens.ids, tokens.offsets)
+    assert scores[:, 0] == pytest.approx(expected, abs=1e-4)
+
+    for changes, said in (
+        ({"train": {"label_column": "stars"}}, r"'stars' is float, expected strings.*train.regression = true"),
+        ({"train": {"label_column": "text", "regression": True}}, "'text' is string, train.regression expects numbers"),
+        ({"stopping": {"metric": "accuracy"}}, "stopping.metric = accuracy: this data is regression; choose from loss"),
+        ({"decision": {"abstain": 0.9}}, r"decision.abstain: it is for classes"),
+    ):
+        values: dict[str, Any] = {
+            "train": {"label_column": "stars", "regression": True},
+            "valid": {"path": None},
+            **changes,
+        }
+        with pytest.raises(UsageError, match=said):
+            train(configure(paths, base, str(tmp_path / "other"), **values), "night-1", cluster_facts())

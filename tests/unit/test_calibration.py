@@ -1,6 +1,7 @@
 """Temperature, thresholds and calibration error against data whose truth is known, and scikit-learn."""
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -8,9 +9,11 @@ from scipy.special import expit, softmax
 from sklearn.metrics import f1_score, log_loss, precision_score, recall_score
 from torch.nn import functional
 
+from lib.blocks import summarise
 from lib.calibration import Decision, calibration_error, check_decision, decide, find_temperature, find_thresholds
 from lib.config import DecisionSection
 from lib.errors import UsageError
+from lib.metrics import describe
 from lib.schema import PredictionSchema, Task, to_results
 
 ROWS, CLASSES = 20_000, 5
@@ -39,6 +42,47 @@ def test_the_temperature_undoes_a_factor(task: Task, factor: float) -> None:
         assert after.losses(logits * factor, truth).mean() < before.losses(logits * factor, truth).mean()
     if task is Task.MULTI_CLASS:
         assert (before.answers(logits) == after.answers(logits)).all()
+
+
+@pytest.mark.parametrize("accuracy", [0.7, 0.9, 0.99])
+def test_as_many_rows_as_can_be_get_a_label(accuracy: float, capsys: pytest.CaptureFixture[str]) -> None:
+    logits, truth = honest(Task.MULTI_CLASS)
+    found = decide(DecisionSection(abstain=accuracy), logits, truth, Task.MULTI_CLASS)
+    scores, right = softmax(logits, axis=1).max(axis=1), logits.argmax(axis=1) == truth
+    limits = [limit for limit in np.unique(scores) if right[scores >= limit].mean() >= accuracy]
+    assert (found.answered(logits) == (scores >= limits[0])).all()
+
+    schema = PredictionSchema(
+        task=Task.MULTI_CLASS, labels=tuple("abcde"), prefix="", probabilities=False, keys=pa.schema([])
+    )
+    errors = np.zeros(ROWS, np.uint8)
+    errors[:3] = 2
+    written = to_results(
+        schema, found.thresholds, softmax(logits, axis=1).astype(np.float32), errors, errors.astype(bool), errors
+    )
+    labels, given = written["label"].to_numpy(), scores >= limits[0]
+    given[:3] = False
+    assert (pd.notna(labels) == given).all()
+    assert (labels[given] == np.array(list("abcde"))[logits.argmax(axis=1)[given]]).all()
+    assert written["score"].null_count == 3
+    assert "WARNING" not in capsys.readouterr().err
+
+    described = describe(truth, logits, found, "abcde")
+    assert described["coverage"] == pytest.approx((scores >= limits[0]).mean())
+    assert described["answered_accuracy"] == pytest.approx(right[scores >= limits[0]].mean())
+    assert summarise(schema, written)["abstained"] == ROWS - 3 - given.sum()
+
+
+def test_abstention_at_the_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    logits = np.array([[3.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    section = DecisionSection(abstain=0.9)
+    everyone = decide(section, logits, np.array([0, 0, 0, 1]), Task.MULTI_CLASS)
+    assert everyone.thresholds == (0, 0)
+    nobody = decide(section, logits, np.array([1, 0, 1, 1]), Task.MULTI_CLASS)
+    assert "the surest 4 of 4 validation rows are right 50.00% of the time" in capsys.readouterr().err
+    assert nobody.answered(logits).all()
+    ties = decide(section, logits, np.array([0, 0, 1, 1]), Task.MULTI_CLASS)
+    assert ties.answered(logits).tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize("task", [Task.MULTI_CLASS, Task.MULTI_LABEL])
@@ -110,3 +154,8 @@ def test_scoring_gives_the_labels_that_training_measured() -> None:
 def test_thresholds_of_a_single_answer_are_refused() -> None:
     with pytest.raises(UsageError, match=r"decision\.thresholds: each row of this data has one label"):
         check_decision(DecisionSection(thresholds="f1"), Task.MULTI_CLASS)
+    with pytest.raises(UsageError, match=r"decision\.abstain: a row of this data may have no label as it is"):
+        check_decision(DecisionSection(abstain=0.9), Task.MULTI_LABEL)
+    with pytest.raises(UsageError, match=r"decision\.temperature: it is for classes, and train\.regression"):
+        check_decision(DecisionSection(temperature=True), Task.REGRESSION)
+    check_decision(DecisionSection(), Task.REGRESSION)

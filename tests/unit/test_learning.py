@@ -1,5 +1,6 @@
 """One optimizer step against plain torch and plain transformers, without Ray."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import Bernoulli, Categorical, kl_divergence
+from torch.optim.swa_utils import AveragedModel
 
 from lib.batching import share_of
 from lib.calibration import Decision
-from lib.config import OptimSection
+from lib.config import OptimSection, StoppingSection
+from lib.fitting import copy_weights, mean_of, steps_to_keep
 from lib.learning import Learner, Team, accumulate, new_optimizer
 from lib.loss import Objective, rdrop_losses
 from lib.mapped import LabelledSet, Subset
@@ -197,3 +200,36 @@ def test_a_set_gives_its_rows_in_any_order(small_set: LabelledSet) -> None:
         alone, _, _ = small_set.gather(np.array([row]))
         assert ids[place][mask[place]].tolist() == alone[0].tolist()
         assert not ids[place][~mask[place]].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"metric": "loss"}, [30]),
+        ({"metric": "loss", "average": 3}, [30, 20, 50]),
+        ({"metric": "macro_f1", "average": 2}, [10, 40]),
+        ({"metric": "macro_f1", "average": 9}, [10, 40, 30, 20]),
+        ({"keep": "last", "average": 2}, [50, 40]),
+    ],
+)
+def test_the_best_evaluations_are_kept_or_the_last(settings: dict[str, Any], expected: list[int]) -> None:
+    """Of equally good ones the earlier; one that is no number never."""
+    losses, scores = (5.0, 2.0, 1.0, 4.0, 2.0), (0.9, 0.1, 0.3, 0.9, math.nan)
+    history = [
+        {"step": 10 * number, "loss": loss, "macro_f1": score}
+        for number, (loss, score) in enumerate(zip(losses, scores, strict=True), 1)
+    ]
+    section = StoppingSection(**settings)
+    assert steps_to_keep(history, section, section.metric or "loss") == expected
+
+
+def test_the_mean_of_weights_is_that_of_torch(base: str) -> None:
+    models = [new_classifier(base, LABELS, Task.MULTI_CLASS, None, seed) for seed in range(3)]
+    for number, one in enumerate(models):
+        for parameter in one.parameters():
+            parameter.data += number * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    expected = AveragedModel(models[0], use_buffers=True)
+    for one in models:
+        expected.update_parameters(one)
+    found = mean_of([copy_weights(one) for one in models])
+    assert difference(found, expected.module.state_dict()) < 1e-6

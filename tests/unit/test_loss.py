@@ -22,6 +22,20 @@ ROWS = 32
 CPU = torch.device("cpu")
 
 
+def test_a_number_is_learned_by_its_squared_error() -> None:
+    chance = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(9, 1, generator=chance), torch.randn(9, generator=chance)
+    found = make_objective(LossSection(), 0.0, Task.REGRESSION, ("stars",), {}, 9).losses(logits, targets)
+    assert torch.equal(found, nn.MSELoss(reduction="none")(logits[:, 0], targets))
+    for section, rdrop, name in (
+        (LossSection(kind="focal"), 0.0, r"loss\.kind"),
+        (LossSection(label_smoothing=0.1), 0.0, r"loss\.label_smoothing"),
+        (LossSection(), 1.0, r"optim\.rdrop"),
+    ):
+        with pytest.raises(UsageError, match=f"{name}: it is for classes, and train.regression learns a number"):
+            make_objective(section, rdrop, Task.REGRESSION, ("stars",), {}, 9)
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("base")

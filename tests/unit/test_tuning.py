@@ -127,6 +127,7 @@ def test_the_layers_that_get_adapters_can_be_named(bert: Any) -> None:
     [
         ({"lora": {"alpha": 8}}, "lora.alpha is set, but there are no adapters; set lora.rank"),
         ({"lora": {"rank": 8}, "model": {"freeze_layers": 1}}, "model.freeze_layers and lora.rank: with adapters"),
+        ({"lora": {"rank": 8}, "stopping": {"average": 2}}, "stopping.average and lora.rank: the mean of two adapters"),
         ({"lora": {"rank": 8}, "optim": {"unfreeze_layers": 1}}, "optim.unfreeze_layers and lora.rank"),
         ({"model": {"freeze_layers": "all"}, "optim": {"unfreeze_layers": 1}}, "there is no layer to unfreeze"),
     ],
