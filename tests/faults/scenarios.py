@@ -172,7 +172,7 @@ def kill_writer_after_its_put(scene: Scene) -> Ending:
 
 def run_out_of_gpu_memory(scene: Scene) -> Ending:
     """No GPU here: large forward passes raise what CUDA would."""
-    scene.bench.plant(memory={"most": 600})
+    scene.bench.plant(memory={"most": 300})
     scene.run()
     return Ending(len(scene.bench.events))
 
