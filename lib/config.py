@@ -206,6 +206,8 @@ class TrainModelSection(Section):
     """of encoder and head; default: as the base has it"""
     freeze_layers: Annotated[int, Field(ge=0)] | Literal["all"] | None = None
     """keep the embeddings and so many of the lowest layers as they are; all: learn the head alone; default: everything learns"""
+    gradient_checkpointing: bool = False
+    """compute each layer again in the backward pass: the same gradients, the activations of one layer in memory at a time, slower steps"""
     allow_pickle: bool = False
     """take pytorch_model.bin weights where there are no safetensors ones: only from a source you trust"""
     trust_remote_code: bool = False

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from lib.batching import epoch_batches
-from lib.calibration import Decision, decide
+from lib.calibration import Decision, FloatArray, decide
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, commit, fetch
 from lib.config import StoppingSection, TrainConfig
 from lib.errors import UsageError, say
@@ -35,9 +35,10 @@ from lib.loss import Objective
 from lib.mapped import Subset, known_rows, local_copy, map_set, split_rows, without_known
 from lib.metrics import describe, is_better, shown, summarize
 from lib.model import choose_dtype, new_classifier
+from lib.model_card import model_card
 from lib.storage import Store
 from lib.tokenization import load_tokenizer
-from lib.tuning import add_adapters, freeze, merge_adapters
+from lib.tuning import add_adapters, freeze, merge_adapters, recompute_layers
 
 METRICS_NAME = "metrics.json"
 
@@ -168,6 +169,8 @@ class Fit:
         model: Any = new_classifier(base, index.labels, index.task, dropout, optim.seed, trust, job.config.head)
         freeze(model, job.config)
         add_adapters(model, job.config.lora)
+        if job.config.model.gradient_checkpointing:
+            recompute_layers(model)
         self.learner = Learner(model.to(team.device), optim, job.objective, team, self.steps_per_epoch * optim.epochs)
         self.progress = Progress()
         self.kept: dict[int, Weights] = {}
@@ -324,6 +327,13 @@ class Fit:
             self.kept = {step: (state["kept"] | now)[step] for step in self.progress.kept}
             print(f"resuming after step {self.progress.step} of {self.learner.total_steps}", flush=True)
 
+    def validation(self, logits: FloatArray) -> dict[str, float]:
+        """What validation says of the weights that are committed: the best evaluation, or one of the mean of several."""
+        best = next(entry for entry in self.progress.history if entry["step"] == self.progress.best_step)
+        if len(self.progress.kept) == 1:
+            return best
+        return best | summarize(self.sets["valid"].targets, logits, Decision(task=self.job.index.task))
+
     def restore_kept(self) -> None:
         """Make the weights that rank 0 keeps, or the mean of several, every worker's candidate."""
         if self.team.rank == 0:
@@ -385,17 +395,16 @@ def work(settings: dict[str, Any]) -> str | None:
             tested = (
                 None if test is None or found is None else describe(test.targets, found, decision, job.index.labels)
             )
-            publish(fit, decision, tested)
+            publish(fit, decision, tested, fit.validation(valid))
     dist.barrier(group=team.control)
     if not job.folder.is_local and ray.train.get_context().get_local_rank() == 0:
         shutil.rmtree(local_copy(job.folder.at("data")), ignore_errors=True)
     return fit.progress.failure
 
 
-def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None) -> None:
+def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None, best: dict[str, float]) -> None:
     """Write the model's folder with its metrics and commit it."""
     job, progress = fit.job, fit.progress
-    best = next(entry for entry in progress.history if entry["step"] == progress.best_step)
     rows = {name: len(one) for name, one in fit.sets.items()}
     metrics = {
         "run_id": job.run_id,
@@ -445,6 +454,7 @@ def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None) -> None
         tokenizer = load_tokenizer(fetch(job.base, trust), job.max_length, trust.code, job.config.model.truncation)
         tokenizer.reference.save_pretrained(folder)
         (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        (Path(folder) / "README.md").write_text(model_card(card, metrics), encoding="utf-8")
         commit(job.output, folder, card)
     steps = f"step {progress.best_step}" if len(progress.kept) == 1 else f"steps {progress.kept}, averaged,"
     print(f"committed the weights of {steps} to {job.output.url}", flush=True)

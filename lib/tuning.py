@@ -92,6 +92,17 @@ def freeze(model: "PreTrainedModel", config: TrainConfig) -> None:
         one.requires_grad_(depth_of(name, model) <= deepest)
 
 
+def recompute_layers(model: "PreTrainedModel") -> None:
+    """Keep no layer's activations for the backward pass (Chen et al. 2016, arXiv 1604.06174). Raises `UsageError` if it cannot."""
+    encoder: Any = model.base_model
+    if not encoder.supports_gradient_checkpointing:
+        raise UsageError(
+            f"model.gradient_checkpointing: transformers has none for {model.config.model_type} encoders; raise"
+            " optim.accumulation_steps in its place, which saves memory, too"
+        )
+    encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def learning_at(model: "PreTrainedModel", learning: Sequence[str], epoch: int, unfreeze_layers: int | None) -> None:
     """Set which of the parameters `learning` learn in an epoch (0 is the first): those down to a depth that grows with it."""
     if unfreeze_layers is not None:

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import confusion_matrix, f1_score, mean_absolute_error, mean_squared_error
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -178,7 +179,7 @@ def test_unusable_rows_are_left_out_and_counted(one: tuple[TrainConfig, dict[str
 def test_a_checkpoint_is_plain_transformers_and_says_what_it_was_made_from(
     two: tuple[TrainConfig, dict[str, Any]], base: str
 ) -> None:
-    config, _ = two
+    config, found = two
     loaded = checkpoint.load(config.output.path)
     assert loaded.facts.labels == loaded.card.labels == LABELS
     trained = loaded.card.trained
@@ -186,6 +187,15 @@ def test_a_checkpoint_is_plain_transformers_and_says_what_it_was_made_from(
     assert trained["config"] == config.model_dump(mode="json", exclude={"resources"})
     assert trained["label_counts"]["train"].keys() == set(LABELS)
     assert set(trained["versions"]) == {"python", "torch", "transformers", "ray"}
+    card = (open_store(config.output.path).read("README.md") or b"").decode()
+    page = MarkdownIt().enable("table").parse(card.partition("---\n")[2].partition("---\n")[2])
+    cells = [one.content for one in page if one.type == "inline"]
+    assert cells[0] == "3 labels, multi-class"
+    for one in found["test"]["per_class"]:
+        numbers = [f"{one[name]:.3f}" for name in ("precision", "recall", "f1")]
+        place = cells.index(one["label"])
+        assert cells[place : place + 5] == [one["label"], *numbers, str(one["support"])]
+    assert f"{found['test']['accuracy']:.4f}" == cells[cells.index("test") + 2]
     texts, _ = make_rows(5, 9)
     ours, plain = load_classifier(loaded.folder), score_plainly(loaded.folder, texts)
     tokenizer, original = AutoTokenizer.from_pretrained(loaded.folder), AutoTokenizer.from_pretrained(base)
@@ -283,7 +293,9 @@ def test_checkpoints_are_averaged_and_the_model_may_abstain(
     loss = torch.nn.functional.cross_entropy(score_plainly(str(tmp_path / "first"), texts), targets)
     assert float(loss) == pytest.approx(found["history"][0]["loss"], abs=1e-4)
 
-    scores, answers = score_plainly(config.output.path, texts).softmax(1).max(1)
+    logits = score_plainly(config.output.path, texts)
+    assert found["best"]["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, targets)), abs=1e-5)
+    scores, answers = logits.softmax(1).max(1)
     limit = found["thresholds"][0]
     assert found["thresholds"] == [limit] * 3 and 0 < limit < 1
     assert (answers == targets)[scores >= limit].float().mean() >= 0.8 > (answers == targets).float().mean()

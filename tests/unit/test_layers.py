@@ -36,7 +36,7 @@ ORDER = (
         "publishing",
     ),
     *("versions", "verification"),
-    *("checkpoint", "packing", "engine", "budget"),
+    *("checkpoint", "model_card", "packing", "engine", "budget"),
     # the work of one process
     *("labelled", "blocks", "predictor", "learning", "fitting"),
     # the work of a cluster

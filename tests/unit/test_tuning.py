@@ -8,14 +8,14 @@ import pytest
 import torch
 import transformers
 
-from lib.config import OptimSection, TrainConfig, validate
+from lib.config import HeadSection, OptimSection, TrainConfig, validate
 from lib.errors import UsageError
-from lib.learning import Learner, Team, rate_factor
+from lib.learning import Learner, Team, forward, rate_factor
 from lib.loss import Objective
 from lib.mapped import LabelledSet
 from lib.model import new_classifier
 from lib.schema import Task
-from lib.tuning import ADAPTER, add_adapters, check_tuning, depth_of, freeze, merge_adapters
+from lib.tuning import ADAPTER, add_adapters, check_tuning, depth_of, freeze, merge_adapters, recompute_layers
 from tests import fakes
 from tests.labelled import LABELS, make_set
 
@@ -164,3 +164,44 @@ def test_schedules_are_those_of_transformers(schedule: str) -> None:
     assert [rate_factor(step, 40, 0.25, schedule) for step in range(10)] == pytest.approx(
         [theirs.lr_lambdas[0](step + 1) for step in range(10)]
     )
+
+
+@pytest.mark.parametrize("head", [HeadSection(), HeadSection(pooling="mean")], ids=["family", "own"])
+@pytest.mark.parametrize("family", fakes.FAMILIES)
+def test_layers_computed_again_give_the_same_gradients_from_less_memory(
+    family: str, head: HeadSection, tmp_path: Path, rows: LabelledSet
+) -> None:
+    """With dropout; what autograd keeps is counted where it is kept."""
+    fakes.make_encoder(tmp_path, family)
+
+    def learn(again: bool) -> tuple[list[torch.Tensor], int]:
+        model = new_classifier(str(tmp_path), LABELS, Task.MULTI_CLASS, 0.2, 0, head=head)
+        if again:
+            recompute_layers(model)
+        model.train()
+        torch.manual_seed(0)
+        kept = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        batch = np.arange(16)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits, targets = forward(model, rows, batch, ALONE)
+            loss = OBJECTIVE.losses(logits, targets).sum()
+        kept_by_forward = kept
+        loss.backward()
+        return [one.grad for one in model.parameters() if one.grad is not None], kept_by_forward
+
+    plain, memory = learn(False)
+    if family in ("albert", "mpnet"):
+        with pytest.raises(UsageError, match=f"transformers has none for {family} encoders; raise optim.accumulation"):
+            learn(True)
+        return
+    again, less = learn(True)
+    assert less < memory / 2
+    assert len(again) == len(plain)
+    for left, right in zip(plain, again, strict=True):
+        assert torch.equal(left, right)
