@@ -4,7 +4,6 @@ Both are found on validation rows, kept in the checkpoint's card, and used by sc
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ from sklearn.metrics import precision_recall_curve
 
 from lib.config import DecisionSection
 from lib.errors import UsageError, say
-from lib.schema import Task
+from lib.schema import Targets, Task
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
@@ -46,7 +45,7 @@ class Decision:
 
     def answers(self, logits: FloatArray) -> npt.NDArray[np.int64]:
         """Logits (N, C) to the class (N,), or for multi-label to zeros and ones (N, C)."""
-        if self.task is Task.MULTI_CLASS:
+        if self.task is not Task.MULTI_LABEL:
             return logits.argmax(axis=1).astype(np.int64)
         limits = np.asarray(self.thresholds or [MULTI_LABEL_THRESHOLD] * logits.shape[1])
         return (self.probabilities(logits) >= limits).astype(np.int64)
@@ -59,7 +58,7 @@ class Decision:
         found: npt.NDArray[np.bool_] = probabilities[np.arange(len(best)), best] >= limits[best]
         return found
 
-    def losses(self, logits: FloatArray, targets: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    def losses(self, logits: FloatArray, targets: Targets) -> npt.NDArray[np.float64]:
         """Cross entropy of each row (N,), for multi-label the labels' mean binary one, for regression the squared error."""
         scaled = logits.astype(np.float64) / self.temperature
         if self.task is Task.REGRESSION:
@@ -71,7 +70,7 @@ class Decision:
         return np.asarray(found, np.float64)
 
 
-def decide(section: DecisionSection, logits: FloatArray, targets: npt.NDArray[Any], task: Task) -> Decision:
+def decide(section: DecisionSection, logits: FloatArray, targets: Targets, task: Task) -> Decision:
     """Find the temperature and the thresholds that are asked for, on rows with known answers."""
     temperature = find_temperature(logits, targets, task) if section.temperature else 1.0
     found = Decision(task=task, temperature=temperature)
@@ -104,7 +103,7 @@ def check_decision(section: DecisionSection, task: Task) -> None:
         )
 
 
-def find_temperature(logits: FloatArray, targets: npt.NDArray[Any], task: Task) -> float:
+def find_temperature(logits: FloatArray, targets: Targets, task: Task) -> float:
     """The temperature with the least cross entropy (Guo et al. 2017, arXiv 1706.04599). Answers stay what they are."""
 
     def loss(log_temperature: float) -> float:
@@ -147,9 +146,8 @@ def find_abstention(probabilities: FloatArray, targets: IntArray, accuracy: floa
     scores, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
     order = np.argsort(-scores, kind="stable")
     scores, found = scores[order], np.cumsum(right[order]) / np.arange(1, len(order) + 1)
-    ends = np.flatnonzero(
-        np.append(scores[:-1] > scores[1:], True)
-    )  # rows with the same score get a label or none together
+    # Rows with the same score get a label or none together.
+    ends = np.flatnonzero(np.append(scores[:-1] > scores[1:], True))
     enough = ends[found[ends] >= accuracy]
     last = int(enough[-1] if len(enough) else ends[np.argmax(found[ends])])
     if not len(enough):

@@ -82,7 +82,6 @@ class Progress:
 
     step: int = 0
     """optimizer steps done"""
-    best_step: int | None = None
     best_value: float | None = None
     kept: list[int] = field(default_factory=list)
     """steps whose weights are kept, the best one or the last one first"""
@@ -223,7 +222,7 @@ class Fit:
             progress.failure = self.team.broadcast(None if bad_step is None else self.describe_bad(bad_step))
             progress.stopped = True
         elif stopping.keep == "last" or is_better(entry[metric], progress.best_value, metric):
-            progress.best_value, progress.best_step, progress.stale = entry[metric], progress.step, 0
+            progress.best_value, progress.stale = entry[metric], 0
         else:
             progress.stale += 1
             progress.stopped = progress.stale >= stopping.patience
@@ -276,14 +275,14 @@ class Fit:
         if progress.failure is not None:
             note = progress.failure
         elif self.job.config.stopping.keep == "last":
-            note = "kept until the next one"
-        elif progress.best_step == progress.step:
+            note = "the last so far"
+        elif progress.kept[:1] == [progress.step]:
             note = "the best so far"
         else:
             note = (
                 "none so far"
                 if progress.best_value is None
-                else f"best: {progress.best_value:.4f} at step {progress.best_step}"
+                else f"best: {progress.best_value:.4f} at step {progress.kept[0]}"
             )
         print(
             f"validation at step {progress.step}: {shown(entry)}; {metric}: {note}{'; stopping here' if progress.stopped else ''}",
@@ -329,7 +328,7 @@ class Fit:
 
     def validation(self, logits: FloatArray) -> dict[str, float]:
         """What validation says of the weights that are committed: the best evaluation, or one of the mean of several."""
-        best = next(entry for entry in self.progress.history if entry["step"] == self.progress.best_step)
+        best = next(entry for entry in self.progress.history if entry["step"] == self.progress.kept[0])
         if len(self.progress.kept) == 1:
             return best
         return best | summarize(self.sets["valid"].targets, logits, Decision(task=self.job.index.task))
@@ -456,7 +455,7 @@ def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None, best: d
         (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         (Path(folder) / "README.md").write_text(model_card(card, metrics), encoding="utf-8")
         commit(job.output, folder, card)
-    steps = f"step {progress.best_step}" if len(progress.kept) == 1 else f"steps {progress.kept}, averaged,"
+    steps = f"step {progress.kept[0]}" if len(progress.kept) == 1 else f"steps {progress.kept}, averaged,"
     print(f"committed the weights of {steps} to {job.output.url}", flush=True)
 
 

@@ -148,16 +148,17 @@ def labelled_columns(
         )
     found = find_type(schema, label)
     kind = value_kind(found)
-    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    if regression and (is_list(found) or not is_number):
-        raise BadShardError(f"label column {label!r} is {found}, train.regression expects numbers")
-    if not regression and (pa.types.is_null(found) or not (pa.types.is_integer(kind) or pa.types.is_string(kind))):
-        advice = "; to predict the number itself: train.regression = true" if pa.types.is_floating(kind) else ""
-        raise BadShardError(
-            f"label column {label!r} is {found}, expected strings, whole numbers, or lists of them (multi-label){advice}"
-        )
-    numbers = pa.float64() if regression else pa.int64()
-    target = found if is_list(found) else numbers if is_number else kind
+    if regression:
+        if is_list(found) or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            raise BadShardError(f"label column {label!r} is {found}, train.regression expects numbers")
+        target = pa.float64()
+    else:
+        if pa.types.is_null(found) or not (pa.types.is_integer(kind) or pa.types.is_string(kind)):
+            advice = "; to predict the number itself: train.regression = true" if pa.types.is_floating(kind) else ""
+            raise BadShardError(
+                f"label column {label!r} is {found}, expected strings, whole numbers, or lists of them (multi-label){advice}"
+            )
+        target = found if is_list(found) else pa.int64() if pa.types.is_integer(kind) else kind
     keys = [(label, target)]
     if weight is not None:
         kind = find_type(schema, weight)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +10,7 @@ from torch.nn import functional
 
 from lib.config import LossSection
 from lib.errors import UsageError, nearest
-from lib.schema import Task
+from lib.schema import Targets, Task
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -50,7 +49,7 @@ class Objective:
             found = found * (1 - right.exp()) ** self.gamma
         return found
 
-    def row_weights(self, targets: npt.NDArray[Any], weights: FloatArray | None) -> FloatArray:
+    def row_weights(self, targets: Targets, weights: FloatArray | None) -> FloatArray:
         """How much each row counts (N,): its own weight, if rows have one, times its class's."""
         found = np.ones(len(targets), np.float32) if weights is None else weights
         return found if self.class_weights is None else found * np.asarray(self.class_weights, np.float32)[targets]

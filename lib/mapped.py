@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib.batching import IntArray
-from lib.schema import Task
+from lib.schema import Targets, Task
 from lib.storage import Store, cache_folder, explained
-
-Targets = npt.NDArray[Any]
-"""What rows teach: classes, several of them, or a number."""
 
 
 @dataclass(frozen=True)

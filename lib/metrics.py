@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import (
     accuracy_score,
@@ -20,7 +19,7 @@ from sklearn.metrics import (
 
 from lib.calibration import Decision, FloatArray, calibration_error
 from lib.errors import UsageError
-from lib.schema import Task
+from lib.schema import Targets, Task
 
 CHOOSING = {
     Task.MULTI_CLASS: ("macro_f1", "micro_f1", "accuracy", "loss"),
@@ -30,6 +29,7 @@ CHOOSING = {
 """Metrics that may choose a checkpoint, the default one first."""
 
 SHOWN = ("accuracy", "macro_f1", "micro_f1", "mean_absolute_error", "pearson", "spearman", "loss")
+"""Metrics that everyone asks for, of whatever task, in the order in which they are shown."""
 
 
 def choose_metric(wanted: str | None, task: Task) -> str:
@@ -45,7 +45,7 @@ def shown(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', '-')} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
 
 
-def summarize(truth: npt.NDArray[Any], logits: FloatArray, decision: Decision) -> dict[str, float]:
+def summarize(truth: Targets, logits: FloatArray, decision: Decision) -> dict[str, float]:
     """The few numbers that choose a checkpoint: accuracy, macro_f1, micro_f1, loss (mean of the rows').
 
     `truth`: the class (N,), or for multi-label zeros and ones (N, C). Accuracy of multi-label means all labels of a row
@@ -75,7 +75,7 @@ def summarize(truth: npt.NDArray[Any], logits: FloatArray, decision: Decision) -
     }
 
 
-def describe(truth: npt.NDArray[Any], logits: FloatArray, decision: Decision, labels: Sequence[str]) -> dict[str, Any]:
+def describe(truth: Targets, logits: FloatArray, decision: Decision, labels: Sequence[str]) -> dict[str, Any]:
     """All metrics: `summarize`, rows, calibration error, per class precision, recall, f1 and support, and the confusion matrix.
 
     `confusion[i][j]` counts rows of class i answered as j; for multi-label it is one 2x2 matrix for each label, in

@@ -48,7 +48,7 @@ FOOTER_BATCHES_AHEAD = 64
 """Tasks that read footers while a wave is put together: 4,096 shards."""
 
 FIRST_READERS = 2
-"""Processes that start while a job is planned; a job with nothing to do started them for nothing."""
+"""Processes that start while a job is planned."""
 
 IN_FLIGHT_BLOCKS = 2
 """Blocks waiting at each actor while it scores one: it is never idle, and one lost worker costs no more."""
@@ -56,10 +56,14 @@ IN_FLIGHT_BLOCKS = 2
 
 @contextlib.contextmanager
 def readers_started() -> Iterator[None]:
-    """Connect to the cluster that runs already; its first reading processes start, 3 s each, while the job is planned."""
+    """Connect to the cluster that runs already; its first reading processes start, 3 s each, while the job is planned.
+
+    Only where a CPU is free: the job may have nothing to do, and must not make an autoscaler add a node for that.
+    """
     with ray_session():
-        for _ in range(FIRST_READERS):
-            start_reader.remote()
+        if ray.available_resources().get("CPU", 0) >= 1:
+            for _ in range(FIRST_READERS):
+                start_reader.remote()
         yield
 
 

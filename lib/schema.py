@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,10 @@ class Task(enum.StrEnum):
     """any of the labels; a sigmoid each"""
     REGRESSION = "regression"
     """one number, as the model gives it"""
+
+
+Targets = npt.NDArray[Any]
+"""What labelled rows teach: class numbers (N,), for multi-label zeros and ones (N, C), for regression numbers (N,)."""
 
 
 class RowError(enum.IntEnum):

@@ -78,10 +78,10 @@ def measure(server: LoopbackS3, folder: Path, shards: int, finished: int) -> dic
     words = [word for setting in settings for word in ("--set", setting)]
     log = folder / "job.log"
     new = f"part-{finished:05d}.parquet"
-    with log.open("wb") as words_out:
+    with log.open("wb") as printed:
         begun = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.score", *words, "--run-id", "resume"], stdout=words_out, stderr=words_out
+            [sys.executable, "-m", "jobs.score", *words, "--run-id", "resume"], stdout=printed, stderr=printed
         )
     seconds = {}
 

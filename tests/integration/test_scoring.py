@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from jobs import score
 from jobs.demo_store import LoopbackS3
-from lib import checkpoint, pipeline
+from lib import checkpoint, pipeline, tasks
 from lib.config import ScoreConfig, ScoreResources, validate
 from lib.errors import IncompleteError, OverLimitError, UsageError
 from lib.outcome import Outcome
@@ -256,23 +256,20 @@ def test_multi_label_regression_and_pairs(tmp_path: Path) -> None:
     assert predictions["score"].to_pylist() == pytest.approx(expected, abs=1e-5)
 
 
+def write_card(folder: Path, **fields: Any) -> None:
+    """Give a checkpoint the card of one that was trained here."""
+    files = {name: checkpoint.digest_of(folder / name) for name in checkpoint.deciding_files(str(folder))}
+    (folder / checkpoint.CARD_NAME).write_text(checkpoint.Card(files=files, **fields).model_dump_json())
+
+
 def test_the_checkpoints_card_says_how_texts_are_cut_and_labels_are_given(tmp_path: Path) -> None:
     """Head and tail of long texts, a temperature, and a threshold for each label, against plain transformers."""
     texts = [" ".join(fakes.PROSE.split()[start : start + size]) for start, size in enumerate((3, 9, 40, 60, 15, 50))]
     fakes.write_archive(str(tmp_path / "archive"), {"one.parquet": pa.table({"text": texts, "second": texts})})
     labels, thresholds = ("joy", "anger", "fear"), (0.45, 0.55, 0.5)
-    folder = tmp_path / "model"
-    fakes.make_classifier(folder, "bert", labels, "multi_label_classification")
-    card = checkpoint.Card(
-        labels=labels,
-        task=Task.MULTI_LABEL,
-        max_length=16,
-        truncation="head_tail",
-        temperature=3.0,
-        thresholds=thresholds,
-        files={name: checkpoint.digest_of(folder / name) for name in checkpoint.deciding_files(str(folder))},
-    )
-    (folder / checkpoint.CARD_NAME).write_text(card.model_dump_json())
+    fakes.make_classifier(tmp_path / "model", "bert", labels, "multi_label_classification")
+    decided = {"truncation": "head_tail", "temperature": 3.0, "thresholds": thresholds}
+    write_card(tmp_path / "model", labels=labels, task=Task.MULTI_LABEL, max_length=16, **decided)
     run_score(str(tmp_path / "archive"), str(tmp_path / "model"), str(tmp_path / "out"), "output.probabilities=true")
     found = read_predictions(str(tmp_path / "out")).to_pylist()
 
@@ -294,6 +291,46 @@ def test_the_checkpoints_card_says_how_texts_are_cut_and_labels_are_given(tmp_pa
         UsageError, match=r"names two columns, but model\.path was trained to keep the head and the tail"
     ):
         run_score(str(tmp_path / "archive"), str(tmp_path / "model"), str(tmp_path / "other"), pairs)
+
+
+def test_a_model_that_may_abstain_leaves_out_labels_it_is_unsure_of_and_says_how_many(tmp_path: Path) -> None:
+    table = texts_table(60)
+    fakes.write_archive(
+        str(tmp_path / "archive"),
+        {"one.parquet": table.set_column(1, "text", [[None, *table["text"].to_pylist()[1:]]])},
+    )
+    fakes.make_classifier(tmp_path / "model", "bert", ("good", "bad"))
+    run_score(str(tmp_path / "archive"), str(tmp_path / "model"), str(tmp_path / "sure"), "limits.max_bad_rows=1")
+    sure = read_predictions(str(tmp_path / "sure")).to_pandas()
+    limit = sure["score"].median()
+    write_card(
+        tmp_path / "model", labels=("good", "bad"), task=Task.MULTI_CLASS, max_length=64, thresholds=(limit, limit)
+    )
+    run_score(str(tmp_path / "archive"), str(tmp_path / "model"), str(tmp_path / "unsure"), "limits.max_bad_rows=1")
+
+    unsure = read_predictions(str(tmp_path / "unsure")).to_pandas()
+    expected = sure["label"].where(sure["score"] >= limit, None)
+    assert unsure["label"].tolist() == expected.tolist()
+    assert unsure["score"].tolist() == pytest.approx(sure["score"].tolist(), nan_ok=True)
+    assert unsure["error"].notna().tolist() == [True] + [False] * 59
+    count = int(expected.isna().sum()) - 1
+    assert 10 < count < 50
+    folder = next((tmp_path / "unsure").glob("*/_runs/run"))
+    assert json.loads((folder / "run.json").read_text())["this_run"]["abstained"] == count
+    assert f"no label</th><td>{count} rows" in (folder / "report.html").read_text()
+
+
+def test_planning_takes_no_cpu_that_a_cluster_would_have_to_add(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first readers start beside planning where CPUs are free: a job with nothing to do must not make a cluster grow."""
+    started = []
+    monkeypatch.setattr(tasks.start_reader, "remote", lambda: started.append("reader"))
+    with pipeline.readers_started():
+        assert started == ["reader"] * pipeline.FIRST_READERS
+    monkeypatch.setattr(ray, "available_resources", lambda: {"memory": 1e9})
+    with pipeline.readers_started():
+        assert started == ["reader"] * pipeline.FIRST_READERS
 
 
 # What a user gets wrong: one message, before any model is loaded

@@ -212,6 +212,7 @@ def test_a_run_leaves_nothing_but_its_checkpoint(
         store = open_store(config.output.path)
         names = set(store.list()["path"].to_pylist())
         assert names == {
+            "README.md",
             "config.json",
             "metrics.json",
             "model.safetensors",
