@@ -24,6 +24,7 @@ from lib.reading import ChangedShardError, Rows, read_rows
 from lib.schema import DEAD_LETTER_SCHEMA, DEAD_LETTER_TEXT, PredictionSchema, RowError
 from lib.storage import Store, explained
 from lib.tokenization import Tokenizer, Tokens
+from lib.windows import Windows
 
 IDS, TYPE_IDS, ERROR, TRUNCATED = "__ids", "__type_ids", "__error", "__truncated"
 """Columns that travel from reader to predictor beside the key columns."""
@@ -53,6 +54,7 @@ class ScoreJob:
     """what of the model's folder may be unpickled or run"""
     max_length: int
     truncation: Truncation
+    windows: Windows | None
     thresholds: tuple[float, ...] | None
     precision: PrecisionChoice
     engine: EngineChoice

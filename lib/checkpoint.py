@@ -8,7 +8,7 @@ import importlib.util
 import json
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lib.facts import PICKLED_WEIGHTS, ModelFacts, has_safetensors, read_facts
 from lib.schema import Task
 from lib.storage import Store, cache_folder, explained, open_store
 from lib.tokenization import Tokenizer, load_tokenizer
+from lib.windows import Windows
 
 CARD_NAME = "textsweep.json"
 COMMIT_NAME = "config.json"
@@ -43,6 +44,8 @@ class Card(BaseModel):
     task: Task
     max_length: int
     truncation: Truncation = "head"
+    windows: Windows | None = None
+    """of texts that are longer than max_length"""
     temperature: float = 1.0
     thresholds: tuple[float, ...] | None = None
     """(C,), from which probability on each label is given; without, for multi-label 0.5, for one label a row 0"""
@@ -90,7 +93,7 @@ def load(url: str, max_length: int | None = None, trust: Trust = TRUST_NOTHING) 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     """The checkpoint's tokenizer, loaded once per process."""
     card = checkpoint.card
-    return load_tokenizer(checkpoint.folder, card.max_length, checkpoint.trust.code, card.truncation)
+    return load_tokenizer(checkpoint.folder, card.max_length, checkpoint.trust.code, card.truncation, card.windows)
 
 
 def check_files(url: str, found: dict[str, str], committed: dict[str, str]) -> None:
@@ -172,6 +175,8 @@ def version_of(checkpoint: Checkpoint, config: ScoreConfig, selection: str = "")
         "probabilities": config.output.probabilities,
         "scoring_revision": SCORING_REVISION,
     } | ({"selection": selection} if selection else {})
+    if card.windows is not None:
+        decides["windows"] = asdict(card.windows)
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 

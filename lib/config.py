@@ -17,6 +17,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.errors import UsageError, nearest
+from lib.windows import Windows
 
 Share = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
 """A limit: a whole number counts, a number with a point (0.0 to 1.0) is a fraction."""
@@ -200,6 +201,12 @@ class TrainModelSection(Section):
     """tokens kept of each text, special ones included; scoring uses the same"""
     truncation: Truncation = "head"
     """which part of a longer text is kept; head_tail: a quarter at the beginning, the rest at the end; scoring uses the same"""
+    window_stride: int | None = Field(default=None, ge=0)
+    """score a longer text in windows of max_length, neighbours sharing so many tokens; default: its truncation is all that is seen"""
+    window_pooling: Literal["mean", "max"] = "mean"
+    """of the windows' answers (logits)"""
+    max_windows: int = Field(default=8, ge=1)
+    """of one text; what lies behind them is cut off"""
     precision: PrecisionChoice = "auto"
     """of the forward and backward pass; the weights stay in fp32"""
     dropout: float | None = Field(default=None, ge=0, lt=1)
@@ -217,6 +224,13 @@ class TrainModelSection(Section):
     def trust(self) -> Trust:
         """What of the folder may be unpickled or run."""
         return Trust(pickle=self.allow_pickle, code=self.trust_remote_code)
+
+    @property
+    def windows(self) -> Windows | None:
+        """How long texts are cut into windows, if they are."""
+        if self.window_stride is None:
+            return None
+        return Windows(self.window_stride, self.max_windows, self.window_pooling)
 
 
 class HeadSection(Section):

@@ -118,7 +118,8 @@ def open_sets(job: Job) -> dict[str, Subset]:
     """Map all sets; without one for validation a part of the training rows is set aside, the same on every worker."""
     index, data = job.index, job.folder.at("data")
     mapped = {
-        name: map_set(data, files, index.labels, index.task, job.pad_token_id) for name, files in index.files.items()
+        name: map_set(data, files, index.labels, index.task, job.pad_token_id, job.max_length, job.config.model.windows)
+        for name, files in index.files.items()
     }
     sets = {name: Subset(one, np.arange(len(one))) for name, one in mapped.items()}
     if "valid" not in sets:
@@ -441,6 +442,7 @@ def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None, best: d
         task=job.index.task,
         max_length=job.max_length,
         truncation=job.config.model.truncation,
+        windows=job.config.model.windows,
         temperature=decision.temperature,
         thresholds=decision.thresholds,
         metrics={"valid": best, "test": brief or None},

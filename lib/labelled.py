@@ -243,7 +243,7 @@ def tokenize_block(
     item: dict[str, Any], source: Source, base: str, model: TrainModelSection, max_length: int, folder: Store
 ) -> dict[str, Any]:
     """Read and tokenize one block of chunks into one Arrow file; running it again writes the same file."""
-    tokenizer = load_tokenizer(fetch(base, model.trust), max_length, model.trust.code, model.truncation)
+    tokenizer = load_tokenizer(fetch(base, model.trust), max_length, model.trust.code, model.truncation, model.windows)
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     batches: list[pa.RecordBatch] = []

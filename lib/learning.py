@@ -7,6 +7,7 @@ Knows torch and its collectives, not Ray. Letters: B rows of a forward pass, L p
 import contextlib
 import gc
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,8 +25,9 @@ from lib.batching import IntArray, cut_by_tokens, share_of
 from lib.config import OptimSection
 from lib.loss import Objective, rdrop_losses
 from lib.mapped import LabelledSet, Subset
-from lib.model import logits_of
+from lib.model import logits_of, pool_windows
 from lib.tuning import depth_of, learning_at, peak_rate
+from lib.windows import split
 
 EVALUATION_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 """Tokens, padding included, of one forward pass without gradients."""
@@ -105,6 +107,8 @@ class Learner:
         if self.team.size > 1:  # which gradients workers exchange is fixed when a model is wrapped
             self.wrapped = self.model
             gc.collect()  # the wrapping before listens to gradients as long as it is there
+            # The name that torch 2.13 wants in its place does not yet say all of it, as its warning tells every user.
+            warnings.filterwarnings("ignore", r"`broadcast_buffers` is deprecated", FutureWarning)
             self.wrapped = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     @property
@@ -195,6 +199,9 @@ def forward(model: nn.Module, data: LabelledSet, rows: IntArray, team: Team) -> 
     segments = None if type_ids is None else torch.from_numpy(type_ids).to(team.device)
     with team.autocast:
         logits = logits_of(model, ids_tensor, mask_tensor, segments)
+    if data.windows is not None:
+        counts, _ = split(data.lengths[rows], data.max_length)
+        logits = pool_windows(logits.float(), torch.from_numpy(counts).to(team.device), data.windows.pooling)
     return logits, torch.from_numpy(data.targets[rows]).to(team.device)
 
 

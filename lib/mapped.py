@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from lib.batching import IntArray
 from lib.schema import Targets, Task
 from lib.storage import Store, cache_folder, explained
+from lib.windows import Windows, split
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,19 @@ class Part:
 class LabelledSet:
     """The rows of one or more tokenized files: token ids stay in the files, lengths and labels are in memory."""
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[str], task: Task, pad_token_id: int) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Sequence[str],
+        task: Task,
+        pad_token_id: int,
+        max_length: int,
+        windows: Windows | None = None,
+    ) -> None:
+        """`windows`: those in which rows of more than `max_length` tokens are laid out, if they are."""
         self.pad_token_id = pad_token_id
+        self.max_length = max_length
+        self.windows = windows
         self.parts: list[Part] = []
         targets, weights, hashes = [], [], []
         for path in paths:
@@ -60,18 +72,22 @@ class LabelledSet:
         return len(self.lengths)
 
     def gather(self, rows: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_], IntArray | None]:
-        """Pad rows into `(B, L)` ids, mask and, for pairs, segment ids."""
-        lengths = self.lengths[rows]
+        """Pad rows, or with windows all windows of the rows, into `(B, L)` ids, mask and, for pairs, segment ids."""
+        lengths = self.lengths[rows] if self.windows is None else split(self.lengths[rows], self.max_length)[1]
         mask = np.arange(int(lengths.max())) < lengths[:, None]
         ids = np.full(mask.shape, self.pad_token_id, dtype=np.int64)
         type_ids = None if self.parts[0].type_ids is None else np.zeros(mask.shape, dtype=np.int64)
         owners = np.searchsorted(self.starts, rows, side="right") - 1
-        for place, (row, owner) in enumerate(zip(rows, owners, strict=True)):
+        place = 0
+        for row, owner in zip(rows, owners, strict=True):
             part = self.parts[owner]
-            first, last = part.offsets[row - self.starts[owner]], part.offsets[row - self.starts[owner] + 1]
-            ids[place, : last - first] = part.ids[first:last]
-            if type_ids is not None and part.type_ids is not None:
-                type_ids[place, : last - first] = part.type_ids[first:last]
+            first, end = part.offsets[row - self.starts[owner]], part.offsets[row - self.starts[owner] + 1]
+            for start in range(first, max(end, first + 1), self.max_length):
+                last = min(end, start + mask.shape[1])
+                ids[place, : last - start] = part.ids[start:last]
+                if type_ids is not None and part.type_ids is not None:
+                    type_ids[place, : last - start] = part.type_ids[start:last]
+                place += 1
         return ids, mask, type_ids
 
 
@@ -143,10 +159,18 @@ def split_rows(targets: Targets, fraction: float, seed: int) -> tuple[IntArray, 
     return np.setdiff1d(np.arange(len(targets)), valid), valid
 
 
-def map_set(folder: Store, files: Sequence[str], labels: Sequence[str], task: Task, pad_token_id: int) -> LabelledSet:
+def map_set(
+    folder: Store,
+    files: Sequence[str],
+    labels: Sequence[str],
+    task: Task,
+    pad_token_id: int,
+    max_length: int,
+    windows: Windows | None,
+) -> LabelledSet:
     """Memory-map the files of one set, brought to this machine first if they are not here."""
     if folder.is_local:
-        return LabelledSet([folder.full(name) for name in files], labels, task, pad_token_id)
+        return LabelledSet([folder.full(name) for name in files], labels, task, pad_token_id, max_length, windows)
     local = local_copy(folder)
     local.mkdir(parents=True, exist_ok=True, mode=0o700)
     with node_lock(local):
@@ -156,7 +180,7 @@ def map_set(folder: Store, files: Sequence[str], labels: Sequence[str], task: Ta
                 with explained(f"{folder.url}/{name}", "read"):
                     folder.fs.get_file(folder.full(name), str(temporary))
                 temporary.replace(local / name)
-    return LabelledSet([str(local / name) for name in files], labels, task, pad_token_id)
+    return LabelledSet([str(local / name) for name in files], labels, task, pad_token_id, max_length, windows)
 
 
 def local_copy(folder: Store) -> Path:

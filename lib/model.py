@@ -122,6 +122,12 @@ def logits_of(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, type_ids:
     return logits
 
 
+def pool_windows(logits: torch.Tensor, counts: torch.Tensor, pooling: Literal["mean", "max"]) -> torch.Tensor:
+    """Logits of windows (W, C), those of each row together, and the rows' numbers of windows (N,) to the rows' logits (N, C)."""
+    pooled: torch.Tensor = torch.segment_reduce(logits, pooling, lengths=counts, axis=0)
+    return pooled
+
+
 class FirstTokenAttention(nn.Module):
     """The attention of BERT's last layer for the first token alone: what comes after it has a length of 1."""
 

@@ -24,7 +24,8 @@ pipeline_tag: text-classification
 Labels: {% for label in card.labels[:most] %}`{{ label | line }}`{{ ", " if not loop.last }}{% endfor %}
 {%- if card.labels | length > most %} and {{ card.labels | length - most }} more{% endif %}.
 {%- endif %}
-Texts are cut at {{ card.max_length }} tokens ({{ card.truncation }}).
+{% if card.windows %}Texts are read in at most {{ card.windows.most }} windows of {{ card.max_length }} tokens that share {{ card.windows.stride }}; the answer is the {{ card.windows.pooling }} of theirs.
+{%- else %}Texts are cut at {{ card.max_length }} tokens ({{ card.truncation }}).{% endif %}
 {%- if card.temperature != 1 %} Probabilities are those of logits divided by {{ "%.4g" | format(card.temperature) }}.{% endif %}
 {%- if card.thresholds and card.task == "multi_label" %} Each label is given from its own probability on.{% endif %}
 {%- if card.thresholds and card.task == "multi_class" %} Rows whose score is below {{ "%.4g" | format(card.thresholds[0]) }} get no label.{% endif %}

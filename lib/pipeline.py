@@ -169,7 +169,9 @@ def score(
 
     Raises `IncompleteError` when the cluster or the storage fails for good; whatever was finished by then stays finished.
     """
-    tokenizer = load_tokenizer(fetch(job.model_url, job.trust), job.max_length, job.trust.code, job.truncation)
+    tokenizer = load_tokenizer(
+        fetch(job.model_url, job.trust), job.max_length, job.trust.code, job.truncation, job.windows
+    )
     run = Running(
         job=job,
         layout=layout,

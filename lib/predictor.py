@@ -6,6 +6,7 @@ Letters: N rows of a block, B rows of a micro-batch, L its padded length, C clas
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,10 @@ from lib.checkpoint import Checkpoint, tokenizer_of
 from lib.config import EngineChoice, PrecisionChoice
 from lib.engine import Engine, EngineError, PackedEngine, TorchEngine, openvino_engines
 from lib.errors import UsageError, say
-from lib.model import choose_dtype, leave_out_the_unread, load_classifier, logits_of
+from lib.model import choose_dtype, leave_out_the_unread, load_classifier, logits_of, pool_windows
 from lib.schema import Task
 from lib.tokenization import Tokens
+from lib.windows import split
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -136,7 +138,13 @@ class Predictor:
         does not fit the GPU's memory halves the token budget, for this call and all that follow; raises `UsageError` if a
         single text does not fit.
         """
-        left = np.diff(offsets)
+        card = self.checkpoint.card
+        lengths = np.diff(offsets)
+        counts, sizes = (np.ones_like(lengths), lengths) if card.windows is None else split(lengths, card.max_length)
+        offsets = int(offsets[0]) + np.concatenate([[0], np.cumsum(sizes)])
+        is_first = np.zeros(len(sizes), np.bool_)
+        is_first[np.cumsum(counts) - counts] = True
+        left = sizes.copy()
         found = np.full((len(left), len(self.checkpoint.facts.labels)), np.nan, np.float32)
         while left.any():
             pending: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
@@ -144,14 +152,17 @@ class Predictor:
                 for rows in cut_by_tokens(left, self.token_budget):
                     pending.append((rows, self._launch(ids, offsets, type_ids, rows)))
                     if on_batch:
-                        on_batch(len(rows), int(left[rows].sum()))
+                        on_batch(int(is_first[rows].sum()), int(left[rows].sum()))
             except torch.OutOfMemoryError as error:
                 self._shrink(rows, int(left.max()), error)
             self.engine.wait()
             for rows, logits in pending:
-                found[rows] = self._activate(logits).cpu().numpy()
+                found[rows] = logits.float().cpu().numpy()
                 left[rows] = 0
-        return found
+        logits = torch.from_numpy(found)
+        if card.windows is not None:
+            logits = pool_windows(logits, torch.from_numpy(counts), card.windows.pooling)
+        return self._activate(logits).numpy()
 
     def calibrate(self) -> None:
         """Find the token budget by timing forward passes, or take the one that was found on this node before."""
@@ -206,8 +217,7 @@ class Predictor:
         return self.engine.launch(padded, mask, segments)
 
     def _activate(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (B, C) to probabilities in fp32, whatever the forward pass ran in."""
-        logits = logits.float()
+        """Logits (N, C) to probabilities."""
         if self.task is Task.REGRESSION:
             return logits
         logits = logits / self.checkpoint.card.temperature
@@ -216,22 +226,30 @@ class Predictor:
     def _check_tokens(self) -> list[Tokens]:
         """The fixed texts, and pairs of them where the model tells the two texts of a pair apart."""
         tokenizer = tokenizer_of(self.checkpoint)
+        if self.checkpoint.card.windows is not None:
+            return [tokenizer.encode(CHECK_TEXTS)]
         pairs = tokenizer.encode(CHECK_TEXTS, CHECK_TEXTS[::-1])
         return [tokenizer.encode(CHECK_TEXTS), *([] if pairs.type_ids is None else [pairs])]
 
     def _score_singly(self, model: nn.Module, tokens: Tokens) -> FloatArray:
-        """Score each row alone in fp32 on the CPU: what plain transformers gives."""
+        """Score each row alone, and each window of a row, in fp32 on the CPU: what plain transformers gives."""
+        card = self.checkpoint.card
 
-        def row(values: npt.NDArray[np.integer], index: int) -> torch.Tensor:
-            start, stop = tokens.offsets[index : index + 2]
+        def part(values: npt.NDArray[np.integer], start: int, stop: int) -> torch.Tensor:
             return torch.from_numpy(values[start:stop].astype(np.int64))[None]
 
         logits = []
         with torch.inference_mode():
-            for index in range(len(tokens.lengths)):
-                ids = row(tokens.ids, index)
-                segments = None if tokens.type_ids is None else row(tokens.type_ids, index)
-                logits.append(logits_of(model, ids, torch.ones_like(ids), segments))
+            for first, end in pairwise(tokens.offsets.tolist()):
+                answers = []
+                for start in range(first, end, card.max_length if card.windows else end - first):
+                    stop = min(end, start + card.max_length)
+                    ids = part(tokens.ids, start, stop)
+                    segments = None if tokens.type_ids is None else part(tokens.type_ids, start, stop)
+                    answers.append(logits_of(model, ids, torch.ones_like(ids), segments))
+                together = torch.cat(answers)
+                is_mean = card.windows is None or card.windows.pooling == "mean"
+                logits.append(together.mean(0, keepdim=True) if is_mean else together.amax(0, keepdim=True))
         return self._activate(torch.cat(logits)).numpy()
 
     def _distance(self, tokens: Tokens, expected: FloatArray) -> float:

@@ -128,10 +128,9 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         archive, listing["path"].slice(0, 20).to_pylist(), config.input.text_column, config.input.key_columns
     )
     model = loading.result()
-    if model.card.truncation == "head_tail" and len(columns.text) > 1:
-        raise UsageError(
-            "input.text_column names two columns, but model.path was trained to keep the head and the tail of single texts"
-        )
+    if len(columns.text) > 1 and (model.card.windows is not None or model.card.truncation == "head_tail"):
+        trained = "on windows" if model.card.windows is not None else "to keep the head and the tail"
+        raise UsageError(f"input.text_column names two columns, but model.path was trained {trained} of single texts")
     selection = None if config.input.rows is None else read_selection(config.input.rows, shards)
     version = checkpoint.version_of(model, config, selection.digest if selection else "")
     if selection is not None:
@@ -162,6 +161,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         trust=model.trust,
         max_length=model.card.max_length,
         truncation=model.card.truncation,
+        windows=model.card.windows,
         thresholds=model.card.thresholds,
         precision=config.model.precision,
         engine=config.model.engine,

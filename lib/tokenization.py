@@ -14,9 +14,10 @@ import pyarrow as pa
 
 from lib.config import Truncation, raise_if_code_was_refused
 from lib.cutting import cutter_of
-from lib.errors import say
+from lib.errors import UsageError, say
 from lib.facts import import_transformers
 from lib.template import Template, find_template, fit, lay_out, spans
+from lib.windows import Windows
 from lib.wordwise import Wordwise
 
 WHOLE = 2**30
@@ -44,7 +45,7 @@ class Tokens:
     ids: npt.NDArray[np.integer]
     """(total,)"""
     lengths: npt.NDArray[np.int32]
-    """(N,), special tokens included"""
+    """(N,), special tokens included; with windows those of all windows of a text"""
     truncated: npt.NDArray[np.bool_]
     """(N,), whether text was cut off"""
     type_ids: npt.NDArray[np.uint8] | None
@@ -77,12 +78,21 @@ class Tokens:
 class Tokenizer:
     """A Hugging Face tokenizer that cuts at `max_length` tokens and never pads."""
 
-    def __init__(self, folder: str, max_length: int, trust_code: bool = False, truncation: Truncation = "head") -> None:
-        """`truncation`: which part of a long text stays. `head` is what the tokenizer itself does, nearly always the beginning."""
+    def __init__(
+        self,
+        folder: str,
+        max_length: int,
+        trust_code: bool = False,
+        truncation: Truncation = "head",
+        windows: Windows | None = None,
+    ) -> None:
+        """`truncation`: which part of a long text stays. `head` is what the tokenizer itself does, nearly always the beginning.
+
+        Raises `UsageError` if windows would share all that they hold.
+        """
         self.max_length = max_length
         self.truncation = truncation
-        self.limit = WHOLE if truncation == "head_tail" else max_length
-        """tokens at which the tokenizer itself cuts"""
+        self.windows = windows
         try:  # with trust_remote_code left open, transformers asks on standard input
             self.reference: Any = import_transformers().AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_code
@@ -90,6 +100,19 @@ class Tokenizer:
         except ValueError as error:
             raise_if_code_was_refused(folder, error)
             raise
+        self.limit = WHOLE if truncation == "head_tail" else max_length
+        """tokens at which the tokenizer itself cuts"""
+        self.around = (0, 0)
+        """special tokens before and behind a text, for windows"""
+        if windows is not None:
+            self.around = self._find_around()
+            room = max_length - sum(self.around)
+            if windows.stride >= room:
+                raise UsageError(
+                    f"model.window_stride = {windows.stride}, but windows of model.max_length = {max_length} hold {max(0, room)} tokens"
+                    " beside the special ones, and must not share all of them; lower model.window_stride"
+                )
+            self.limit = windows.limit(max_length, sum(self.around))
         self.dtype = np.uint16 if len(self.reference) <= 2**16 else np.int32
         self.uses_segments = "token_type_ids" in self.reference.model_input_names
         if truncation == "tail":
@@ -108,6 +131,14 @@ class Tokenizer:
     def __getstate__(self) -> dict[str, Any]:
         """Travels to other processes without the reference, which only a tokenizer without a backend needs to encode."""
         return self.__dict__ | {"reference": None if self.backend is not None else self.reference}
+
+    def _find_around(self) -> tuple[int, int]:
+        """How many special tokens stand before and behind a text."""
+        whole, alone = (
+            self.reference("a", add_special_tokens=special, truncation=False)["input_ids"] for special in (True, False)
+        )
+        before = next(start for start in range(len(whole)) if whole[start : start + len(alone)] == alone)
+        return before, len(whole) - len(alone) - before
 
     def _try_wordwise(self, folder: str) -> None:
         """Take the fast way if it gives the same on a few texts that are hard to get right."""
@@ -129,15 +160,21 @@ class Tokenizer:
     def encode(self, texts: pa.Array | Sequence[str], seconds: pa.Array | Sequence[str] | None = None) -> Tokens:
         """Tokenize texts, or pairs of them, with special tokens, cut to `max_length` as `truncation=True` of transformers does.
 
+        With windows what is longer is laid out in windows of `max_length`, one behind the other; pairs cannot be.
         Arrow arrays of strings without nulls are taken as they are.
         """
         sides = [as_texts(side) for side in (texts, seconds) if side is not None]
         if len({len(side) for side in sides}) > 1:
             raise ValueError(f"{len(sides[0])} first texts and {len(sides[1])} second ones, expected as many")
+        if self.windows is not None and len(sides) > 1:
+            raise ValueError("windows of a pair of texts were asked for, expected single texts")
         if self.wordwise is not None:
             found = self._encode_wordwise(self.wordwise, sides)
         else:
             found = self._encode_reference(sides) if self.backend is None else self._encode_backend(sides)
+        if self.windows is not None and (found.lengths > self.max_length).any():
+            ids, lengths = self.windows.lay_out(found.ids, found.lengths, self.max_length, self.around)
+            return Tokens(ids=ids, lengths=lengths, truncated=found.truncated, type_ids=None)
         return keep_ends(found, self.max_length) if self.truncation == "head_tail" else found
 
     def _encode_wordwise(self, wordwise: Wordwise, sides: list[pa.Array]) -> Tokens:
@@ -218,7 +255,11 @@ def as_texts(texts: pa.Array | Sequence[str]) -> pa.Array:
 
 @functools.lru_cache(maxsize=4)
 def load_tokenizer(
-    folder: str, max_length: int, trust_code: bool = False, truncation: Truncation = "head"
+    folder: str,
+    max_length: int,
+    trust_code: bool = False,
+    truncation: Truncation = "head",
+    windows: Windows | None = None,
 ) -> Tokenizer:
     """Load a tokenizer once per process: the cache survives between the tasks of one worker."""
-    return Tokenizer(folder, max_length, trust_code, truncation)
+    return Tokenizer(folder, max_length, trust_code, truncation, windows)

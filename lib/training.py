@@ -22,7 +22,7 @@ from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.calibration import check_decision
 from lib.checkpoint import fetch
-from lib.config import TrainConfig, Trust
+from lib.config import TrainConfig, TrainModelSection
 from lib.errors import IncompleteError, TextsweepError, UsageError
 from lib.facts import check_weights, max_positions, read_config
 from lib.fitting import Job, deciding, find_committed, work
@@ -61,16 +61,13 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
         print(f"{output.url}: run {run_id} committed this checkpoint already", flush=True)
         return found
     check_tuning(config)
-    if config.model.truncation == "head_tail" and not isinstance(config.train.text_column, str):
-        raise UsageError(
-            "model.truncation = head_tail with two text columns: which of the two would lose its middle? Use head or tail"
-        )
+    check_long_texts(config)
     output.check_writable()
     use_gpu, cpus_per_worker = place_workers(config, cluster)
     if output.is_local and len(cluster.nodes) > 1:
         print(f"output.path {output.url} is a local path: all {len(cluster.nodes)} nodes must see it there", flush=True)
     base = config.model.base if config.model.base.startswith("package:") else open_store(config.model.base).url
-    max_length, pad_token_id = check_base(base, config.model.max_length, config.model.trust)
+    max_length, pad_token_id = check_base(base, config.model)
     sources = find_sources(config)
     task = sources[0].task
     check_decision(config.decision, task)
@@ -128,17 +125,39 @@ def place_workers(config: TrainConfig, cluster: Cluster) -> tuple[bool, int]:
     )
 
 
-def check_base(base: str, max_length: int, trust: Trust) -> tuple[int, int]:
-    """The most tokens of a text that the base can take, up to `max_length`, and its padding id; loads no weights."""
+def check_base(base: str, model: TrainModelSection) -> tuple[int, int]:
+    """The most tokens of a text that the base can take, up to `model.max_length`, and its padding id; loads no weights."""
+    trust = model.trust
     folder = fetch(base, trust)
     config = read_config(folder, trust)
     check_weights(folder, "model.base", base, trust)
-    length = min(max_length, max_positions(config))
+    length = min(model.max_length, max_positions(config))
     try:
-        load_tokenizer(folder, length, trust.code)
+        load_tokenizer(folder, length, trust.code, model.truncation, model.windows)
     except (OSError, ValueError) as error:
         raise UsageError(f"model.base {base}: its tokenizer cannot be loaded: {error}") from None
     return length, config.pad_token_id or 0
+
+
+def check_long_texts(config: TrainConfig) -> None:
+    """Raise `UsageError` if what becomes of long texts does not go together."""
+    model, is_pair = config.model, not isinstance(config.train.text_column, str)
+    if model.truncation == "head_tail" and is_pair:
+        raise UsageError(
+            "model.truncation = head_tail with two text columns: which of the two would lose its middle? Use head or tail"
+        )
+    if model.window_stride is None:
+        given = sorted({"window_pooling", "max_windows"} & model.model_fields_set)
+        if given:
+            raise UsageError(
+                f"model.{given[0]} is set, but there are no windows; set model.window_stride, a quarter of max_length for example"
+            )
+    elif is_pair:
+        raise UsageError("model.window_stride with two text columns: windows are of one text; leave it out")
+    elif model.truncation != "head":
+        raise UsageError(
+            f"model.window_stride with model.truncation = {model.truncation}: windows begin at the head; leave one of the two out"
+        )
 
 
 def claim(folder: Store, config: TrainConfig, run_id: str) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from lib.mapped import LabelledSet
 from lib.schema import Task
+from lib.windows import Windows
 from tests import fakes
 
 WORDS = {"bad": "broken awful terrible sad", "fair": "plain usual average middling", "good": "lovely great sharp happy"}
@@ -45,6 +46,8 @@ def make_set(
     task: Task = Task.MULTI_CLASS,
     weights: npt.NDArray[np.float32] | None = None,
     batch_rows: int | None = None,
+    max_length: int = 64,
+    windows: Windows | None = None,
 ) -> LabelledSet:
     """A mapped set of token ids of chance, 2 to 40 a row, in record batches of `batch_rows`."""
     chance = np.random.default_rng(0)
@@ -54,4 +57,4 @@ def make_set(
     with pa.ipc.new_file(path, table.schema) as writer:
         for batch in table.to_batches(max_chunksize=batch_rows):
             writer.write_batch(batch)
-    return LabelledSet([str(path)], LABELS, task, 0)
+    return LabelledSet([str(path)], LABELS, task, 0, max_length, windows)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 import numpy as np
@@ -34,6 +34,7 @@ from lib.schema import Task
 from lib.scoring import Run, prepare
 from lib.storage import Store, open_store
 from lib.watch import Running, Watch
+from lib.windows import Windows
 from tests import fakes
 from tests.integration.test_equality import real_texts, score_singly
 from tests.waiting import wait_until
@@ -291,6 +292,38 @@ def test_the_checkpoints_card_says_how_texts_are_cut_and_labels_are_given(tmp_pa
         UsageError, match=r"names two columns, but model\.path was trained to keep the head and the tail"
     ):
         run_score(str(tmp_path / "archive"), str(tmp_path / "model"), str(tmp_path / "other"), pairs)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_long_texts_are_scored_in_windows_if_the_card_says_so(tmp_path: Path, pooling: Literal["mean", "max"]) -> None:
+    """Against transformers' own windows, each scored alone."""
+    texts = [" ".join(fakes.PROSE.split()[start : start + size]) for start, size in enumerate((3, 9, 40, 60, 15, 200))]
+    fakes.write_archive(str(tmp_path / "archive"), {"one.parquet": pa.table({"text": texts, "second": texts})})
+    fakes.make_classifier(tmp_path / "model", "bert", ("good", "bad"))
+    windows = Windows(stride=4, most=8, pooling=pooling)
+    write_card(tmp_path / "model", labels=("good", "bad"), task=Task.MULTI_CLASS, max_length=16, windows=windows)
+    run_score(str(tmp_path / "archive"), str(tmp_path / "model"), str(tmp_path / "out"), "output.probabilities=true")
+    found = read_predictions(str(tmp_path / "out")).to_pylist()
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    for row, text in zip(found, texts, strict=True):
+        every = tokenizer(text, truncation=True, max_length=16, stride=4, return_overflowing_tokens=True)["input_ids"]
+        assert (row["num_tokens"], row["truncated"]) == (sum(map(len, every[:8])), len(every) > 8)
+        with torch.inference_mode():
+            logits = torch.cat([model(torch.tensor([ids])).logits for ids in every[:8]])
+        pooled = logits.mean(0) if pooling == "mean" else logits.amax(0)
+        assert row["probabilities"] == pytest.approx(pooled.softmax(0).tolist(), abs=1e-5)
+    assert any(row["truncated"] for row in found)
+    assert any(row["num_tokens"] > 16 and not row["truncated"] for row in found)
+
+    with pytest.raises(UsageError, match=r"names two columns, but model\.path was trained on windows of single texts"):
+        run_score(
+            str(tmp_path / "archive"),
+            str(tmp_path / "model"),
+            str(tmp_path / "other"),
+            'input.text_column=["text", "second"]',
+        )
 
 
 def test_a_model_that_may_abstain_leaves_out_labels_it_is_unsure_of_and_says_how_many(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from lib.runtime import Cluster, Node, cluster_facts
 from lib.schema import Task
 from lib.storage import open_store
 from lib.training import place_workers, train
+from lib.windows import Windows
 from tests import fakes
 from tests.labelled import LABELS, Weights, difference, make_rows
 
@@ -389,11 +390,11 @@ def killer(tmp_path: Path) -> Iterator[list[int]]:
 def test_a_killed_worker_resumes_to_the_same_weights(
     data: dict[str, str], base: str, ray_session: None, tmp_path: Path, killer: list[int]
 ) -> None:
-    """With dropout, and in the middle of epochs: order, rates, moments, the average and randomness must all go on where they were."""
+    """With dropout, and in the middle of epochs: order, rates, moments, averages, weights kept before and randomness must all go on."""
     changes: dict[str, dict[str, Any]] = {
         "model": {"dropout": 0.2},
         "optim": {"epochs": 3, "ema_decay": 0.8, "layer_decay": 0.9, "rdrop": 1.0},
-        "stopping": {"metric": "loss", "evaluations_per_epoch": 6, "patience": 100, "average": 3},
+        "stopping": {"metric": "loss", "evaluations_per_epoch": 6, "patience": 100, "average": 100},
         "resources": {"num_workers": 2},
     }
     whole = configure(data, base, str(tmp_path / "whole"), **changes)
@@ -454,6 +455,13 @@ def test_an_unfinished_run_goes_on_only_as_it_was_started(
         (
             ["model.truncation=head_tail", "train.text_column=['text', 'text']"],
             r"head_tail with two text columns: which of the two would lose its middle",
+        ),
+        (["model.window_stride=4", "train.text_column=['text', 'text']"], r"windows are of one text"),
+        (["model.window_stride=4", "model.truncation=tail"], r"windows begin at the head; leave one of the two out"),
+        (["model.max_windows=4"], r"model.max_windows is set, but there are no windows; set model.window_stride"),
+        (
+            ["model.window_stride=62", "model.max_length=64"],
+            r"max_length = 64 hold 62 tokens .* lower model.window_stride",
         ),
         (["decision.thresholds=f1"], r"decision.thresholds: each row of this data has one label"),
         (["lora.alpha=8"], r"there are no adapters; set lora.rank"),
@@ -595,6 +603,35 @@ def test_two_workers_unfreeze_and_weigh_as_one_does(
     assert {name.split(".")[0] for name in same} == {"embeddings", "encoder"}
     assert not [name for name in same if "layer.1." in name], "the second epoch's layer has learned"
     assert [name for name in before if "layer.0." in name and name not in same] == []
+
+
+def test_windows_are_learned_from_and_stand_in_the_card(base: str, ray_session: None, tmp_path: Path) -> None:
+    """What decides stands behind the length that the model takes, in another window; against transformers' windows."""
+    rows: dict[str, tuple[list[str], list[str]]] = {}
+    for name, count in (("train", 96), ("valid", 40), ("test", 40)):
+        texts, labels = make_rows(count, len(rows))
+        rows[name] = ([f"{fakes.PROSE[:60]} {text}" for text in texts], labels)
+        fakes.write_archive(str(tmp_path), {f"{name}.parquet": pa.table({"text": rows[name][0], "label": labels})})
+    paths = {name: f"{tmp_path}/{name}.parquet" for name in rows}
+    windows = {"max_length": 16, "window_stride": 4, "window_pooling": "max", "max_windows": 12}
+    config = configure(paths, base, f"{tmp_path}/out", model=windows, resources={"num_workers": 2})
+    found = train(config, "night-1", cluster_facts())
+    card = checkpoint.load(str(tmp_path / "out")).card
+    assert card.windows == Windows(4, 12, "max")
+    assert "at most 12 windows of 16 tokens that share 4" in (tmp_path / "out" / "README.md").read_text()
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    texts, labels = rows["test"]
+    logits = []
+    with torch.no_grad():
+        for text in texts:
+            ids = tokenizer(text, truncation=True, max_length=16, stride=4, return_overflowing_tokens=True)["input_ids"]
+            assert 2 < len(ids) <= 12, "several windows, and nothing cut off"
+            logits.append(torch.cat([model(torch.tensor([one])).logits for one in ids]).amax(0))
+    targets = torch.tensor([LABELS.index(label) for label in labels])
+    loss = torch.nn.functional.cross_entropy(torch.stack(logits), targets)
+    assert found["test"]["loss"] == pytest.approx(float(loss), abs=1e-4)
 
 
 def test_adapters_are_merged_into_a_plain_checkpoint(

@@ -97,13 +97,13 @@ def test_pickled_weights_are_refused_with_the_reason_and_the_cure(pickled: Path)
     with pytest.raises(UsageError, match=f"model.path .*{message}"):
         checkpoint.load(str(pickled))
     with pytest.raises(UsageError, match=f"model.base .*{message}"):
-        check_base(str(pickled), 32, Trust())
+        check_base(str(pickled), TrainModelSection(base="b"))
 
 
 def test_pickled_weights_that_are_allowed_give_the_same_scores(pickled: Path, classifier: str) -> None:
     found = scores(checkpoint.load(str(pickled), trust=PICKLE))
     assert np.array_equal(found, scores(checkpoint.load(classifier)))
-    check_base(str(pickled), 32, PICKLE)
+    check_base(str(pickled), TrainModelSection(base="b", allow_pickle=True))
     model = new_classifier(str(pickled), LABELS, Task.MULTI_CLASS, None, 0, PICKLE)
     assert torch.equal(
         model.state_dict()["bert.pooler.dense.weight"],
@@ -147,7 +147,7 @@ def test_code_is_not_run_unless_it_is_trusted(own_code: Path, canary: Path) -> N
     with pytest.raises(UsageError, match=message):
         checkpoint.load(str(own_code))
     with pytest.raises(UsageError, match=message):
-        check_base(str(own_code), 32, Trust())
+        check_base(str(own_code), TrainModelSection(base="b"))
     with pytest.raises(UsageError, match=message):
         predict.main(["--set", f"model.path={own_code}", "a text"])
     assert not canary.exists()

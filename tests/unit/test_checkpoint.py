@@ -13,6 +13,7 @@ from lib.config import ScoreConfig, keys_of, validate
 from lib.errors import IncompleteError, UsageError
 from lib.schema import Task
 from lib.storage import Store, open_store
+from lib.windows import Windows
 from tests import fakes
 
 LABELS = ("down", "same", "up")
@@ -206,6 +207,7 @@ def test_a_version_changes_with_what_decides_the_output(changes: dict[str, Any],
         {"labels": ("down", "up", "same")},
         {"max_length": 16},
         {"truncation": "tail"},
+        {"windows": Windows(4, 8, "mean")},
         {"temperature": 1.5},
         {"thresholds": (0.5, 0.4, 0.3)},
         {"task": Task.MULTI_LABEL},

@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 ORDER = (
     # what everything speaks of
-    *("errors", "schema"),
+    *("errors", "schema", "windows"),
     # the world outside
     *("config", "listing", "storage", "atomicity"),
     # one thing each

@@ -3,24 +3,26 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch.distributions import Bernoulli, Categorical, kl_divergence
+from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from lib.batching import share_of
 from lib.calibration import Decision
 from lib.config import OptimSection, StoppingSection
 from lib.fitting import copy_weights, mean_of, steps_to_keep
-from lib.learning import Learner, Team, accumulate, new_optimizer
+from lib.learning import Learner, Team, accumulate, logits_of_rows, new_optimizer
 from lib.loss import Objective, rdrop_losses
 from lib.mapped import LabelledSet, Subset
 from lib.model import new_classifier
 from lib.schema import Task
 from lib.tuning import depth_of
+from lib.windows import Windows
 from tests import fakes
 from tests.labelled import LABELS, Weights, difference, make_set
 
@@ -71,6 +73,40 @@ def test_the_gradient_is_that_of_the_mean_loss(
     for (name, left), right in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert left.grad is not None and right.grad is not None, name
         assert torch.allclose(left.grad, right.grad, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("rdrop", [0.0, 2.0])
+def test_windows_of_a_row_give_one_answer_and_one_gradient(
+    base: str, tmp_path: Path, pooling: Literal["mean", "max"], rdrop: float
+) -> None:
+    """Against a plain loop over rows and their windows."""
+    labels = np.random.default_rng(0).choice(LABELS, 23).tolist()
+    data = make_set(tmp_path / "set.arrow", labels, max_length=12, windows=Windows(3, 8, pooling))
+    whole = make_set(tmp_path / "whole.arrow", labels)
+    rows = np.arange(23)[::-1]
+    objective = Objective(task=Task.MULTI_CLASS, rdrop=rdrop)
+    models = [new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7) for _ in range(2)]
+    loss = accumulate(models[0], data, share_of(rows, 0, 1, 3), rows, objective, ALONE)
+    losses, logits = [], []
+    for row in rows:
+        (ids,), _, _ = whole.gather(np.array([row]))
+        plain: Any = models[1]
+        windows = [
+            plain(input_ids=torch.from_numpy(ids[start : start + 12])[None]).logits for start in range(0, len(ids), 12)
+        ]
+        together = torch.cat(windows)
+        logits.append(together.mean(0) if pooling == "mean" else together.max(0).values)
+        losses.append(functional.cross_entropy(logits[-1], torch.tensor(int(data.targets[row]))))
+    expected = torch.stack(losses).mean()
+    expected.backward()
+    assert max(map(len, (whole.gather(np.array([row]))[0][0] for row in rows))) > 36, "some have several windows"
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
+    for (name, left), right in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert left.grad is not None and right.grad is not None, name
+        assert torch.allclose(left.grad, right.grad, rtol=1e-4, atol=1e-6), name
+    found = logits_of_rows(models[0], data, rows, ALONE)
+    assert found == pytest.approx(torch.stack(logits).detach().numpy(), abs=1e-5)
 
 
 @pytest.mark.parametrize("task", [Task.MULTI_CLASS, Task.MULTI_LABEL])

@@ -1,5 +1,6 @@
 """The predictor when something goes wrong: memory that runs out, and a model that answers with no number."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from lib.errors import UsageError
 from lib.predictor import Predictor
 from lib.schema import PredictionSchema, Task, to_results
 from lib.tokenization import Tokens, load_tokenizer
+from lib.windows import Windows
+from tests import fakes
 
 TEXTS = [f"the parcel came {'very ' * (index % 9)}late again, number {index}" for index in range(60)]
 
@@ -58,6 +61,23 @@ def test_memory_that_runs_out_halves_the_budget_for_good_and_costs_no_row(
     tried.clear()
     predictor.probabilities(tokens.ids, tokens.offsets)
     assert max(tried) <= 130, "the smaller budget is remembered"
+
+
+def test_a_text_in_windows_counts_as_one_row_when_its_first_is_scored(classifier: str) -> None:
+    loaded = checkpoint.load(classifier)
+    card = loaded.card.model_copy(update={"max_length": 16, "windows": Windows(4, 8, "max")})
+    predictor = Predictor(replace(loaded, card=card), "fp32", "torch", token_budget=64)
+    texts = ["a", fakes.PROSE, *(" ".join(fakes.PROSE.split()[:words]) for words in (9, 30, 70))]
+    tokens = checkpoint.tokenizer_of(predictor.checkpoint).encode(texts)
+    seen: list[tuple[int, int]] = []
+    found = predictor.probabilities(tokens.ids, tokens.offsets, None, lambda *done: seen.append(done))
+    assert found.shape == (5, 3) and np.isfinite(found).all()
+    assert sum(rows for rows, _ in seen) == 5
+    assert sum(count for _, count in seen) == len(tokens.ids) > 8 * 16
+    emptied = np.concatenate([tokens.offsets[:3], tokens.offsets[2:]])  # a row without tokens in the middle
+    again = predictor.probabilities(tokens.ids, emptied)
+    assert np.isnan(again[2]).all()
+    assert np.delete(again, 2, axis=0) == pytest.approx(found, abs=1e-5)
 
 
 def test_a_single_text_that_does_not_fit_is_named(

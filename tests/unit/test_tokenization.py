@@ -24,7 +24,9 @@ from transformers import AddedToken, AutoTokenizer
 from lib import cutting, wordwise
 from lib.checkpoint import fetch
 from lib.config import TRUST_NOTHING
+from lib.errors import UsageError
 from lib.tokenization import Tokenizer, load_tokenizer
+from lib.windows import Windows, split
 from tests import fakes
 from tests.benchmarks.tokenization import DATA, compare, documents, read_texts
 from tests.counting import count_objects
@@ -267,6 +269,41 @@ def test_the_tail_or_head_and_tail_of_long_texts_can_be_kept(folder: str, max_le
     assert both.truncated[-2:].all()
     theirs.truncation_side = "left"
     check(Tokenizer(folder, max_length, truncation="tail"), theirs, texts)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "stride", "most"), [(16, 0, 1000), (16, 5, 1000), (9, 6, 1000), (16, 5, 3), (16, 0, 1)]
+)
+def test_windows_are_those_of_transformers(folder: str, max_length: int, stride: int, most: int) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    texts = [*AWKWARD, fakes.PROSE, *(" ".join(fakes.PROSE.split()[:words]) for words in range(1, 40))]
+    found = Tokenizer(folder, max_length, windows=Windows(stride, most, "mean")).encode(texts)
+    counts, sizes = split(found.lengths, max_length)
+    assert sizes.sum() == len(found.ids) and max(counts) == min(most, max(counts))
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    first = 0
+    for text, count, truncated in zip(texts, counts, found.truncated, strict=True):
+        expected = theirs(text, truncation=True, max_length=max_length, stride=stride, return_overflowing_tokens=True)
+        assert truncated == (len(expected["input_ids"]) > most)
+        windows = [found.ids[bounds[at] : bounds[at + 1]].tolist() for at in range(first, first + count)]
+        assert windows == expected["input_ids"][:most]
+        first += count
+
+
+def test_windows_share_less_than_they_hold_and_are_of_single_texts(folder: str) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    room = 16 - theirs.num_special_tokens_to_add()
+    ours = Tokenizer(folder, 16, windows=Windows(room - 1, 100, "mean"))
+    expected = theirs(fakes.PROSE, truncation=True, max_length=16, stride=room - 1, return_overflowing_tokens=True)[
+        "input_ids"
+    ]
+    assert ours.encode([fakes.PROSE]).ids.tolist() == [token for window in expected[:100] for token in window]
+    with pytest.raises(ValueError, match="windows of a pair"):
+        ours.encode(["a"], ["b"])
+    with pytest.raises(
+        UsageError, match=rf"window_stride = {room}, but windows of model.max_length = 16 hold {room} tokens"
+    ):
+        Tokenizer(folder, 16, windows=Windows(room, 100, "mean"))
 
 
 def test_blanks_that_stay_together_are_not_parted(tmp_path: Path) -> None:
