@@ -25,6 +25,8 @@ Share = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
 
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
 
+TrainPrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
+
 Truncation = Literal["head", "tail", "head_tail"]
 
 EngineChoice = Literal["auto", "torch", "openvino"]
@@ -207,14 +209,16 @@ class TrainModelSection(Section):
     """of the windows' answers (logits)"""
     max_windows: int = Field(default=8, ge=1)
     """of one text; what lies behind them is cut off"""
-    precision: PrecisionChoice = "auto"
-    """of the forward and backward pass; the weights stay in fp32"""
+    precision: TrainPrecisionChoice = "auto"
+    """of the forward and backward pass, the weights stay in fp32; fp16, with loss scaling, is for GPUs without bf16; auto: bf16 or fp32"""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """of encoder and head; default: as the base has it"""
     freeze_layers: Annotated[int, Field(ge=0)] | Literal["all"] | None = None
     """keep the embeddings and so many of the lowest layers as they are; all: learn the head alone; default: everything learns"""
     gradient_checkpointing: bool = False
     """compute each layer again in the backward pass: the same gradients, the activations of one layer in memory at a time, slower steps"""
+    compile: bool = False
+    """compile forward and backward pass with torch.compile: the first step takes a minute; for GPUs, needs a C++ compiler"""
     allow_pickle: bool = False
     """take pytorch_model.bin weights where there are no safetensors ones: only from a source you trust"""
     trust_remote_code: bool = False

@@ -38,7 +38,7 @@ from lib.model import choose_dtype, new_classifier
 from lib.model_card import model_card
 from lib.storage import Store
 from lib.tokenization import load_tokenizer
-from lib.tuning import add_adapters, freeze, merge_adapters, recompute_layers
+from lib.tuning import add_adapters, compile_passes, freeze, merge_adapters, recompute_layers
 
 METRICS_NAME = "metrics.json"
 
@@ -171,6 +171,8 @@ class Fit:
         add_adapters(model, job.config.lora)
         if job.config.model.gradient_checkpointing:
             recompute_layers(model)
+        if job.config.model.compile:
+            compile_passes(model)
         self.learner = Learner(model.to(team.device), optim, job.objective, team, self.steps_per_epoch * optim.epochs)
         self.progress = Progress()
         self.kept: dict[int, Weights] = {}
@@ -203,7 +205,7 @@ class Fit:
         """Evaluate on the validation rows, and decide what is best and whether to stop: on rank 0, for all."""
         progress, stopping, metric = self.progress, self.job.config.stopping, self.job.metric
         valid = self.sets["valid"]
-        train_loss, grad_norm, bad_step = self.learner.means()
+        means, bad_step = self.learner.means()
         found = self.learner.evaluate(valid)
         entry: dict[str, float] = {}
         if found is not None:
@@ -212,8 +214,7 @@ class Fit:
                 "step": progress.step,
                 "epoch": round(progress.step / self.steps_per_epoch, 4),
                 "seconds": round(time.monotonic() - self.begun, 3),
-                "train_loss": train_loss,
-                "grad_norm": grad_norm,
+                **means,
                 **summary,
             }
         entry = self.team.broadcast(entry)
@@ -302,6 +303,7 @@ class Fit:
             "model": self.learner.model.state_dict(),
             "optimizer": self.learner.optimizer.state_dict(),
             "average": None if average is None else average.state_dict(),
+            "scaler": self.learner.scaler.state_dict(),
             "progress": asdict(self.progress),
             "kept": {step: one for step, one in self.kept.items() if step != self.progress.step},
         }
@@ -318,6 +320,7 @@ class Fit:
             state = torch.load(Path(folder) / STATE_NAME, map_location="cpu", weights_only=True)
         self.learner.model.load_state_dict(state["model"])
         self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.learner.scaler.load_state_dict(state["scaler"])
         if self.learner.average is not None:
             self.learner.average.load_state_dict(state["average"])
         self.progress = Progress(**state["progress"])

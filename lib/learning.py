@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
@@ -28,6 +29,8 @@ from lib.mapped import LabelledSet, Subset
 from lib.model import logits_of, pool_windows
 from lib.tuning import depth_of, learning_at, peak_rate
 from lib.windows import split
+
+UNSCALED = GradScaler("cpu", enabled=False)
 
 EVALUATION_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 """Tokens, padding included, of one forward pass without gradients."""
@@ -48,7 +51,8 @@ class Team:
     @property
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16)
+        mixed = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype if mixed else None, enabled=mixed)
 
     def gather(self, mine: Any) -> list[Any] | None:
         """Every worker's object in rank order on rank 0, None on the others."""
@@ -86,11 +90,15 @@ class Learner:
         """of the weights after each step"""
         if optim.ema_decay is not None:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema_decay))
+        self.scaler = GradScaler(team.device.type, enabled=team.dtype is torch.float16)
+        """of the loss in fp16, whose small gradients would vanish (Micikevicius et al. 2017, arXiv 1710.03740)"""
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=team.device)
         """this worker's share of the steps' losses since the last evaluation"""
         self.norm_sum = torch.zeros((), dtype=torch.float64, device=team.device)
         self.num_steps = 0
         """since the last evaluation"""
+        self.skipped = torch.zeros((), dtype=torch.int64, device=team.device)
+        """of those, in which the loss was scaled too far: the weights stay, the scale is halved"""
         self.bad_step = torch.full((), -1, device=team.device)
         """the first whose loss on this worker was no number; -1: none. Kept on the device: looking at it waits for a GPU"""
 
@@ -127,11 +135,17 @@ class Learner:
         torch.manual_seed(dropout_seed(self.optim.seed, number, self.team.rank))
         self.optimizer.zero_grad()
         shares = share_of(batch, self.team.rank, self.team.size, self.optim.accumulation_steps)
-        loss = accumulate(self.wrapped, data, shares, batch, self.objective, self.team)
+        loss = accumulate(self.wrapped, data, shares, batch, self.objective, self.team, self.scaler)
         self.loss_sum += loss
         self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), number, self.bad_step)
-        self.norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
-        self.optimizer.step()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
+        if self.scaler.is_enabled():
+            self.skipped += ~norm.isfinite()
+            norm = norm.nan_to_num(0, 0)
+        self.norm_sum += norm
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.num_steps += 1
@@ -147,19 +161,24 @@ class Learner:
             found[rank :: self.team.size] = part
         return found
 
-    def means(self) -> tuple[float, float, int | None]:
+    def means(self) -> tuple[dict[str, float], int | None]:
         """Mean loss and gradient norm of the steps since the last call, over all workers, and the first whose loss was no number.
 
         On rank 0.
         """
         found = self.team.gather((float(self.loss_sum), int(self.bad_step))) or []
         steps = max(1, self.num_steps)
-        norm = float(self.norm_sum) / steps
+        skipped = int(self.skipped)
+        norm = float(self.norm_sum) / max(1, steps - skipped)
         bad = [step for _, step in found if step >= 0]
         self.loss_sum.zero_()
         self.norm_sum.zero_()
+        self.skipped.zero_()
         self.num_steps = 0
-        return sum(loss for loss, _ in found) / steps, norm, min(bad, default=None)
+        means = {"train_loss": sum(loss for loss, _ in found) / steps, "grad_norm": norm}
+        if self.scaler.is_enabled():
+            means |= {"skipped_steps": skipped, "loss_scale": self.scaler.get_scale()}
+        return means, min(bad, default=None)
 
 
 def new_optimizer(model: PreTrainedModel, optim: OptimSection) -> torch.optim.AdamW:
@@ -212,6 +231,7 @@ def accumulate(
     batch: IntArray,
     objective: Objective,
     team: Team,
+    scaler: GradScaler = UNSCALED,
 ) -> torch.Tensor:
     """Add the gradient of a step's mean loss to the parameters, and return this worker's part of that mean.
 
@@ -233,7 +253,7 @@ def accumulate(
             own = objective.row_weights(data.targets[rows], None if data.weights is None else data.weights[rows])
             scale = torch.from_numpy(own).to(team.device) * (team.size / whole if passes else 0.0)
             loss = (losses * scale).sum()
-            loss.backward()
+            scaler.scale(loss).backward()
         total += loss.detach() / team.size
     return total
 

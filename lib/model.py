@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from lib.config import TRUST_NOTHING, HeadSection, Trust
+from lib.config import TRUST_NOTHING, HeadSection, TrainPrecisionChoice, Trust
 from lib.errors import UsageError
 from lib.facts import has_safetensors, import_transformers, read_config
 from lib.heads import SPECIFICATION, PooledClassifier, load_pooled, new_head, read_to
@@ -105,12 +105,12 @@ def new_classifier(
     return model
 
 
-def choose_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
+def choose_dtype(precision: TrainPrecisionChoice, device: torch.device) -> torch.dtype:
     """Resolve a configured precision: auto is bf16 where the device computes in it, else fp32."""
     if precision == "fp32":
         return torch.float32
-    if precision == "bf16":
-        return torch.bfloat16
+    if precision in ("bf16", "fp16"):
+        return torch.bfloat16 if precision == "bf16" else torch.float16
     has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
 

@@ -3,7 +3,9 @@
 Depth: how far below the head a parameter lies: 0 head and pooler, 1 the top layer, ..., N the lowest one, N + 1 the embeddings.
 """
 
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +103,17 @@ def recompute_layers(model: "PreTrainedModel") -> None:
             " optim.accumulation_steps in its place, which saves memory, too"
         )
     encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def compile_passes(model: "PreTrainedModel") -> None:
+    """Let torch.compile make kernels for the passes of a model, for rows of any length. Raises `UsageError` without a compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UsageError(
+            f"model.compile: there is no C++ compiler {compiler!r} on this node, which torch.compile needs; install one on every"
+            " node that trains, or leave model.compile out"
+        )
+    model.compile(dynamic=True)
 
 
 def learning_at(model: "PreTrainedModel", learning: Sequence[str], epoch: int, unfreeze_layers: int | None) -> None:

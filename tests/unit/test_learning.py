@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,14 @@ def small_set(tmp_path: Path) -> LabelledSet:
     """23 rows in two record batches of a mapped file."""
     labels = np.random.default_rng(0).choice(LABELS, 23).tolist()
     return make_set(tmp_path / "set.arrow", labels, batch_rows=14)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 PLAIN = Objective(task=Task.MULTI_CLASS)
@@ -164,6 +173,43 @@ def test_steps_are_those_of_a_plain_torch_loop(base: str, small_set: LabelledSet
     assert difference(ours, {name: one.detach() for name, one in plain.named_parameters()}) < 1e-5
 
 
+def test_steps_in_fp16_are_those_of_torchs_recipe_with_loss_scaling(
+    base: str, small_set: LabelledSet, process_group: None
+) -> None:
+    """Each backward pass of a scale that is too large is thrown away, and the scale halved, until the gradients are numbers."""
+    optim = OptimSection(learning_rate=1e-3, warmup_fraction=0.0, weight_decay=0.0, schedule="constant")
+    half = replace(ALONE, dtype=torch.float16)
+    learner = Learner(new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7), optim, PLAIN, half, 12)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    plain: Any = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7).train()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+    scaler, scales = torch.amp.GradScaler("cpu", init_scale=2.0**24), []
+    for number in range(12):
+        rows = np.arange(number, number + 8)
+        learner.step(number, small_set, rows)
+        ids, mask, _ = small_set.gather(rows)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            logits = plain(
+                input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask.astype(np.int64))
+            ).logits
+            loss = functional.cross_entropy(logits, torch.from_numpy(small_set.targets[rows]))
+        scaled: Any = scaler.scale(loss)
+        scaled.backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    assert all(one.dtype == torch.float32 for one in learner.model.parameters())
+    assert difference(copy_weights(learner.model), copy_weights(plain)) < 1e-5
+    skipped = len(set(scales) - {2.0**24})
+    assert 1 <= skipped < 8, "some steps must have been skipped, and some made"
+    means, bad = learner.means()
+    assert bad is None and math.isfinite(means["grad_norm"])
+    assert (means["loss_scale"], means["skipped_steps"]) == (scales[-1], skipped)
+
+
 def test_each_layer_learns_at_its_own_rate(base: str) -> None:
     optim = OptimSection(learning_rate=1e-3, head_learning_rate=5e-3, layer_decay=0.5)
     model = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7)
@@ -196,14 +242,6 @@ def test_every_family_has_a_depth_for_each_layer(family: str, tmp_path: Path) ->
     assert depths[words] == layers + 1
     encoder = {id(one) for one in model.base_model.parameters()}
     assert {depths[name] for name, one in model.named_parameters() if id(one) not in encoder} == {0}
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    """Of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def test_the_average_of_the_weights_is_what_is_evaluated(

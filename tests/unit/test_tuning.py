@@ -1,5 +1,6 @@
 """Which weights learn, in every family: frozen layers, one layer more each epoch, adapters that are merged at the end."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ from lib.loss import Objective
 from lib.mapped import LabelledSet
 from lib.model import new_classifier
 from lib.schema import Task
-from lib.tuning import ADAPTER, add_adapters, check_tuning, depth_of, freeze, merge_adapters, recompute_layers
+from lib.tuning import (
+    ADAPTER,
+    add_adapters,
+    check_tuning,
+    compile_passes,
+    depth_of,
+    freeze,
+    merge_adapters,
+    recompute_layers,
+)
 from tests import fakes
 from tests.labelled import LABELS, make_set
 
@@ -205,3 +215,30 @@ def test_layers_computed_again_give_the_same_gradients_from_less_memory(
     assert len(again) == len(plain)
     for left, right in zip(plain, again, strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++, which torch.compile needs")
+def test_compiled_passes_give_the_same_gradients_for_rows_of_any_length(rows: LabelledSet, tmp_path: Path) -> None:
+    fakes.make_encoder(tmp_path / "bert", "bert")
+
+    def learn(compiled: bool) -> list[torch.Tensor]:
+        model = new_classifier(str(tmp_path / "bert"), LABELS, Task.MULTI_CLASS, 0.0, 0).train()
+        if compiled:
+            compile_passes(model)
+        for batch in (np.arange(3), np.arange(3, 8), np.arange(8, 16)):
+            logits, targets = forward(model, rows, batch, ALONE)
+            OBJECTIVE.losses(logits, targets).sum().backward()
+        return [one.grad for one in model.parameters() if one.grad is not None]
+
+    plain = learn(False)
+    torch._dynamo.utils.counters.clear()
+    found = learn(True)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "compiled, and not again for each length"
+    for left, right in zip(found, plain, strict=True):
+        assert torch.allclose(left, right, rtol=1e-4, atol=1e-6)
+
+
+def test_compiling_without_a_compiler_is_refused(bert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match=r"no C\+\+ compiler 'no-such-compiler' on this node"):
+        compile_passes(bert)
