@@ -358,6 +358,8 @@ class TrainResources(Section):
     """training processes"""
     use_gpu: bool | None = None
     """one GPU for each worker; default: if the cluster has any"""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: each worker holds all weights; fsdp (FSDP2): a part of weights, gradients and optimizer, for encoders too large for a GPU"""
 
 
 class TrainConfig(Section):

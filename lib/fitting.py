@@ -23,6 +23,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from lib.batching import epoch_batches
 from lib.calibration import Decision, FloatArray, decide
@@ -36,6 +37,7 @@ from lib.mapped import Subset, known_rows, local_copy, map_set, split_rows, with
 from lib.metrics import describe, is_better, shown, summarize
 from lib.model import choose_dtype, new_classifier
 from lib.model_card import model_card
+from lib.sharding import broadcast_weights, load_optimizer, load_weights, whole, whole_state
 from lib.storage import Store
 from lib.tokenization import load_tokenizer
 from lib.tuning import add_adapters, compile_passes, freeze, merge_adapters, recompute_layers
@@ -111,6 +113,7 @@ def join_team(job: Job) -> Team:
         device=device,
         dtype=choose_dtype(job.config.model.precision, device),
         control=dist.new_group(backend="gloo"),
+        sharded=job.config.resources.strategy == "fsdp" and context.get_world_size() > 1,
     )
 
 
@@ -155,6 +158,18 @@ def check_duplicates(
     return sets, known
 
 
+def new_model(job: Job) -> PreTrainedModel:
+    """The model as it is before training, the same on every worker."""
+    config, trust = job.config, job.config.model.trust
+    base = fetch(job.base, trust)
+    model = new_classifier(
+        base, job.index.labels, job.index.task, config.model.dropout, config.optim.seed, trust, config.head
+    )
+    freeze(model, config)
+    add_adapters(model, config.lora)
+    return model
+
+
 class Fit:
     """One attempt at a run, on one worker."""
 
@@ -163,12 +178,8 @@ class Fit:
         self.team = team
         self.sets, self.known = check_duplicates(open_sets(job), job.config, team.rank)
         self.steps_per_epoch = math.ceil(len(self.sets["train"]) / job.config.optim.batch_size)
-        optim, index = job.config.optim, job.index
-        trust, dropout = job.config.model.trust, job.config.model.dropout
-        base = fetch(job.base, trust)
-        model: Any = new_classifier(base, index.labels, index.task, dropout, optim.seed, trust, job.config.head)
-        freeze(model, job.config)
-        add_adapters(model, job.config.lora)
+        optim = job.config.optim
+        model: Any = new_model(job)
         if job.config.model.gradient_checkpointing:
             recompute_layers(model)
         if job.config.model.compile:
@@ -236,10 +247,9 @@ class Fit:
         """Keep the weights of the best or of the last evaluations, as many as are averaged at the end."""
         progress, stopping = self.progress, self.job.config.stopping
         progress.kept = steps_to_keep(progress.history, stopping, self.job.metric)
-        if self.team.rank == 0:
-            if progress.step in progress.kept:
-                self.kept[progress.step] = copy_weights(self.learner.candidate)
-            self.kept = {step: self.kept[step] for step in progress.kept}
+        if progress.step in progress.kept and (self.team.rank == 0 or self.team.sharded):
+            self.kept[progress.step] = copy_weights(self.learner.candidate)
+        self.kept = {step: self.kept[step] for step in progress.kept} if self.team.rank == 0 else {}
 
     def describe_bad(self, step: int) -> str:
         """Say where the training loss ceased to be a number."""
@@ -295,14 +305,19 @@ class Fit:
         """Report a Ray Train checkpoint that `resume` goes on from."""
         metric = self.job.metric
         metrics = {"step": self.progress.step, metric: self.progress.history[-1][metric]}
-        if self.team.rank:
-            ray.train.report(metrics, checkpoint=None)
-            return
         average = self.learner.average
-        state = {
+        learned = {
             "model": self.learner.model.state_dict(),
             "optimizer": self.learner.optimizer.state_dict(),
             "average": None if average is None else average.state_dict(),
+        }
+        if self.team.sharded:
+            learned = whole_state(learned, keep=self.team.rank == 0)
+        if self.team.rank:
+            ray.train.report(metrics, checkpoint=None)
+            return
+        state = {
+            **learned,
             "scaler": self.learner.scaler.state_dict(),
             "progress": asdict(self.progress),
             "kept": {step: one for step, one in self.kept.items() if step != self.progress.step},
@@ -318,15 +333,15 @@ class Fit:
             return
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder) / STATE_NAME, map_location="cpu", weights_only=True)
-        self.learner.model.load_state_dict(state["model"])
-        self.learner.optimizer.load_state_dict(state["optimizer"])
+        load_weights(self.learner.model, state["model"])
+        load_optimizer(self.learner.optimizer, state["optimizer"])
         self.learner.scaler.load_state_dict(state["scaler"])
         if self.learner.average is not None:
-            self.learner.average.load_state_dict(state["average"])
+            load_weights(self.learner.average, state["average"])
         self.progress = Progress(**state["progress"])
         self.progress.resumed_after.append(self.progress.step)
+        now = {self.progress.step: copy_weights(self.learner.candidate)}
         if self.team.rank == 0:
-            now = {self.progress.step: copy_weights(self.learner.candidate)}
             self.kept = {step: (state["kept"] | now)[step] for step in self.progress.kept}
             print(f"resuming after step {self.progress.step} of {self.learner.total_steps}", flush=True)
 
@@ -339,10 +354,16 @@ class Fit:
 
     def restore_kept(self) -> None:
         """Make the weights that rank 0 keeps, or the mean of several, every worker's candidate."""
-        if self.team.rank == 0:
-            self.learner.candidate.load_state_dict(mean_of(list(self.kept.values())))
-        for one in self.learner.candidate.state_dict().values():
-            dist.broadcast(one, src=0)
+        kept = mean_of(list(self.kept.values())) if self.team.rank == 0 else None
+        broadcast_weights(self.learner.candidate, kept)
+
+    def trained_model(self) -> PreTrainedModel:
+        """On rank 0, at the end: the model that is committed, whole and on its own."""
+        if not self.team.sharded:
+            return self.learner.candidate
+        model = new_model(self.job)
+        load_weights(model, mean_of(list(self.kept.values())))
+        return model
 
 
 def steps_to_keep(history: list[dict[str, float]], stopping: StoppingSection, metric: str) -> list[int]:
@@ -372,8 +393,8 @@ def mean_of(several: Sequence[Weights]) -> Weights:
 
 
 def copy_weights(model: torch.nn.Module) -> Weights:
-    """A model's weights as they are now, in host memory."""
-    return {name: one.detach().cpu().clone() for name, one in model.state_dict().items()}
+    """A model's weights as they are now, whole and in host memory."""
+    return {name: whole(one.detach()).cpu().clone() for name, one in model.state_dict().items()}
 
 
 def evaluation_places(steps_per_epoch: int, evaluations: int) -> set[int]:
@@ -452,8 +473,9 @@ def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None, best: d
         trained=trained,
     )
     with tempfile.TemporaryDirectory() as folder:
-        merge_adapters(fit.learner.candidate)
-        fit.learner.candidate.save_pretrained(folder)
+        model = fit.trained_model()
+        merge_adapters(model)
+        model.save_pretrained(folder)
         trust = job.config.model.trust
         tokenizer = load_tokenizer(fetch(job.base, trust), job.max_length, trust.code, job.config.model.truncation)
         tokenizer.reference.save_pretrained(folder)

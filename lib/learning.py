@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.amp import GradScaler
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from lib.config import OptimSection
 from lib.loss import Objective, rdrop_losses
 from lib.mapped import LabelledSet, Subset
 from lib.model import logits_of, pool_windows
+from lib.sharding import shard, whole
 from lib.tuning import depth_of, learning_at, peak_rate
 from lib.windows import split
 
@@ -47,6 +49,8 @@ class Team:
     """of matrix products in forward and backward pass; weights, gradients and losses are fp32"""
     control: Any = None
     """a gloo group for small Python objects, whatever the gradients travel through"""
+    sharded: bool = False
+    """whether each worker holds a part of the model: then all of them make the same passes at the same time"""
 
     @property
     def autocast(self) -> torch.autocast:
@@ -59,6 +63,12 @@ class Team:
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object(mine, found, dst=0, group=self.control)
         return found
+
+    def most(self, mine: int) -> int:
+        """The largest of all workers' numbers."""
+        found = torch.tensor(mine)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
+        return int(found)
 
     def broadcast(self, mine: Any) -> Any:
         """Rank 0's object, on every worker."""
@@ -81,15 +91,19 @@ class Learner:
         self.model = model
         self.learning = [name for name, one in model.named_parameters() if one.requires_grad]
         """names of the parameters that learn, sooner or later"""
+        self.average: AveragedModel | None = None
+        """of the weights after each step"""
+        if optim.ema_decay is not None:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema_decay))
+        if team.sharded:
+            shard(model)
+            if self.average is not None:
+                shard(self.candidate)
         self.optimizer = new_optimizer(self.model, self.optim)
         self.epoch = -1
         self.encoder_learns = True
         self.wrapped: nn.Module = model
         self.begin_epoch(0)
-        self.average: AveragedModel | None = None
-        """of the weights after each step"""
-        if optim.ema_decay is not None:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema_decay))
         self.scaler = GradScaler(team.device.type, enabled=team.dtype is torch.float16)
         """of the loss in fp16, whose small gradients would vanish (Micikevicius et al. 2017, arXiv 1710.03740)"""
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=team.device)
@@ -112,7 +126,9 @@ class Learner:
         self.encoder_learns = any(
             one.requires_grad for name, one in self.model.named_parameters() if depth_of(name, self.model)
         )
-        if self.team.size > 1:  # which gradients workers exchange is fixed when a model is wrapped
+        if (
+            self.team.size > 1 and not self.team.sharded
+        ):  # which gradients workers exchange is fixed when a model is wrapped
             self.wrapped = self.model
             gc.collect()  # the wrapping before listens to gradients as long as it is there
             # The name that torch 2.13 wants in its place does not yet say all of it, as its warning tells every user.
@@ -139,7 +155,7 @@ class Learner:
         self.loss_sum += loss
         self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), number, self.bad_step)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm))
         if self.scaler.is_enabled():
             self.skipped += ~norm.isfinite()
             norm = norm.nan_to_num(0, 0)
@@ -236,26 +252,36 @@ def accumulate(
     """Add the gradient of a step's mean loss to the parameters, and return this worker's part of that mean.
 
     `shares` are this worker's forward passes, `batch` the rows of all workers, whose weights the mean is over: DDP averages
-    gradients over workers, so each one's is taken times their number. A worker without rows takes part with a row that
-    weighs nothing.
+    gradients over workers, so each one's is taken times their number. All workers make as many passes: one without rows for
+    a pass takes part with a row that weighs nothing.
     """
     weights = objective.row_weights(data.targets[batch], None if data.weights is None else data.weights[batch])
-    whole = float(weights.sum(dtype=np.float64)) or 1.0
-    passes = [share for share in shares if len(share)]
+    weight_sum = float(weights.sum(dtype=np.float64)) or 1.0
+    num_passes = min(len(shares), math.ceil(len(batch) / team.size))
     total = torch.zeros((), device=team.device)
-    for index, rows in enumerate(passes or [np.zeros(1, dtype=np.int64)]):
-        waits = index + 1 < len(passes) and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+    for index, share in enumerate(shares[:num_passes]):
+        rows = share if len(share) else np.zeros(1, dtype=np.int64)
+        with gradients_stay(model, index + 1 < num_passes):
             logits, targets = forward(model, data, np.tile(rows, 2) if objective.rdrop else rows, team)
             losses = objective.losses(logits, targets)
             if objective.rdrop:
                 losses = rdrop_losses(logits, losses, objective.task, objective.rdrop)
             own = objective.row_weights(data.targets[rows], None if data.weights is None else data.weights[rows])
-            scale = torch.from_numpy(own).to(team.device) * (team.size / whole if passes else 0.0)
+            scale = torch.from_numpy(own).to(team.device) * (team.size / weight_sum if len(share) else 0.0)
             loss = (losses * scale).sum()
             scaler.scale(loss).backward()
         total += loss.detach() / team.size
     return total
+
+
+def gradients_stay(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[None]:
+    """The context of a pass after which workers do not exchange gradients yet, since another one follows."""
+    if isinstance(model, DistributedDataParallel) and wanted:
+        found: contextlib.AbstractContextManager[None] = model.no_sync()
+        return found
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not wanted)
+    return contextlib.nullcontext()
 
 
 def logits_of_rows(model: PreTrainedModel, data: LabelledSet, rows: IntArray, team: Team) -> npt.NDArray[np.float32]:
@@ -264,7 +290,10 @@ def logits_of_rows(model: PreTrainedModel, data: LabelledSet, rows: IntArray, te
     found: list[npt.NDArray[np.float32]] = []
     order: list[IntArray] = []
     with torch.no_grad():
-        for places in cut_by_tokens(data.lengths[rows], EVALUATION_TOKENS[team.device.type]):
+        batches = cut_by_tokens(data.lengths[rows], EVALUATION_TOKENS[team.device.type])
+        for _ in range(team.most(len(batches)) - len(batches) if team.sharded else 0):
+            forward(model, data, np.zeros(1, dtype=np.int64), team)
+        for places in batches:
             logits, _ = forward(model, data, rows[places], team)
             found.append(logits.float().cpu().numpy())
             order.append(places)

@@ -44,9 +44,14 @@ def depth_of(name: str, model: "PreTrainedModel") -> int:
     return num_layers(model) + 1 if "embed" in inner else 1
 
 
+def layers_of(model: "PreTrainedModel") -> nn.ModuleList:
+    """The layers of the encoder that have weights of their own, the lowest first: ALBERT's are one."""
+    return max((one for one in model.base_model.modules() if isinstance(one, nn.ModuleList)), key=len)
+
+
 def num_layers(model: "PreTrainedModel") -> int:
-    """Layers of the encoder that have weights of their own: ALBERT's are one."""
-    return len(max((one for one in model.base_model.modules() if isinstance(one, nn.ModuleList)), key=len))
+    """How many layers have weights of their own."""
+    return len(layers_of(model))
 
 
 def peak_rate(depth: int, optim: OptimSection) -> float:
@@ -72,6 +77,15 @@ def check_tuning(config: TrainConfig) -> None:
         name = "model.freeze_layers" if frozen is not None else "optim.unfreeze_layers"
         raise UsageError(
             f"{name} and lora.rank: with adapters the whole encoder stays as it is in any case; leave one of the two out"
+        )
+    if config.resources.strategy == "fsdp" and unfreezing is not None:
+        raise UsageError(
+            'optim.unfreeze_layers with resources.strategy = "fsdp": which weights learn is fixed when they are divided; use ddp'
+        )
+    if config.resources.strategy == "fsdp" and config.model.compile:
+        raise UsageError(
+            'model.compile with resources.strategy = "fsdp": weights come and go between layers, where passes cannot be compiled'
+            " as one; leave one of the two out"
         )
     if frozen == "all" and unfreezing is not None:
         raise UsageError(

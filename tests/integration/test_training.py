@@ -387,20 +387,41 @@ def killer(tmp_path: Path) -> Iterator[list[int]]:
     thread.join()
 
 
+INTERRUPTED: dict[str, dict[str, Any]] = {
+    "model": {"dropout": 0.2},
+    "optim": {"epochs": 3, "ema_decay": 0.8, "layer_decay": 0.9, "rdrop": 1.0, "accumulation_steps": 2},
+    "stopping": {"metric": "loss", "evaluations_per_epoch": 6, "patience": 100, "average": 100},
+}
+"""A run with all that has a state."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    data: dict[str, str], base: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Weights, dict[str, Any]]:
+    """By two workers that hold all weights each."""
+    folder = str(tmp_path_factory.mktemp("whole") / "checkpoint")
+    config = configure(data, base, folder, **INTERRUPTED, resources={"num_workers": 2})
+    found = train(config, "night-1", cluster_facts())
+    return weights_of(folder), found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_killed_worker_resumes_to_the_same_weights(
-    data: dict[str, str], base: str, ray_session: None, tmp_path: Path, killer: list[int]
+    strategy: str,
+    data: dict[str, str],
+    base: str,
+    uninterrupted: tuple[Weights, dict[str, Any]],
+    tmp_path: Path,
+    killer: list[int],
 ) -> None:
-    """With dropout, and in the middle of epochs: order, rates, moments, averages, weights kept before and randomness must all go on."""
-    changes: dict[str, dict[str, Any]] = {
-        "model": {"dropout": 0.2},
-        "optim": {"epochs": 3, "ema_decay": 0.8, "layer_decay": 0.9, "rdrop": 1.0},
-        "stopping": {"metric": "loss", "evaluations_per_epoch": 6, "patience": 100, "average": 100},
-        "resources": {"num_workers": 2},
-    }
-    whole = configure(data, base, str(tmp_path / "whole"), **changes)
-    expected = train(whole, "night-1", cluster_facts())
-    assert not killer
-    config = configure(data, base, str(tmp_path / "killed"), **changes)
+    """With dropout, and in the middle of epochs: order, rates, moments, averages, weights kept before and randomness must all go on.
+
+    Weights in parts learn and resume as whole ones do.
+    """
+    resources = {"num_workers": 2, "strategy": strategy}
+    config = configure(data, base, str(tmp_path / "killed"), **INTERRUPTED, resources=resources)
+    weights, expected = uninterrupted
     found = train(config, "night-1", cluster_facts())
 
     assert len(killer) == 1
@@ -408,10 +429,14 @@ def test_a_killed_worker_resumes_to_the_same_weights(
     assert 0 < found["resumed_after"][0] < 18
     assert expected["resumed_after"] == []
     assert expected["averaged_steps"] == found["averaged_steps"]
-    assert difference(weights_of(whole.output.path), weights_of(config.output.path)) < 1e-6
+    assert difference(weights, weights_of(config.output.path)) < 1e-6
+    assert json.loads((tmp_path / "killed" / "config.json").read_text())["architectures"] == [
+        "BertForSequenceClassification"
+    ]
     assert [entry["step"] for entry in found["history"]] == list(range(1, 19))
     for left, right in zip(expected["history"], found["history"], strict=True):
-        assert left["train_loss"] == pytest.approx(right["train_loss"], abs=1e-6)
+        for name in ("train_loss", "grad_norm", "loss"):
+            assert left[name] == pytest.approx(right[name], abs=1e-5)
 
 
 def test_an_unfinished_run_goes_on_only_as_it_was_started(
@@ -456,6 +481,8 @@ def test_an_unfinished_run_goes_on_only_as_it_was_started(
             ["model.truncation=head_tail", "train.text_column=['text', 'text']"],
             r"head_tail with two text columns: which of the two would lose its middle",
         ),
+        (["optim.unfreeze_layers=1", "resources.strategy=fsdp"], r"which weights learn is fixed when they are divided"),
+        (["model.compile=true", "resources.strategy=fsdp"], r"model.compile with resources.strategy = \"fsdp\""),
         (["model.window_stride=4", "train.text_column=['text', 'text']"], r"windows are of one text"),
         (["model.window_stride=4", "model.truncation=tail"], r"windows begin at the head; leave one of the two out"),
         (["model.max_windows=4"], r"model.max_windows is set, but there are no windows; set model.window_stride"),
