@@ -349,6 +349,8 @@ class TrainOutputSection(Section):
 
     path: str
     """the checkpoint's folder: use it as model.path"""
+    report_text: bool = False
+    """add the texts of the worst errors to report.html and metrics.json: texts may be personal, so they are left out otherwise"""
 
 
 class TrainResources(Section):
@@ -356,6 +358,8 @@ class TrainResources(Section):
 
     num_workers: int = Field(default=1, ge=1)
     """training processes"""
+    min_workers: int | None = Field(default=None, ge=1)
+    """train with as few where nodes are lost, and with up to num_workers again when nodes come; default: wait for num_workers"""
     use_gpu: bool | None = None
     """one GPU for each worker; default: if the cluster has any"""
     strategy: Literal["ddp", "fsdp"] = "ddp"

@@ -34,12 +34,13 @@ from lib.labelled import LabelledIndex
 from lib.learning import Learner, Team
 from lib.loss import Objective
 from lib.mapped import Subset, known_rows, local_copy, map_set, split_rows, without_known
-from lib.metrics import describe, is_better, shown, summarize
+from lib.metrics import describe, is_better, shown, summarize, worst_errors
 from lib.model import choose_dtype, new_classifier
 from lib.model_card import model_card
 from lib.sharding import broadcast_weights, load_optimizer, load_weights, whole, whole_state
 from lib.storage import Store
 from lib.tokenization import load_tokenizer
+from lib.training_report import training_report
 from lib.tuning import add_adapters, compile_passes, freeze, merge_adapters, recompute_layers
 
 METRICS_NAME = "metrics.json"
@@ -225,6 +226,7 @@ class Fit:
                 "step": progress.step,
                 "epoch": round(progress.step / self.steps_per_epoch, 4),
                 "seconds": round(time.monotonic() - self.begun, 3),
+                "workers": self.team.size,
                 **means,
                 **summary,
             }
@@ -343,7 +345,8 @@ class Fit:
         now = {self.progress.step: copy_weights(self.learner.candidate)}
         if self.team.rank == 0:
             self.kept = {step: (state["kept"] | now)[step] for step in self.progress.kept}
-            print(f"resuming after step {self.progress.step} of {self.learner.total_steps}", flush=True)
+            workers = f"{self.team.size} worker{'' if self.team.size == 1 else 's'}"
+            print(f"{workers} resuming after step {self.progress.step} of {self.learner.total_steps}", flush=True)
 
     def validation(self, logits: FloatArray) -> dict[str, float]:
         """What validation says of the weights that are committed: the best evaluation, or one of the mean of several."""
@@ -416,19 +419,22 @@ def work(settings: dict[str, Any]) -> str | None:
         found = None if test is None else fit.learner.evaluate(test)
         if valid is not None:
             decision = decide(job.config.decision, valid, fit.sets["valid"].targets, job.index.task)
-            tested = (
-                None if test is None or found is None else describe(test.targets, found, decision, job.index.labels)
-            )
-            publish(fit, decision, tested, fit.validation(valid))
+            publish(fit, decision, valid, found)
     dist.barrier(group=team.control)
     if not job.folder.is_local and ray.train.get_context().get_local_rank() == 0:
         shutil.rmtree(local_copy(job.folder.at("data")), ignore_errors=True)
     return fit.progress.failure
 
 
-def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None, best: dict[str, float]) -> None:
-    """Write the model's folder with its metrics and commit it."""
-    job, progress = fit.job, fit.progress
+def publish(fit: Fit, decision: Decision, valid: FloatArray, test: FloatArray | None) -> None:
+    """Write the model's folder with its metrics, given the logits of validation and test rows, and commit it."""
+    job, progress, best = fit.job, fit.progress, fit.validation(valid)
+    described = {
+        name: describe(fit.sets[name].targets, logits, decision, job.index.labels)
+        for name, logits in (("valid", valid), ("test", test))
+        if logits is not None
+    }
+    tested = described.get("test")
     rows = {name: len(one) for name, one in fit.sets.items()}
     metrics = {
         "run_id": job.run_id,
@@ -444,7 +450,11 @@ def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None, best: d
         "thresholds": decision.thresholds,
         "resumed_after": progress.resumed_after,
         "history": progress.history,
+        "valid": described["valid"],
         "test": tested,
+        "errors": find_errors(fit, decision, "valid" if test is None else "test", valid if test is None else test),
+        "label_counts": job.index.label_counts,
+        "lengths": {"rows": job.index.sampled["train"], "longer_than": job.index.longer["train"]},
     }
     trained = {
         "run_id": job.run_id,
@@ -460,7 +470,7 @@ def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None, best: d
             **{name: version(name) for name in ("torch", "transformers", "ray")},
         },
     }
-    brief = {key: value for key, value in (tested or {}).items() if key not in ("per_class", "confusion")}
+    brief = {key: value for key, value in (tested or {}).items() if not isinstance(value, (list, dict))}
     card = Card(
         labels=job.index.labels,
         task=job.index.task,
@@ -480,10 +490,23 @@ def publish(fit: Fit, decision: Decision, tested: dict[str, Any] | None, best: d
         tokenizer = load_tokenizer(fetch(job.base, trust), job.max_length, trust.code, job.config.model.truncation)
         tokenizer.reference.save_pretrained(folder)
         (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        (Path(folder) / "report.html").write_text(training_report(card, metrics), encoding="utf-8")
         (Path(folder) / "README.md").write_text(model_card(card, metrics), encoding="utf-8")
         commit(job.output, folder, card)
     steps = f"step {progress.kept[0]}" if len(progress.kept) == 1 else f"steps {progress.kept}, averaged,"
     print(f"committed the weights of {steps} to {job.output.url}", flush=True)
+
+
+def find_errors(fit: Fit, decision: Decision, name: str, logits: FloatArray) -> list[dict[str, Any]]:
+    """The worst errors on the rows of a set, with their texts, as the model reads them, if the configuration allows it."""
+    job, rows = fit.job, fit.sets[name]
+    errors = worst_errors(rows.targets, logits, decision, job.index.labels)
+    if job.config.output.report_text:
+        model, trust = job.config.model, job.config.model.trust
+        tokenizer = load_tokenizer(fetch(job.base, trust), job.max_length, trust.code, model.truncation, model.windows)
+        for one in errors:
+            one["text"] = tokenizer.text_of(rows.data.ids_of(int(rows.chosen[one["row"]])))
+    return errors
 
 
 def find_committed(output: Store, config: TrainConfig, run_id: str) -> dict[str, Any] | None:

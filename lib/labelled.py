@@ -47,6 +47,12 @@ BLOCK_BYTES = 16 * 2**20
 
 SETS = ("train", "valid", "test")
 
+LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Tokens: of how many texts are longer, the report tells."""
+
+SAMPLED_ROWS = 1000
+"""Of each tokenizing task, whose lengths are counted: to know them, texts are tokenized to their end."""
+
 INDEX_NAME = "index.json"
 
 
@@ -79,6 +85,10 @@ class LabelledIndex(BaseModel):
     dropped: dict[str, dict[str, int]]
     """rows left out of each set, by reason"""
     label_counts: dict[str, dict[str, int]]
+    sampled: dict[str, int]
+    """rows of each set whose length was counted"""
+    longer: dict[str, dict[int, int]]
+    """how many of those are longer than so many tokens"""
 
 
 def find_sources(config: TrainConfig) -> list[Source]:
@@ -244,6 +254,8 @@ def tokenize_block(
 ) -> dict[str, Any]:
     """Read and tokenize one block of chunks into one Arrow file; running it again writes the same file."""
     tokenizer = load_tokenizer(fetch(base, model.trust), max_length, model.trust.code, model.truncation, model.windows)
+    to_the_end = load_tokenizer(fetch(base, model.trust), LENGTHS[-1] + 1, model.trust.code)
+    sampled, longer = 0, np.zeros(len(LENGTHS), np.int64)
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     batches: list[pa.RecordBatch] = []
@@ -253,6 +265,8 @@ def tokenize_block(
         if not len(labels):
             continue
         tokens = tokenizer.encode(*texts)
+        sample = to_the_end.encode(*(side.slice(0, SAMPLED_ROWS - sampled) for side in texts)).lengths
+        sampled, longer = sampled + len(sample), longer + (sample[:, None] > np.array(LENGTHS)).sum(axis=0)
         arrays = {"ids": tokens.id_lists(), "label": labels, "weight": weights, "type_ids": tokens.type_id_lists()}
         arrays["hash"] = pa.array(hash_texts(texts))
         batches.append(pa.RecordBatch.from_pydict({name: one for name, one in arrays.items() if one is not None}))
@@ -274,6 +288,8 @@ def tokenize_block(
         "read": sum(chunk.rows for chunk in chunks),
         "dropped": dropped,
         "labels": counts,
+        "sampled": sampled,
+        "longer": longer.tolist(),
     }
 
 
@@ -361,6 +377,14 @@ def build_index(
         rows={name: sum(one["rows"] for one in reports if one["set"] == name) for name in counts},
         dropped={name: dict(found) for name, found in dropped.items()},
         label_counts={name: dict(sorted(found.items())) for name, found in counts.items()},
+        sampled={name: sum(one["sampled"] for one in reports if one["set"] == name) for name in counts},
+        longer={
+            name: {
+                limit: sum(one["longer"][place] for one in reports if one["set"] == name)
+                for place, limit in enumerate(LENGTHS)
+            }
+            for name in counts
+        },
     )
     check_labels(index, config)
     return index

@@ -90,6 +90,11 @@ class LabelledSet:
                 place += 1
         return ids, mask, type_ids
 
+    def ids_of(self, row: int) -> IntArray:
+        """The token ids of a row (L,), with windows those of all of them."""
+        ids, mask, _ = self.gather(np.array([row]))
+        return ids[mask]
+
 
 @dataclass(frozen=True)
 class Subset:

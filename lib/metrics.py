@@ -11,9 +11,11 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import (
     accuracy_score,
+    average_precision_score,
     confusion_matrix,
     f1_score,
     multilabel_confusion_matrix,
+    precision_recall_curve,
     precision_recall_fscore_support,
 )
 
@@ -27,6 +29,12 @@ CHOOSING = {
     Task.REGRESSION: ("loss", "pearson", "spearman"),
 }
 """Metrics that may choose a checkpoint, the default one first."""
+
+CURVE_POINTS = 101
+
+RELIABILITY_BINS = 10
+
+WORST_ERRORS = 20
 
 SHOWN = ("accuracy", "macro_f1", "micro_f1", "mean_absolute_error", "pearson", "spearman", "loss")
 """Metrics that everyone asks for, of whatever task, in the order in which they are shown."""
@@ -81,10 +89,14 @@ def describe(truth: Targets, logits: FloatArray, decision: Decision, labels: Seq
     `confusion[i][j]` counts rows of class i answered as j; for multi-label it is one 2x2 matrix for each label, in
     label order, with [[true negatives, false positives], [false negatives, true positives]]. Where a model abstains,
     `coverage` is the part of the rows that get a label, `answered_accuracy` the accuracy on them; all else is on all rows.
+    `average_precision` is the area under a class's precision-recall curve; `precision_recall` is the curve of all classes'
+    probabilities together (micro average), at most `CURVE_POINTS` of its points; `reliability` has for each tenth of the
+    scores how many there are, their mean, and the part of them that is right.
     """
     if decision.task is Task.REGRESSION:
         return {"rows": len(truth), **summarize(truth, logits, decision)}
-    task, answers = decision.task, decision.answers(logits)
+    task, answers, probabilities = decision.task, decision.answers(logits), decision.probabilities(logits)
+    hot = truth if task is Task.MULTI_LABEL else np.eye(len(labels), dtype=np.uint8)[truth]
     classes = list(range(len(labels)))
     columns = precision_recall_fscore_support(truth, answers, labels=classes, average=None, zero_division=0)
     per_class = [
@@ -94,8 +106,11 @@ def describe(truth: Targets, logits: FloatArray, decision: Decision, labels: Seq
             "recall": float(recall),
             "f1": float(f1),
             "support": int(support),
+            "average_precision": float(average_precision_score(hot[:, index], probabilities[:, index]))
+            if support
+            else 0.0,
         }
-        for label, precision, recall, f1, support in zip(labels, *columns, strict=True)
+        for index, (label, precision, recall, f1, support) in enumerate(zip(labels, *columns, strict=True))
     ]
     confusion = (
         multilabel_confusion_matrix(truth, answers)
@@ -111,10 +126,67 @@ def describe(truth: Targets, logits: FloatArray, decision: Decision, labels: Seq
         "rows": len(truth),
         **summarize(truth, logits, decision),
         **answered,
-        "calibration_error": calibration_error(decision.probabilities(logits), truth, task),
+        "calibration_error": calibration_error(probabilities, truth, task),
         "per_class": per_class,
         "confusion": confusion.tolist(),
+        "precision_recall": curve(hot, probabilities),
+        "reliability": reliability(probabilities, truth, task),
     }
+
+
+def curve(hot: Targets, probabilities: FloatArray) -> dict[str, list[float]]:
+    """Precision and recall of all (row, class) pairs together at falling thresholds; `hot` (N, C) are zeros and ones."""
+    precision, recall, _ = precision_recall_curve(hot.ravel(), probabilities.ravel())
+    places = np.unique(np.linspace(0, len(recall) - 1, CURVE_POINTS).astype(np.int64))
+    return {"precision": precision[places].tolist(), "recall": recall[places].tolist()}
+
+
+def reliability(probabilities: FloatArray, truth: Targets, task: Task) -> list[dict[str, float]]:
+    """Rows, mean score and share of right answers of each tenth of the scores; of multi-label of each (row, label) pair."""
+    if task is Task.MULTI_LABEL:
+        scores, right = probabilities.ravel(), truth.ravel() == 1
+    else:
+        scores, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
+    places = np.minimum((scores * RELIABILITY_BINS).astype(np.int64), RELIABILITY_BINS - 1)
+    found = []
+    for place in np.unique(places):
+        inside = places == place
+        found.append(
+            {"rows": int(inside.sum()), "score": float(scores[inside].mean()), "right": float(right[inside].mean())}
+        )
+    return found
+
+
+def worst_errors(
+    truth: Targets, logits: FloatArray, decision: Decision, labels: Sequence[str], count: int = WORST_ERRORS
+) -> list[dict[str, Any]]:
+    """The wrong answers with the largest loss, first the worst: row, what was expected, what was answered, score and loss.
+
+    For regression the numbers furthest away, without a score. The score is that of the likeliest answer.
+    """
+    losses, answers = decision.losses(logits, truth), decision.answers(logits)
+    probabilities = decision.probabilities(logits)
+    if decision.task is Task.REGRESSION:
+        wrong = np.ones(len(truth), np.bool_)
+    else:
+        wrong = answers != truth if truth.ndim == 1 else (answers != truth).any(axis=1)
+
+    def named(value: Any) -> Any:
+        if decision.task is Task.REGRESSION:
+            return float(value)
+        return labels[value] if truth.ndim == 1 else [labels[int(place)] for place in np.flatnonzero(value)]
+
+    order = np.argsort(-np.where(wrong, losses, -np.inf), kind="stable")[: min(count, int(wrong.sum()))]
+    return [
+        {
+            "row": int(row),
+            "expected": named(truth[row]),
+            "answered": named(logits[row, 0] if decision.task is Task.REGRESSION else answers[row]),
+            "score": None if decision.task is Task.REGRESSION else float(probabilities[row].max()),
+            "loss": float(losses[row]),
+        }
+        for row in order
+    ]
 
 
 def is_better(value: float, best: float | None, metric: str) -> bool:

@@ -3,7 +3,6 @@
 The report is one file without scripts or outside links: it opens from a bucket, a mail or an archive alike.
 """
 
-import io
 import json
 import sys
 import time
@@ -12,12 +11,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from lib.config import ScoreConfig
 from lib.errors import ExitCode
 from lib.outcome import Outcome
+from lib.plots import COLOR, bar_plot, render_page, to_svg
 from lib.storage import Store
 
 PACKAGES = ("ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "s3fs")
@@ -155,23 +154,7 @@ def render(record: dict[str, Any]) -> str:
     plots = {"Labels": bar_plot(shown)} if shown else {}
     if any(record["this_run"]["score_bins"]):
         plots["Scores"] = histogram_plot(record["this_run"]["score_bins"])
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(PAGE).render(record=record, run=record["this_run"], plots=plots, duration=duration)
-
-
-def bar_plot(counts: dict[str, int]) -> str:
-    """Horizontal bars with their counts, as SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 0.6 + 0.27 * len(counts)), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(range(len(counts)), list(counts.values()), color="#3b6ea8")
-    axes.set_yticks(range(len(counts)), [name if len(name) < 40 else f"{name[:37]}…" for name in counts])
-    axes.invert_yaxis()
-    axes.bar_label(bars, labels=[f"{value:,}" for value in counts.values()], padding=3, fontsize=8)
-    axes.margins(x=0.15)
-    axes.set_xlabel("rows")
-    return to_svg(figure)
+    return render_page(PAGE, record=record, run=record["this_run"], plots=plots, duration=duration)
 
 
 def histogram_plot(bins: list[int]) -> str:
@@ -181,33 +164,17 @@ def histogram_plot(bins: list[int]) -> str:
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     axes = figure.subplots()
     edges = np.linspace(0, 1, len(bins) + 1)
-    axes.bar(edges[:-1], bins, width=1 / len(bins), align="edge", color="#3b6ea8", edgecolor="white")
+    axes.bar(edges[:-1], bins, width=1 / len(bins), align="edge", color=COLOR, edgecolor="white")
     axes.set_xlabel("score (probability of the label given)")
     axes.set_ylabel("rows")
     return to_svg(figure)
-
-
-def to_svg(figure: Any) -> str:
-    """A figure as an SVG element that scales with the page."""
-    figure.axes[0].spines[["top", "right"]].set_visible(False)
-    sink = io.StringIO()
-    figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
-    text = sink.getvalue()
-    return text[text.index("<svg") :]
 
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Textsweep run {{ record.run_id }}</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: .75rem; } .tile { border: 1px solid #d4dae1; border-radius: .5rem; padding: .6rem 1rem; }
-.tile b { display: block; font-size: 1.3rem; } .tile span { color: #57606a; font-size: .85rem; }
-.done { color: #1a7f37; } .bad { color: #b42318; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; } td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #e5e9ee; overflow-wrap: anywhere; vertical-align: top; }
-svg { max-width: 100%; height: auto; } pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .8rem; }
-</style></head><body>
+{{ style | safe }}</style></head><body>
 <h1>Textsweep run {{ record.run_id }}: <span class="{{ 'done' if record.exit_code == 0 else 'bad' }}">{{ record.status }}</span></h1>
 <p>{{ record.message }}</p>
 <div class="tiles">

@@ -177,6 +177,16 @@ class Tokenizer:
             return Tokens(ids=ids, lengths=lengths, truncated=found.truncated, type_ids=None)
         return keep_ends(found, self.max_length) if self.truncation == "head_tail" else found
 
+    def text_of(self, ids: npt.NDArray[np.integer]) -> str:
+        """The text of a row's ids, as the model reads it; what windows share is there once."""
+        pieces = [ids]
+        if self.windows is not None:
+            shared = self.around[0] + self.windows.stride
+            starts = range(0, len(ids), self.max_length)
+            pieces = [ids[start + (shared if start else 0) : start + self.max_length] for start in starts]
+        text: str = self.reference.decode(np.concatenate(pieces), skip_special_tokens=True)
+        return text
+
     def _encode_wordwise(self, wordwise: Wordwise, sides: list[pa.Array]) -> Tokens:
         template = self.templates[len(sides) - 1]
         room, cut_side = self.limit - len(template), self.truncation_side

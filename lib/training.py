@@ -5,6 +5,7 @@ committed, returns its metrics at once.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -17,6 +18,7 @@ import pyarrow.fs
 import ray.train
 from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
@@ -39,6 +41,9 @@ RUNS_FOLDER = "_train"
 
 MAX_FAILURES = 3
 """Restarts of the workers in one execution of the job."""
+
+RESIZE_SECONDS = 30.0
+"""Between looks for room for more workers, if there may be more: taking them costs what was trained since the last evaluation."""
 
 RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for one look of the controller: 2 s as Ray ships
@@ -106,22 +111,28 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
 def place_workers(config: TrainConfig, cluster: Cluster) -> tuple[bool, int]:
     """Whether workers use GPUs, and how many CPUs each gets. Raises `UsageError` if the cluster cannot hold them."""
     wanted = config.resources.num_workers
+    least = config.resources.min_workers or wanted
+    if least > wanted:
+        raise UsageError(
+            f"resources.min_workers = {least} is more than resources.num_workers = {wanted}; give at most that"
+        )
+    asked = f"resources.num_workers = {wanted}" if least == wanted else f"resources.min_workers = {least}"
     use_gpu = cluster.gpus >= 1 if config.resources.use_gpu is None else config.resources.use_gpu
     if use_gpu:
         room = sum(int(min(node.gpus, node.cpus)) for node in cluster.nodes)
-        if wanted > room:
+        if least > room:
             raise UsageError(
-                f"resources.num_workers = {wanted} with a GPU and a CPU each, the cluster has room for {room} ({cluster});"
-                " lower resources.num_workers, set resources.use_gpu = false, or add GPU nodes"
+                f"{asked} with a GPU and a CPU each, the cluster has room for {room} ({cluster});"
+                f" lower {asked.split()[0]}, set resources.use_gpu = false, or add GPU nodes"
             )
         return True, 1
     most = int(max((node.cpus for node in cluster.nodes), default=0))
-    for cpus in range(most, 0, -1):
-        if sum(int(node.cpus // cpus) for node in cluster.nodes) >= wanted:
+    for count, cpus in itertools.product(range(wanted, least - 1, -1), range(most, 0, -1)):
+        if sum(int(node.cpus // cpus) for node in cluster.nodes) >= count:
             return False, cpus
     raise UsageError(
-        f"resources.num_workers = {wanted} with a CPU each, the cluster has {cluster};"
-        f" lower resources.num_workers to at most {int(cluster.cpus)}, or add nodes"
+        f"{asked} with a CPU each, the cluster has {cluster};"
+        f" lower {asked.split()[0]} to at most {int(cluster.cpus)}, or add nodes"
     )
 
 
@@ -213,12 +224,15 @@ def run_workers(job: Job, use_gpu: bool) -> None:
     where: dict[str, Any] = {"storage_path": job.folder.root}
     if not job.folder.is_local:
         where["storage_filesystem"] = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(job.folder.fs))
+    resources = job.config.resources
+    least, most = resources.min_workers, resources.num_workers
     trainer = QuietTrainer(
         work,  # type: ignore[arg-type]
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=job.config.resources.num_workers,
+        scaling_config=ScalingConfig(
+            num_workers=most if least is None else (least, most),
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": job.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),

@@ -1,7 +1,10 @@
 """Training on a real Ray against independent oracles: plain torch, plain transformers one row at a time, scikit-learn."""
 
+import html
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -30,6 +33,7 @@ from lib.runtime import Cluster, Node, cluster_facts
 from lib.schema import Task
 from lib.storage import open_store
 from lib.training import place_workers, train
+from lib.training_report import training_report
 from lib.windows import Windows
 from tests import fakes
 from tests.labelled import LABELS, Weights, difference, make_rows
@@ -206,6 +210,58 @@ def test_a_checkpoint_is_plain_transformers_and_says_what_it_was_made_from(
         assert torch.allclose(ours(**batch).logits[0], plain[index], atol=1e-6)
 
 
+def test_the_report_shows_the_numbers_of_metrics_json_and_no_text(
+    one: tuple[TrainConfig, dict[str, Any]], data: dict[str, str]
+) -> None:
+    config, found = one
+    page = (Path(config.output.path) / "report.html").read_text()
+    tables = pd.read_html(io.StringIO(page))
+    labels = next(table for table in tables if "average precision" in table.columns).set_index("label")
+    assert set(labels.index) == set(LABELS)
+    for each in found["test"]["per_class"]:
+        assert labels.loc[each["label"], "F1"] == pytest.approx(each["f1"], abs=5e-4)
+        assert labels.loc[each["label"], "test rows"] == each["support"]
+    sets = next(table for table in tables if "known from training" in table.columns).set_index("set")
+    assert sets["rows"].to_dict() == found["rows"]
+    assert page.count("<svg") == 5
+    assert not re.search(r"<script|<link|src=|https?://(?!www\.w3\.org)(?!purl\.org)(?!creativecommons\.org)", page)
+
+    texts, truth = make_rows(TEST_ROWS, 3)
+    logits = score_plainly(config.output.path, texts)
+    losses = torch.nn.functional.cross_entropy(
+        logits, torch.tensor([LABELS.index(label) for label in truth]), reduction="none"
+    )
+    answers = [LABELS[index] for index in logits.argmax(1)]
+    wrong = sorted((row for row in range(TEST_ROWS) if answers[row] != truth[row]), key=lambda row: -float(losses[row]))
+    assert len(wrong) > 5
+    assert [each["row"] for each in found["errors"]] == wrong[:20]
+    assert [(each["expected"], each["answered"]) for each in found["errors"]] == [
+        (truth[row], answers[row]) for row in wrong[:20]
+    ]
+    assert all("text" not in each for each in found["errors"])
+
+    tokenizer = AutoTokenizer.from_pretrained(config.output.path)
+    counts = [len(tokenizer(text)["input_ids"]) for text in make_rows(TRAIN_ROWS, 1)[0]]
+    assert found["lengths"]["rows"] == TRAIN_ROWS
+    for limit, count in found["lengths"]["longer_than"].items():
+        assert count == sum(length > int(limit) for length in counts)
+    assert 0 < found["lengths"]["longer_than"]["32"] < TRAIN_ROWS
+
+
+def test_names_in_the_report_are_text_and_nothing_else(one: tuple[TrainConfig, dict[str, Any]]) -> None:
+    config, found = one
+    card = checkpoint.load(config.output.path).card
+    names = {"good": "<script>alert(1)</script>", "bad": "$\\frac{", "odd": 'a $b$ & "c"'}
+    renamed = json.loads(json.dumps(found))
+    for each in renamed["test"]["per_class"]:
+        each["label"] = names.get(each["label"], each["label"])
+    renamed["label_counts"] = {"train": {names.get(label, label): 5 for label in LABELS}}
+    page = training_report(
+        card.model_copy(update={"labels": tuple(names.get(label, label) for label in LABELS)}), renamed
+    )
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+
+
 def test_a_run_leaves_nothing_but_its_checkpoint(
     one: tuple[TrainConfig, dict[str, Any]], two: tuple[TrainConfig, dict[str, Any]]
 ) -> None:
@@ -217,6 +273,7 @@ def test_a_run_leaves_nothing_but_its_checkpoint(
             "config.json",
             "metrics.json",
             "model.safetensors",
+            "report.html",
             "textsweep.json",
             "tokenizer.json",
             "tokenizer_config.json",
@@ -642,6 +699,8 @@ def test_windows_are_learned_from_and_stand_in_the_card(base: str, ray_session: 
     paths = {name: f"{tmp_path}/{name}.parquet" for name in rows}
     windows = {"max_length": 16, "window_stride": 4, "window_pooling": "max", "max_windows": 12}
     config = configure(paths, base, f"{tmp_path}/out", model=windows, resources={"num_workers": 2})
+    with_texts = config.output.model_copy(update={"report_text": True})
+    config = config.model_copy(update={"output": with_texts})
     found = train(config, "night-1", cluster_facts())
     card = checkpoint.load(str(tmp_path / "out")).card
     assert card.windows == Windows(4, 12, "max")
@@ -650,6 +709,11 @@ def test_windows_are_learned_from_and_stand_in_the_card(base: str, ray_session: 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     texts, labels = rows["test"]
+    assert found["errors"], "a model of twelve steps errs"
+    for each in found["errors"]:
+        ids = tokenizer(texts[each["row"]])["input_ids"]
+        assert each["text"] == tokenizer.decode(ids, skip_special_tokens=True)
+        assert each["text"] in html.unescape((tmp_path / "out" / "report.html").read_text())
     logits = []
     with torch.no_grad():
         for text in texts:

@@ -37,7 +37,7 @@ ORDER = (
         "publishing",
     ),
     *("versions", "verification"),
-    *("checkpoint", "model_card", "packing", "engine", "budget"),
+    *("checkpoint", "plots", "model_card", "training_report", "packing", "engine", "budget"),
     # the work of one process
     *("labelled", "blocks", "predictor", "learning", "fitting"),
     # the work of a cluster

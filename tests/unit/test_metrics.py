@@ -86,3 +86,55 @@ def test_confusions_come_most_rows_first_and_leave_out_what_is_right() -> None:
     answers = np.array([1, 1, 0, 1, 0, 2])
     found = metrics.describe(truth, logits_for(answers), CLASSES, LABELS)
     assert metrics.top_confusions(found) == [("a", "b", 2), ("c", "a", 1)]
+
+
+def test_curve_and_reliability_are_those_worked_out_by_hand() -> None:
+    probabilities = np.array([[0.92, 0.05, 0.03], [0.95, 0.03, 0.02], [0.3, 0.66, 0.04], [0.2, 0.62, 0.18]])
+    truth = np.array([0, 1, 1, 1])
+    found = metrics.describe(truth, np.log(probabilities), CLASSES, LABELS)
+    assert [one["rows"] for one in found["reliability"]] == [2, 2]
+    assert [one["score"] for one in found["reliability"]] == pytest.approx([0.64, 0.935])
+    assert [one["right"] for one in found["reliability"]] == [1.0, 0.5]
+    hot = np.eye(3)[truth].ravel() == 1
+    for precision, recall in zip(*found["precision_recall"].values(), strict=True):
+        cuts = [probabilities.ravel() >= cut for cut in [*probabilities.ravel(), 2.0]]
+        points = [(hot[cut].mean() if cut.any() else 1.0, hot[cut].sum() / 4) for cut in cuts]
+        assert any((precision, recall) == pytest.approx(point) for point in points)
+    # b: the rows in falling order of b are right, right, wrong, right
+    assert found["per_class"][1]["average_precision"] == pytest.approx((1 + 1 + 3 / 4) / 3)
+    assert found["per_class"][2]["average_precision"] == 0.0, "no row, no curve"
+
+
+def test_a_curve_of_many_points_is_thinned_and_keeps_its_ends() -> None:
+    chance = np.random.default_rng(0)
+    found = metrics.describe(chance.integers(0, 3, 400), chance.normal(size=(400, 3)), CLASSES, LABELS)
+    curve = found["precision_recall"]
+    assert len(curve["recall"]) == len(curve["precision"]) == metrics.CURVE_POINTS
+    assert (curve["recall"][0], curve["recall"][-1], curve["precision"][-1]) == (1.0, 0.0, 1.0)
+
+
+def test_the_worst_errors_come_first_and_right_answers_not_at_all() -> None:
+    truth = np.array([0, 0, 1, 2])
+    logits = np.array([[5.0, 0, 0], [0, 1.0, 0], [0, -1.0, 6.0], [0.1, 0, 0]])
+    found = metrics.worst_errors(truth, logits, CLASSES, LABELS)
+    assert [(one["row"], one["expected"], one["answered"]) for one in found] == [
+        (2, "b", "c"),
+        (1, "a", "b"),
+        (3, "c", "a"),
+    ]
+    assert [one["loss"] for one in found] == pytest.approx(
+        [-np.log(softmax(logits, axis=1)[row, truth[row]]) for row in (2, 1, 3)]
+    )
+    assert found[0]["score"] == pytest.approx(softmax(logits[2]).max())
+    assert len(metrics.worst_errors(truth, logits, CLASSES, LABELS, count=2)) == 2
+    several = metrics.worst_errors(
+        np.array([[1, 0, 1], [0, 0, 0]]), np.array([[3.0, 3, -3], [-3, -3, -3]]), SEVERAL, LABELS
+    )
+    assert [(one["row"], one["expected"], one["answered"]) for one in several] == [(0, ["a", "c"], ["a", "b"])]
+    number = metrics.worst_errors(
+        np.array([1.0, 2.0]), np.array([[1.5], [5.0]]), Decision(task=Task.REGRESSION), ("stars",)
+    )
+    assert [(one["row"], one["expected"], one["answered"], one["score"]) for one in number] == [
+        (1, 2.0, 5.0, None),
+        (0, 1.0, 1.5, None),
+    ]

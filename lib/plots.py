@@ -1,0 +1,50 @@
+"""What the reports of scoring and training share: their style, and plots as inline SVG. No scripts, no outside links."""
+
+import io
+from typing import Any
+
+import jinja2
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: .75rem; } .tile { border: 1px solid #d4dae1; border-radius: .5rem; padding: .6rem 1rem; }
+.tile b { display: block; font-size: 1.3rem; } .tile span { color: #57606a; font-size: .85rem; }
+.done { color: #1a7f37; } .bad { color: #b42318; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; } td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #e5e9ee; overflow-wrap: anywhere; vertical-align: top; }
+svg { max-width: 100%; height: auto; } pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .8rem; }
+"""
+
+COLOR, SECOND_COLOR = "#3b6ea8", "#c8622d"
+
+
+def render_page(page: str, **values: Any) -> str:
+    """Fill a report's template: every value is escaped, and one that is missing is an error."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(page).render(style=STYLE, **values)
+
+
+def bar_plot(counts: dict[str, int]) -> str:
+    """Horizontal bars with their counts, as SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 0.6 + 0.27 * len(counts)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(range(len(counts)), list(counts.values()), color=COLOR)
+    axes.set_yticks(
+        range(len(counts)), [name if len(name) < 40 else f"{name[:37]}…" for name in counts], parse_math=False
+    )
+    axes.invert_yaxis()
+    axes.bar_label(bars, labels=[f"{value:,}" for value in counts.values()], padding=3, fontsize=8)
+    axes.margins(x=0.15)
+    axes.set_xlabel("rows")
+    return to_svg(figure)
+
+
+def to_svg(figure: Any) -> str:
+    """A figure as an SVG element that scales with the page."""
+    figure.axes[0].spines[["top", "right"]].set_visible(False)
+    sink = io.StringIO()
+    figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
+    text = sink.getvalue()
+    return text[text.index("<svg") :]

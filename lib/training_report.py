@@ -1,0 +1,154 @@
+"""The `report.html` of a checkpoint: how it learned, how good it is, what it gets wrong, what the data is like.
+
+One file without scripts or outside links; `metrics.json` has the same numbers.
+"""
+
+from typing import Any
+
+from lib.checkpoint import Card
+from lib.metrics import SHOWN, top_confusions
+from lib.plots import COLOR, SECOND_COLOR, bar_plot, render_page, to_svg
+
+MATRIX_LABELS = 30
+"""A confusion matrix is drawn for up to so many labels, and its largest cells listed in any case."""
+
+SHOWN_LABELS = 200
+"""Lines of the table of labels; all are in metrics.json."""
+
+
+def training_report(card: Card, metrics: dict[str, Any]) -> str:
+    """Say as one HTML page what `metrics.json` holds; every value is escaped, plots are inline SVG."""
+    name = "valid" if metrics["test"] is None else "test"
+    found = metrics[name]
+    plots = {"Learning": curves_plot(metrics["history"], metrics["metric"], metrics["best"]["step"])}
+    if "per_class" in found:
+        plots["Precision and recall"] = precision_recall_plot(found["precision_recall"])
+        plots["Reliability"] = reliability_plot(found["reliability"])
+        if card.task == "multi_class" and len(card.labels) <= MATRIX_LABELS:
+            plots["Confusion"] = confusion_plot(found["confusion"], card.labels)
+    counts = metrics["label_counts"]["train"]
+    if counts:
+        most = sorted(counts.items(), key=lambda one: -one[1])
+        rest = {f"{len(most) - MATRIX_LABELS} more": sum(count for _, count in most[MATRIX_LABELS:])}
+        plots["Labels of the training rows"] = bar_plot(
+            dict(most[:MATRIX_LABELS]) | (rest if len(most) > MATRIX_LABELS else {})
+        )
+    return render_page(
+        PAGE,
+        card=card,
+        metrics=metrics,
+        evaluated="validation" if name == "valid" else "test",
+        found=found,
+        plots=plots,
+        shown=[one for one in SHOWN if one in found],
+        table=sorted(found.get("per_class", []), key=lambda one: -one["support"])[:SHOWN_LABELS],
+        confusions=top_confusions(found) if "per_class" in found else [],
+        lengths=metrics["lengths"],
+        trained=card.trained,
+    )
+
+
+def curves_plot(history: list[dict[str, float]], metric: str, best_step: int) -> str:
+    """Losses of training and validation by step, and the metric that chose the weights."""
+    from matplotlib.figure import Figure
+
+    steps = [one["step"] for one in history]
+    marker = "o" if len(steps) < 40 else None
+    figure = Figure(figsize=(6, 2.9), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, [one["train_loss"] for one in history], color=COLOR, marker=marker, ms=3, label="training loss")
+    axes.plot(steps, [one["loss"] for one in history], color=SECOND_COLOR, marker=marker, ms=3, label="validation loss")
+    axes.axvline(best_step, color="#8a939c", lw=1, ls=":")
+    axes.set_xlabel("step (dotted: the weights that were kept)")
+    axes.set_ylabel("loss")
+    axes.set_ylim(bottom=0)
+    handles, names = axes.get_legend_handles_labels()
+    if metric != "loss":
+        other = axes.twinx()
+        other.plot(steps, [one[metric] for one in history], color="#2f7d4f", marker=marker, ms=3)
+        other.set_ylabel(metric.replace("_", " "), color="#2f7d4f")
+        other.spines[["top"]].set_visible(False)
+    axes.legend(handles, names, frameon=False, fontsize=8)
+    return to_svg(figure)
+
+
+def precision_recall_plot(curve: dict[str, list[float]]) -> str:
+    """Precision over recall, all classes together."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 2.9), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(curve["recall"], curve["precision"], color=COLOR)
+    axes.set(xlabel="recall, all classes together", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01))
+    return to_svg(figure)
+
+
+def reliability_plot(bins: list[dict[str, float]]) -> str:
+    """How often answers are right, over their score; on the diagonal a score is what it says."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 2.9), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="#8a939c", lw=1, ls=":")
+    total = sum(one["rows"] for one in bins)
+    axes.scatter([one["score"] for one in bins], [one["right"] for one in bins], color=COLOR, zorder=3,
+                 s=[20 + 300 * one["rows"] / total for one in bins])  # fmt: skip
+    axes.set(xlabel="score (size: how many there are)", ylabel="part that is right", xlim=(0, 1.02), ylim=(0, 1.02))
+    return to_svg(figure)
+
+
+def confusion_plot(matrix: list[list[int]], labels: tuple[str, ...]) -> str:
+    """Rows are true classes, columns answers; shade is the part of the true class."""
+    from matplotlib.figure import Figure
+
+    size = 1.6 + 0.32 * len(labels)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow([[cell / max(1, sum(row)) for cell in row] for row in matrix], cmap="Blues", vmin=0, vmax=1)
+    names = [label if len(label) < 25 else f"{label[:22]}…" for label in labels]
+    axes.set_xticks(range(len(labels)), names, rotation=90, fontsize=8, parse_math=False)
+    axes.set_yticks(range(len(labels)), names, fontsize=8, parse_math=False)
+    for true, row in enumerate(matrix):
+        for answer, cell in enumerate(row):
+            if cell:
+                color = "white" if cell > 0.6 * sum(row) else "#1b1f24"
+                axes.text(answer, true, str(cell), ha="center", va="center", fontsize=6, color=color)
+    axes.set(xlabel="answered", ylabel="true")
+    return to_svg(figure)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Textsweep training {{ metrics.run_id }}</title>
+<style>{{ style | safe }}</style></head><body>
+<h1>Textsweep training {{ metrics.run_id }}</h1>
+<p>{% if card.task == "regression" %}The number {{ card.labels[0] }}{% else %}{{ card.labels | length }} labels, {{ card.task | replace("_", "-") }}{% endif %};
+fine-tuned from <code>{{ trained.config.model.base }}</code>. Chosen by {{ metrics.metric | replace("_", " ") }} on the validation rows{% if metrics.averaged_steps %}, averaged over steps {{ metrics.averaged_steps | join(", ") }}{% endif %}.</p>
+<div class="tiles">
+{% for name in shown %}<div class="tile"><b>{{ "%.4f" | format(found[name]) }}</b><span>{{ name | replace("_", " ") }}, {{ evaluated }} rows</span></div>
+{% endfor %}{% if found.calibration_error is defined %}<div class="tile"><b>{{ "%.4f" | format(found.calibration_error) }}</b><span>calibration error</span></div>
+{% endif %}{% if found.coverage is defined %}<div class="tile"><b>{{ "%.1f" | format(100 * found.coverage) }}%</b><span>of rows get a label</span></div>
+{% endif %}<div class="tile"><b>{{ "{:,}".format(metrics.rows.train) }}</b><span>rows learned from</span></div>
+<div class="tile"><b>{{ "{:,.0f}".format(metrics.seconds) }} s</b><span>of training</span></div>
+</div>
+{% for title, plot in plots.items() %}<h2>{{ title }}</h2>{{ plot | safe }}{% endfor %}
+{% if confusions %}<h2>Most frequent mistakes</h2><table><tr><th>true</th><th>answered</th><th>rows</th></tr>
+{% for expected, answer, rows in confusions %}<tr><td>{{ expected }}</td><td>{{ answer }}</td><td>{{ "{:,}".format(rows) }}</td></tr>{% endfor %}</table>{% endif %}
+{% if table %}<h2>Labels</h2><table><tr><th>label</th><th>precision</th><th>recall</th><th>F1</th><th>average precision</th><th>{{ evaluated }} rows</th></tr>
+{% for one in table %}<tr><td>{{ one.label }}</td><td>{{ "%.3f" | format(one.precision) }}</td><td>{{ "%.3f" | format(one.recall) }}</td><td>{{ "%.3f" | format(one.f1) }}</td><td>{{ "%.3f" | format(one.average_precision) }}</td><td>{{ "{:,}".format(one.support) }}</td></tr>
+{% endfor %}</table>{% endif %}
+{% if metrics.errors %}<h2>Worst errors</h2><table><tr><th>{{ evaluated }} row</th><th>expected</th><th>answered</th><th>score</th><th>loss</th>{% if metrics.errors[0].text is defined %}<th>text, as the model reads it</th>{% endif %}</tr>
+{% for one in metrics.errors %}<tr><td>{{ one.row }}</td>{% for value in (one.expected, one.answered) %}<td>{{ value if value is string or value is number else value | join("; ") }}</td>{% endfor %}<td>{% if one.score is not none %}{{ "%.3f" | format(one.score) }}{% endif %}</td><td>{{ "%.3f" | format(one.loss) }}</td>{% if one.text is defined %}<td>{{ one.text }}</td>{% endif %}</tr>
+{% endfor %}</table><p>Rows are counted from 0 among those that could be used.{% if metrics.errors[0].text is not defined %} <code>output.report_text = true</code> adds their texts, which may be personal.{% endif %}</p>{% endif %}
+<h2>Data</h2><table><tr><th>set</th><th>rows</th><th>left out</th><th>known from training</th></tr>
+{% for name, rows in metrics.rows.items() %}<tr><td>{{ name }}</td><td>{{ "{:,}".format(rows) }}</td><td>{% for reason, count in metrics.dropped.get(name, {}).items() %}{{ "{:,}".format(count) }} {{ reason }}{{ ", " if not loop.last }}{% endfor %}</td><td>{{ "{:,}".format(metrics.known_from_training[name]) if name in metrics.known_from_training }}</td></tr>
+{% endfor %}</table>
+<table><tr><th>texts longer than</th>{% for limit in lengths.longer_than %}<th>{{ limit }}</th>{% endfor %}<th>tokens</th></tr>
+<tr><td>of {{ "{:,}".format(lengths.rows) }} training rows</td>{% for limit, rows in lengths.longer_than.items() %}<td>{{ "%.1f" | format(100 * rows / lengths.rows) }}%</td>{% endfor %}<td>{% if card.windows %}read in windows of {{ card.max_length }}{% else %}cut at {{ card.max_length }} ({{ card.truncation }}){% endif %}</td></tr></table>
+<h2>How it was made</h2><table>
+{% for name in ("seed", "data", "precision", "workers") %}<tr><th>{{ name }}</th><td>{{ trained[name] }}</td></tr>{% endfor %}
+<tr><th>versions</th><td>{% for name, number in trained.versions.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}</td></tr>
+{% if metrics.resumed_after %}<tr><th>went on after workers died</th><td>after steps {{ metrics.resumed_after | join(", ") }}</td></tr>{% endif %}</table>
+<h2>Configuration</h2><pre>{{ trained.config | tojson(indent=2) }}</pre>
+</body></html>
+"""
