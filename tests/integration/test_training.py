@@ -251,7 +251,7 @@ def test_the_report_shows_the_numbers_of_metrics_json_and_no_text(
 def test_names_in_the_report_are_text_and_nothing_else(one: tuple[TrainConfig, dict[str, Any]]) -> None:
     config, found = one
     card = checkpoint.load(config.output.path).card
-    names = {"good": "<script>alert(1)</script>", "bad": "$\\frac{", "odd": 'a $b$ & "c"'}
+    names = {"good": "<script>alert(1)</script>", "bad": "$\\frac{$", "odd": 'a $b$ & "c"'}
     renamed = json.loads(json.dumps(found))
     for each in renamed["test"]["per_class"]:
         each["label"] = names.get(each["label"], each["label"])
