@@ -192,6 +192,8 @@ class DataSection(Section):
 
     duplicates: Literal["keep", "drop", "refuse"] = "keep"
     """training rows whose text is in another set, too: kept with a warning, left out, or refused where they are over 0.1% of that set"""
+    label_noise: bool = False
+    """list training rows whose label looks wrong in the report, for one label a row; costs a forward pass over the training rows"""
 
 
 class TrainModelSection(Section):

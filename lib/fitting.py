@@ -30,10 +30,11 @@ from lib.calibration import Decision, FloatArray, decide
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, commit, fetch
 from lib.config import StoppingSection, TrainConfig
 from lib.errors import UsageError, say
+from lib.label_noise import LISTED, find_suspects, rows_to_look_at
 from lib.labelled import LabelledIndex
-from lib.learning import Learner, Team
+from lib.learning import Learner, Team, features_of_rows
 from lib.loss import Objective
-from lib.mapped import Subset, known_rows, local_copy, map_set, split_rows, without_known
+from lib.mapped import LabelledSet, Subset, known_rows, local_copy, map_set, split_rows, without_known
 from lib.metrics import describe, is_better, shown, summarize, worst_errors
 from lib.model import choose_dtype, new_classifier
 from lib.model_card import model_card
@@ -51,6 +52,8 @@ Weights = dict[str, torch.Tensor]
 PROGRESS_SECONDS = 5.0
 
 STATE_NAME = "state.pt"
+
+SUSPECTS_NAME = "label_noise.json"
 
 SHOWN_ROWS = 8
 """Of a batch, in a message."""
@@ -185,6 +188,7 @@ class Fit:
             recompute_layers(model)
         if job.config.model.compile:
             compile_passes(model)
+        self.suspects = look_for_label_noise(job, model.to(team.device), self.sets["train"], team)
         self.learner = Learner(model.to(team.device), optim, job.objective, team, self.steps_per_epoch * optim.epochs)
         self.progress = Progress()
         self.kept: dict[int, Weights] = {}
@@ -452,6 +456,7 @@ def publish(fit: Fit, decision: Decision, valid: FloatArray, test: FloatArray | 
         "history": progress.history,
         "valid": described["valid"],
         "test": tested,
+        "label_noise": fit.suspects,
         "errors": find_errors(fit, decision, "valid" if test is None else "test", valid if test is None else test),
         "label_counts": job.index.label_counts,
         "lengths": {"rows": job.index.sampled["train"], "longer_than": job.index.longer["train"]},
@@ -497,15 +502,49 @@ def publish(fit: Fit, decision: Decision, valid: FloatArray, test: FloatArray | 
     print(f"committed the weights of {steps} to {job.output.url}", flush=True)
 
 
+def look_for_label_noise(job: Job, model: PreTrainedModel, rows: Subset, team: Team) -> dict[str, Any] | None:
+    """Training rows whose label looks wrong, if that is asked for: the clearest ones, and how many there are. On rank 0.
+
+    An attempt that goes on takes what the first one found.
+    """
+    if not job.config.data.label_noise:
+        return None
+    kept = job.folder.read(SUSPECTS_NAME)
+    if team.broadcast(kept is not None):
+        return json.loads(kept) if kept and team.rank == 0 else None
+    seed = job.config.optim.seed
+    looked_at = Subset(rows.data, rows.chosen[rows_to_look_at(len(rows), seed)])
+    features = features_of_rows(model, looked_at, team)
+    if features is None:
+        return None
+    suspects = find_suspects(features, looked_at.targets, looked_at.chosen, job.index.labels, seed)
+    listed = [asdict(one) for one in suspects[:LISTED]]
+    if job.config.output.report_text:
+        add_texts(job, listed, rows.data)
+    found = {"rows": len(looked_at), "found": len(suspects), "listed": listed}
+    job.folder.replace(SUSPECTS_NAME, json.dumps(found).encode())
+    say(
+        f"label noise: {len(suspects):,} of {len(looked_at):,} training rows look mislabelled; report.html lists the clearest"
+    )
+    return found
+
+
+def add_texts(job: Job, listed: list[dict[str, Any]], data: LabelledSet) -> None:
+    """Add the text of each `row` that is listed, as the model reads it."""
+    model, trust = job.config.model, job.config.model.trust
+    tokenizer = load_tokenizer(fetch(job.base, trust), job.max_length, trust.code, model.truncation, model.windows)
+    for one in listed:
+        one["text"] = tokenizer.text_of(data.ids_of(one["row"]))
+
+
 def find_errors(fit: Fit, decision: Decision, name: str, logits: FloatArray) -> list[dict[str, Any]]:
     """The worst errors on the rows of a set, with their texts, as the model reads them, if the configuration allows it."""
     job, rows = fit.job, fit.sets[name]
     errors = worst_errors(rows.targets, logits, decision, job.index.labels)
+    for one in errors:
+        one["row"] = int(rows.chosen[one["row"]])
     if job.config.output.report_text:
-        model, trust = job.config.model, job.config.model.trust
-        tokenizer = load_tokenizer(fetch(job.base, trust), job.max_length, trust.code, model.truncation, model.windows)
-        for one in errors:
-            one["text"] = tokenizer.text_of(rows.data.ids_of(int(rows.chosen[one["row"]])))
+        add_texts(job, errors, rows.data)
     return errors
 
 

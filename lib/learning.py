@@ -8,7 +8,7 @@ import contextlib
 import gc
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,10 +27,13 @@ from lib.batching import IntArray, cut_by_tokens, share_of
 from lib.config import OptimSection
 from lib.loss import Objective, rdrop_losses
 from lib.mapped import LabelledSet, Subset
-from lib.model import logits_of, pool_windows
+from lib.model import logits_of, mean_state, pool_windows
 from lib.sharding import shard, whole
 from lib.tuning import depth_of, learning_at, peak_rate
 from lib.windows import split
+
+Read = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""What is taken (B, ...) from a pass of a model over ids, mask and segment ids (B, L)."""
 
 UNSCALED = GradScaler("cpu", enabled=False)
 
@@ -169,13 +172,7 @@ class Learner:
     def evaluate(self, rows: Subset) -> npt.NDArray[np.float32] | None:
         """Logits (N, C) of all rows, in row order, on rank 0; None on the others. Every row is computed once."""
         mine = rows.chosen[self.team.rank :: self.team.size]
-        parts = self.team.gather(logits_of_rows(self.candidate, rows.data, mine, self.team))
-        if parts is None:
-            return None
-        found = np.empty((len(rows), parts[0].shape[1]), np.float32)
-        for rank, part in enumerate(parts):
-            found[rank :: self.team.size] = part
-        return found
+        return together(self.team.gather(logits_of_rows(self.candidate, rows.data, mine, self.team)))
 
     def means(self) -> tuple[dict[str, float], int | None]:
         """Mean loss and gradient norm of the steps since the last call, over all workers, and the first whose loss was no number.
@@ -229,15 +226,21 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 
 def forward(model: nn.Module, data: LabelledSet, rows: IntArray, team: Team) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (B, C) and targets of some rows."""
+    logits = read_batch(model, logits_of, data, rows, team)
+    return logits, torch.from_numpy(data.targets[rows]).to(team.device)
+
+
+def read_batch(model: nn.Module, read: Read, data: LabelledSet, rows: IntArray, team: Team) -> torch.Tensor:
+    """What `read` takes (B, ...) from one pass over some rows, that of a row's windows pooled."""
     ids, mask, type_ids = data.gather(rows)
     ids_tensor, mask_tensor = (torch.from_numpy(one).to(team.device) for one in (ids, mask.astype(np.int64)))
     segments = None if type_ids is None else torch.from_numpy(type_ids).to(team.device)
     with team.autocast:
-        logits = logits_of(model, ids_tensor, mask_tensor, segments)
-    if data.windows is not None:
-        counts, _ = split(data.lengths[rows], data.max_length)
-        logits = pool_windows(logits.float(), torch.from_numpy(counts).to(team.device), data.windows.pooling)
-    return logits, torch.from_numpy(data.targets[rows]).to(team.device)
+        found = read(model, ids_tensor, mask_tensor, segments)
+    if data.windows is None:
+        return found
+    counts, _ = split(data.lengths[rows], data.max_length)
+    return pool_windows(found.float(), torch.from_numpy(counts).to(team.device), data.windows.pooling)
 
 
 def accumulate(
@@ -284,22 +287,37 @@ def gradients_stay(model: nn.Module, wanted: bool) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
+def together(parts: list[npt.NDArray[np.float32]] | None) -> npt.NDArray[np.float32] | None:
+    """What workers have computed for every row of theirs, in rank order, as one array in row order; None where there is none."""
+    if parts is None:
+        return None
+    found = np.empty((sum(map(len, parts)), parts[0].shape[1]), np.float32)
+    for rank, part in enumerate(parts):
+        found[rank :: len(parts)] = part
+    return found
+
+
 def logits_of_rows(model: PreTrainedModel, data: LabelledSet, rows: IntArray, team: Team) -> npt.NDArray[np.float32]:
     """Logits (N, C) of some rows, in their order."""
+    return read_rows(model, logits_of, int(model.config.num_labels or 0), data, rows, team)
+
+
+def features_of_rows(model: PreTrainedModel, rows: Subset, team: Team) -> npt.NDArray[np.float32] | None:
+    """The mean of the encoder's last hidden states (N, H) of each row, in row order, on rank 0; None on the others."""
+    mine = rows.chosen[team.rank :: team.size]
+    return together(team.gather(read_rows(model, mean_state, int(model.config.hidden_size), rows.data, mine, team)))
+
+
+def read_rows(
+    model: PreTrainedModel, read: Read, width: int, data: LabelledSet, rows: IntArray, team: Team
+) -> npt.NDArray[np.float32]:
+    """What `read` takes (N, width) from a model without gradients and dropout, of some rows, in their order."""
     model.eval()
-    found: list[npt.NDArray[np.float32]] = []
-    order: list[IntArray] = []
+    found = np.empty((len(rows), width), np.float32)
     with torch.no_grad():
         batches = cut_by_tokens(data.lengths[rows], EVALUATION_TOKENS[team.device.type])
         for _ in range(team.most(len(batches)) - len(batches) if team.sharded else 0):
-            forward(model, data, np.zeros(1, dtype=np.int64), team)
+            read_batch(model, read, data, np.zeros(1, dtype=np.int64), team)
         for places in batches:
-            logits, _ = forward(model, data, rows[places], team)
-            found.append(logits.float().cpu().numpy())
-            order.append(places)
-    if not found:
-        return np.empty((0, int(model.config.num_labels or 0)), np.float32)
-    together = np.concatenate(found)
-    logits_in_order = np.empty_like(together)
-    logits_in_order[np.concatenate(order)] = together
-    return logits_in_order
+            found[places] = read_batch(model, read, data, rows[places], team).float().cpu().numpy()
+    return found

@@ -122,6 +122,15 @@ def logits_of(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, type_ids:
     return logits
 
 
+def mean_state(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, type_ids: torch.Tensor | None) -> torch.Tensor:
+    """One pass of a classifier's encoder: ids, mask and segment ids (B, L) to the mean of the tokens' last hidden states (B, H)."""
+    segments = {} if type_ids is None else {"token_type_ids": type_ids}
+    encoder: Any = model.base_model
+    states = encoder(input_ids=ids, attention_mask=mask, **segments).last_hidden_state
+    found: torch.Tensor = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    return found
+
+
 def pool_windows(logits: torch.Tensor, counts: torch.Tensor, pooling: Literal["mean", "max"]) -> torch.Tensor:
     """Logits of windows (W, C), those of each row together, and the rows' numbers of windows (N,) to the rows' logits (N, C)."""
     pooled: torch.Tensor = torch.segment_reduce(logits, pooling, lengths=counts, axis=0)

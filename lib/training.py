@@ -77,6 +77,10 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
     task = sources[0].task
     check_decision(config.decision, task)
     check_loss(config.loss, config.optim.rdrop, task)
+    if config.data.label_noise and task is not Task.MULTI_CLASS:
+        raise UsageError(
+            f"data.label_noise looks at rows with one label each, those of this data are {task.value}; leave it out"
+        )
     metric = choose_metric(config.stopping.metric, task)
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
     claim(folder, config, run_id)

@@ -145,6 +145,11 @@ fine-tuned from <code>{{ trained.config.model.base }}</code>. Chosen by {{ metri
 {% endfor %}</table>
 <table><tr><th>texts longer than</th>{% for limit in lengths.longer_than %}<th>{{ limit }}</th>{% endfor %}<th>tokens</th></tr>
 <tr><td>of {{ "{:,}".format(lengths.rows) }} training rows</td>{% for limit, rows in lengths.longer_than.items() %}<td>{{ "%.1f" | format(100 * rows / lengths.rows) }}%</td>{% endfor %}<td>{% if card.windows %}read in windows of {{ card.max_length }}{% else %}cut at {{ card.max_length }} ({{ card.truncation }}){% endif %}</td></tr></table>
+{% if metrics.label_noise %}<h2>Labels that look wrong</h2>
+<p>{{ "{:,}".format(metrics.label_noise.found) }} of {{ "{:,}".format(metrics.label_noise.rows) }} training rows: a model that had not seen the row finds another label clearly likelier. The clearest:</p>
+<table><tr><th>training row</th><th>label</th><th>likelier</th><th>confidence</th>{% if card.trained.config.output.report_text %}<th>text</th>{% endif %}</tr>
+{% for one in metrics.label_noise.listed %}<tr><td>{{ one.row }}</td><td>{{ one.label }}</td><td>{{ one.likelier }}</td><td>{{ "%.2f" | format(one.confidence) }}</td>{% if one.text is defined %}<td>{{ one.text }}</td>{% endif %}</tr>
+{% endfor %}</table>{% endif %}
 <h2>How it was made</h2><table>
 {% for name in ("seed", "data", "precision", "workers") %}<tr><th>{{ name }}</th><td>{{ trained[name] }}</td></tr>{% endfor %}
 <tr><th>versions</th><td>{% for name, number in trained.versions.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}</td></tr>

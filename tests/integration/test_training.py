@@ -674,6 +674,7 @@ def test_two_workers_unfreeze_and_weigh_as_one_does(
             base,
             str(tmp_path / str(workers)),
             train={"weight_column": "weight"},
+            data={"label_noise": True},
             loss={"class_weights": "balanced"},
             optim={"unfreeze_layers": 1, "schedule": "cosine"},
             resources={"num_workers": workers},
@@ -682,6 +683,10 @@ def test_two_workers_unfreeze_and_weigh_as_one_does(
     assert found[0][0]["dropped"]["train"]["no weight"] == 2
     assert_same_learning(found[0][0], found[1][0])
     assert difference(found[0][1], found[1][1]) < 1e-5
+    noise = [metrics["label_noise"] for metrics, _ in found]
+    assert noise[0]["rows"] == found[0][0]["rows"]["train"]
+    assert [one["row"] for one in noise[0]["listed"]] == [one["row"] for one in noise[1]["listed"]]
+    assert "Labels that look wrong" in (tmp_path / "2" / "report.html").read_text()
     before = load_file(Path(base) / "model.safetensors")
     same = {name for name, one in before.items() if torch.equal(one, found[0][1][f"bert.{name}"])}
     assert {name.split(".")[0] for name in same} == {"embeddings", "encoder"}
@@ -804,6 +809,7 @@ def test_a_number_is_learned_and_scored(base: str, ray_session: None, tmp_path: 
         ({"train": {"label_column": "text", "regression": True}}, "'text' is string, train.regression expects numbers"),
         ({"stopping": {"metric": "accuracy"}}, "stopping.metric = accuracy: this data is regression; choose from loss"),
         ({"decision": {"abstain": 0.9}}, r"decision.abstain: it is for classes"),
+        ({"data": {"label_noise": True}}, r"data.label_noise looks at rows with one label each, .* are regression"),
     ):
         values: dict[str, Any] = {
             "train": {"label_column": "stars", "regression": True},

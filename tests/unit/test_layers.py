@@ -24,6 +24,7 @@ ORDER = (
         "template",
         "tokenization",
         "batching",
+        "label_noise",
         "calibration",
         "metrics",
         "heads",

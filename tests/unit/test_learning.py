@@ -17,7 +17,7 @@ from lib.batching import share_of
 from lib.calibration import Decision
 from lib.config import OptimSection, StoppingSection
 from lib.fitting import copy_weights, mean_of, steps_to_keep
-from lib.learning import Learner, Team, accumulate, logits_of_rows, new_optimizer
+from lib.learning import Learner, Team, accumulate, features_of_rows, logits_of_rows, new_optimizer
 from lib.loss import Objective, rdrop_losses
 from lib.mapped import LabelledSet, Subset
 from lib.model import new_classifier
@@ -116,6 +116,22 @@ def test_windows_of_a_row_give_one_answer_and_one_gradient(
         assert torch.allclose(left.grad, right.grad, rtol=1e-4, atol=1e-6), name
     found = logits_of_rows(models[0], data, rows, ALONE)
     assert found == pytest.approx(torch.stack(logits).detach().numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", fakes.FAMILIES)
+def test_features_are_the_mean_of_the_last_states_of_each_row_alone(
+    family: str, small_set: LabelledSet, process_group: None, tmp_path: Path
+) -> None:
+    fakes.make_encoder(tmp_path / family, family)
+    model: Any = new_classifier(str(tmp_path / family), LABELS, Task.MULTI_CLASS, 0.5, 7)
+    rows = Subset(small_set, np.array([3, 20, 4]))
+    found = features_of_rows(model, rows, ALONE)
+    assert found is not None
+    for row, feature in zip(rows.chosen, found, strict=True):
+        ids = torch.from_numpy(small_set.ids_of(int(row)))[None]
+        with torch.no_grad():
+            expected = model.base_model(input_ids=ids).last_hidden_state[0].mean(0)
+        assert feature == pytest.approx(expected.numpy(), abs=1e-5)
 
 
 @pytest.mark.parametrize("task", [Task.MULTI_CLASS, Task.MULTI_LABEL])
