@@ -93,7 +93,7 @@ def session_of(process: psutil.Process) -> str:
 
 @dataclass
 class Job:
-    """One run of `jobs.score` as a process."""
+    """One run of a job as a process."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -112,23 +112,13 @@ class Job:
 
 
 @contextmanager
-def scoring(
-    bench: Bench, archive: str, model: str, output: str, *settings: str, run_id: str, endpoint: str = ""
-) -> Iterator[Job]:
-    """Run `jobs.score` on the bench's cluster; ended, if need be, by its process id. `endpoint`: another S3 address."""
-    values = [
-        f"input.path={archive}",
-        f"model.path={model}",
-        f"output.path={output}",
-        "planning.chunk_mb=0.2",
-        "model.precision=fp32",
-        *settings,
-    ]
-    arguments = [word for value in values for word in ("--set", value)]
+def running(bench: Bench, module: str, settings: Sequence[str], run_id: str, endpoint: str = "") -> Iterator[Job]:
+    """Run a module as a job on the bench's cluster; ended, if need be, by its process id. `endpoint`: another S3 address."""
+    arguments = [word for value in settings for word in ("--set", value)]
     log = bench.folder / f"{run_id}.log"
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.driver", *arguments, "--run-id", run_id],
+            [sys.executable, "-m", module, *arguments, "--run-id", run_id],
             cwd=REPOSITORY,
             env={
                 **os.environ,
@@ -144,6 +134,23 @@ def scoring(
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def scoring(
+    bench: Bench, archive: str, model: str, output: str, *settings: str, run_id: str, endpoint: str = ""
+) -> Iterator[Job]:
+    """Run `jobs.score`, whose workers may be told to break."""
+    values = [
+        f"input.path={archive}",
+        f"model.path={model}",
+        f"output.path={output}",
+        "planning.chunk_mb=0.2",
+        "model.precision=fp32",
+        *settings,
+    ]
+    with running(bench, "tests.faults.driver", values, run_id, endpoint) as job:
+        yield job
 
 
 # what a reader sees

@@ -1,9 +1,6 @@
 """Training on a cluster that loses a node and gets another one: it goes on with one worker, then with two, and loses no row."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +14,7 @@ from jobs.demo_store import LoopbackS3
 from lib import checkpoint
 from lib.storage import open_store
 from tests import fakes
-from tests.conftest import REPOSITORY
-from tests.faults.harness import Bench, Job
+from tests.faults.harness import Bench, Job, running
 from tests.labelled import difference, make_rows
 from tests.waiting import wait_until
 
@@ -26,8 +22,8 @@ pytestmark = pytest.mark.trial
 
 
 @contextmanager
-def training(bench: Bench, url: str, base: Path, name: str, **resources: int) -> Iterator[Job]:
-    """Run `jobs.train` on the bench's cluster as a process, with an evaluation after each step or two."""
+def training(bench: Bench, url: str, name: str, **resources: int) -> Iterator[Job]:
+    """Run `jobs.train` on the bench's cluster, with an evaluation after each step or two."""
     values = {
         "train.path": f"{url}/train.parquet",
         "valid.path": f"{url}/valid.parquet",
@@ -42,22 +38,8 @@ def training(bench: Bench, url: str, base: Path, name: str, **resources: int) ->
         "output.path": f"{url}/{name}",
         **{f"resources.{key}": value for key, value in resources.items()},
     }
-    arguments = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
-    log = base / f"{name}.log"
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.train", *arguments, "--run-id", name],
-            cwd=REPOSITORY,
-            env={**os.environ, "RAY_ADDRESS": bench.cluster.address},
-            stdout=sink,
-            stderr=sink,
-        )
-    try:
-        yield Job(process, log)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    with running(bench, "jobs.train", [f"{key}={value}" for key, value in values.items()], name) as job:
+        yield job
 
 
 def results(url: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -76,9 +58,9 @@ def test_two_workers_become_one_and_two_again_and_no_row_is_lost(bench: Bench, s
     for path in (tmp_path / "base").iterdir():
         store.replace(path.name, path.read_bytes())
 
-    with training(bench, url, tmp_path, "whole", num_workers=1) as job:
+    with training(bench, url, "whole", num_workers=1) as job:
         assert job.wait(300) == 0, job.text
-    with training(bench, url, tmp_path, "elastic", num_workers=2, min_workers=1) as job:
+    with training(bench, url, "elastic", num_workers=2, min_workers=1) as job:
 
         def reached(words: str) -> None:
             def there() -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import confusion_matrix
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
@@ -17,9 +18,10 @@ from lib.batching import share_of
 from lib.calibration import Decision
 from lib.config import OptimSection, StoppingSection
 from lib.fitting import copy_weights, mean_of, steps_to_keep
-from lib.learning import Learner, Team, accumulate, features_of_rows, logits_of_rows, new_optimizer
+from lib.learning import Learner, Team, accumulate, features_of_rows, logits_of_rows, new_optimizer, together
 from lib.loss import Objective, rdrop_losses
 from lib.mapped import LabelledSet, Subset
+from lib.metrics import describe
 from lib.model import new_classifier
 from lib.schema import Task
 from lib.tuning import depth_of
@@ -116,6 +118,20 @@ def test_windows_of_a_row_give_one_answer_and_one_gradient(
         assert torch.allclose(left.grad, right.grad, rtol=1e-4, atol=1e-6), name
     found = logits_of_rows(models[0], data, rows, ALONE)
     assert found == pytest.approx(torch.stack(logits).detach().numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 30])
+def test_any_number_of_workers_gives_the_same_confusion_matrix(base: str, small_set: LabelledSet, size: int) -> None:
+    """Their shares one after the other in this process; of 30 workers some have no row of 23."""
+    model = new_classifier(base, LABELS, Task.MULTI_CLASS, 0.5, 7)
+    rows = Subset(small_set, np.random.default_rng(0).permutation(23))
+    parts = [logits_of_rows(model, small_set, rows.chosen[rank::size], ALONE) for rank in range(size)]
+    found = together(parts)
+    assert found is not None and sum(map(len, parts)) == 23
+    plain = [model(input_ids=torch.from_numpy(small_set.ids_of(row))[None]).logits[0] for row in rows.chosen.tolist()]
+    expected = confusion_matrix(rows.targets, [int(one.argmax()) for one in plain], labels=[0, 1, 2])
+    assert describe(rows.targets, found, Decision(task=Task.MULTI_CLASS), LABELS)["confusion"] == expected.tolist()
+    assert found == pytest.approx(torch.stack(plain).detach().numpy(), abs=1e-5)
 
 
 @pytest.mark.parametrize("family", fakes.FAMILIES)
