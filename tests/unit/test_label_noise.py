@@ -13,9 +13,9 @@ LABELS = ("a", "b", "c", "d")
 
 
 def make_rows(count: int, seed: int = 0) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.integer]]:
-    """Rows (N, 16) around a centre for each class, classes of different sizes."""
+    """Rows (N, 16) around a centre for each class, which overlap; classes of different sizes."""
     chance = np.random.default_rng(seed)
-    centres = 1.5 * chance.normal(size=(4, 16))
+    centres = 0.6 * chance.normal(size=(4, 16))
     targets = chance.choice(4, count, p=[0.4, 0.3, 0.2, 0.1])
     return centres[targets] + chance.normal(size=(count, 16)), targets
 
@@ -28,12 +28,13 @@ def test_labels_that_were_made_wrong_are_found_and_the_clearest_come_first() -> 
     numbers = np.arange(800) * 3 + 7
     found = find_suspects(features, targets, numbers, LABELS, 0)
     rows = [one.row for one in found]
-    assert len(set(rows) & set(numbers[wrong])) >= 30
-    assert len(set(rows) - set(numbers[wrong])) <= 12
-    assert set(rows[:20]) <= set(numbers[wrong])
-    for one in found[:20]:
+    assert len(set(rows) & set(numbers[wrong])) >= 24
+    assert len(set(rows) - set(numbers[wrong])) <= 30
+    assert len(set(rows[:15]) & set(numbers[wrong])) >= 12, "the clearest come first"
+    for one in found[:15]:
         place = (one.row - 7) // 3
-        assert (one.label, one.likelier) == (LABELS[targets[place]], LABELS[truth[place]])
+        assert one.label == LABELS[targets[place]]
+        assert place not in wrong or one.likelier == LABELS[truth[place]]
         assert 0.5 < one.confidence <= 1
     assert found == find_suspects(features, targets, numbers, LABELS, 0)
     assert all(left.row != right.row for left, right in pairwise(found))
