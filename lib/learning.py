@@ -36,6 +36,7 @@ Read = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor | None], to
 """What is taken (B, ...) from a pass of a model over ids, mask and segment ids (B, L)."""
 
 UNSCALED = GradScaler("cpu", enabled=False)
+"""Leaves losses as they are."""
 
 EVALUATION_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 """Tokens, padding included, of one forward pass without gradients."""
@@ -129,9 +130,8 @@ class Learner:
         self.encoder_learns = any(
             one.requires_grad for name, one in self.model.named_parameters() if depth_of(name, self.model)
         )
-        if (
-            self.team.size > 1 and not self.team.sharded
-        ):  # which gradients workers exchange is fixed when a model is wrapped
+        # Which gradients workers exchange is fixed when a model is wrapped.
+        if self.team.size > 1 and not self.team.sharded:
             self.wrapped = self.model
             gc.collect()  # the wrapping before listens to gradients as long as it is there
             # The name that torch 2.13 wants in its place does not yet say all of it, as its warning tells every user.

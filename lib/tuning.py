@@ -84,8 +84,7 @@ def check_tuning(config: TrainConfig) -> None:
         )
     if config.resources.strategy == "fsdp" and config.model.compile:
         raise UsageError(
-            'model.compile with resources.strategy = "fsdp": weights come and go between layers, where passes cannot be compiled'
-            " as one; leave one of the two out"
+            'model.compile with resources.strategy = "fsdp": the two were never shown to give the same result together; leave one out'
         )
     if frozen == "all" and unfreezing is not None:
         raise UsageError(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from lib.batching import share_of
 from lib.calibration import Decision
 from lib.config import OptimSection, StoppingSection
-from lib.fitting import copy_weights, mean_of, steps_to_keep
+from lib.fitting import copy_weights, find_errors, mean_of, steps_to_keep
 from lib.learning import Learner, Team, accumulate, features_of_rows, logits_of_rows, new_optimizer, together
 from lib.loss import Objective, rdrop_losses
 from lib.mapped import LabelledSet, Subset
@@ -132,6 +133,16 @@ def test_any_number_of_workers_gives_the_same_confusion_matrix(base: str, small_
     expected = confusion_matrix(rows.targets, [int(one.argmax()) for one in plain], labels=[0, 1, 2])
     assert describe(rows.targets, found, Decision(task=Task.MULTI_CLASS), LABELS)["confusion"] == expected.tolist()
     assert found == pytest.approx(torch.stack(plain).detach().numpy(), abs=1e-5)
+
+
+def test_errors_on_a_part_of_a_set_are_numbered_as_the_set_is(small_set: LabelledSet) -> None:
+    rows = Subset(small_set, np.array([5, 9, 20]))
+    wrong = np.eye(3, dtype=np.float32)[(rows.targets + 1) % 3] * np.array([[1.0], [3.0], [2.0]], np.float32)
+    config = SimpleNamespace(output=SimpleNamespace(report_text=False))
+    fit: Any = SimpleNamespace(
+        job=SimpleNamespace(index=SimpleNamespace(labels=LABELS), config=config), sets={"valid": rows}
+    )
+    assert [one["row"] for one in find_errors(fit, Decision(task=Task.MULTI_CLASS), "valid", wrong)] == [9, 20, 5]
 
 
 @pytest.mark.parametrize("family", fakes.FAMILIES)
