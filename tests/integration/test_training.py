@@ -609,8 +609,9 @@ def test_a_base_without_safetensors_is_refused(
 
 
 def test_workers_get_as_many_cpus_as_fit() -> None:
-    def place(num_workers: int, *nodes: Node) -> tuple[bool, int]:
-        config = configure({"train": "t", "valid": "v", "test": "t"}, "b", "o", resources={"num_workers": num_workers})
+    def place(num_workers: int, *nodes: Node, least: int | None = None) -> tuple[bool, int]:
+        resources = {"num_workers": num_workers, "min_workers": least}
+        config = configure({"train": "t", "valid": "v", "test": "t"}, "b", "o", resources=resources)
         return place_workers(config, Cluster(nodes))
 
     assert place(1, Node(4, 0)) == (False, 4)
@@ -620,6 +621,14 @@ def test_workers_get_as_many_cpus_as_fit() -> None:
     assert place(2, Node(0, 0), Node(8, 1), Node(8, 1)) == (True, 1)
     with pytest.raises(UsageError, match="room for 1"):
         place(2, Node(1, 4))
+    assert place(8, Node(2, 0), Node(2, 0), least=2) == (False, 1)
+    assert place(2, Node(8, 1), least=1) == (True, 1)
+    with pytest.raises(
+        UsageError, match=r"min_workers = 2 with a CPU each, .* lower resources.min_workers to at most 1"
+    ):
+        place(8, Node(1, 0), least=2)
+    with pytest.raises(UsageError, match=r"min_workers = 3 is more than resources.num_workers = 2"):
+        place(2, Node(8, 0), least=3)
 
 
 # recipes
