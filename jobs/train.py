@@ -2,8 +2,8 @@
 
 Reads   train.path, valid.path, test.path: Parquet with a text column and a label column, on any fsspec URL;
         model.base: a pretrained encoder in Hugging Face form with safetensors weights.
-Writes  output.path: the checkpoint of the best validation metric, its tokenizer, textsweep.json and metrics.json. It
-        loads with plain transformers, and jobs.score takes it as model.path.
+Writes  output.path: the checkpoint of the best validation metric, its tokenizer, textsweep.json, metrics.json and
+        report.html. It loads with plain transformers, and jobs.score takes it as model.path.
 
     python -m jobs.train --config jobs/configs/train_sst2.toml --set output.path=s3://bucket/models/sst2 --run-id 2026-11-20
     ray job submit --address http://head:8265 --working-dir . -- python -m jobs.train --config ...
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
             print_details(result["test"])
     path = command.config.output.path
     print(
-        f"\ncheckpoint: {path}\nuse it:     python -m jobs.score --set model.path={path} --set input.path=... --set output.path=..."
+        f"\ncheckpoint: {path}\nreport:     {path}/report.html\nuse it:     python -m jobs.score --set model.path={path} --set input.path=... --set output.path=..."
     )
 
 
