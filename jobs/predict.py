@@ -83,7 +83,12 @@ def predict(predictor: Predictor, model: checkpoint.Checkpoint, texts: "pd.Serie
     lengths, truncated = np.zeros(len(errors), np.int32), np.zeros(len(errors), np.bool_)
     lengths[good], truncated[good] = tokens.lengths, tokens.truncated
     schema = PredictionSchema(
-        task=model.facts.task, labels=model.card.labels, prefix="", probabilities=False, keys=pa.schema([])
+        task=model.facts.task,
+        labels=model.card.labels,
+        prefix="",
+        probabilities=False,
+        keys=pa.schema([]),
+        abstains=checkpoint.abstains(model.card),
     )
     results = to_results(schema, model.card.thresholds, scores, lengths, truncated, errors)
     for index, field in enumerate(results.schema):

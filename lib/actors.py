@@ -25,15 +25,16 @@ class PredictBlock:
         self.report = Reporter(progress)
         with reported(progress):
             # Brings torch, which the driver does without: it only names this class.
-            from lib.predictor import Predictor
+            from lib.predictor import Predictor, Vector
 
-            loaded = checkpoints.load(job.model_url, job.max_length, job.trust)
+            vector = None if job.schema.embedding is None else Vector(job.embedding_pooling)
+            loaded = checkpoints.load(job.model_url, job.max_length, job.trust, encoder=vector is not None)
             if loaded.digest != job.model_digest:
                 raise UsageError(
                     f"model.path {job.model_url}: on this node it is not the model that the run was planned with;"
                     " give every node the same folder, and do not change a model in place"
                 )
-            self.predictor = Predictor(loaded, job.precision, job.engine, job.token_budget, threads)
+            self.predictor = Predictor(loaded, job.precision, job.engine, job.token_budget, threads, vector)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Score a block: key columns and the columns that scoring adds, rows in the order they came."""
@@ -49,9 +50,10 @@ class PredictBlock:
         errors = table[ERROR].to_numpy()
         offsets = ids.offsets.to_numpy()
         type_ids = table[TYPE_IDS].combine_chunks().values.to_numpy() if TYPE_IDS in table.column_names else None
-        scores = self.predictor.probabilities(ids.values.to_numpy(), offsets, type_ids, self.report)
+        found = self.predictor.predict(ids.values.to_numpy(), offsets, type_ids, self.report)
+        scores, vectors = np.split(found, [self.predictor.num_classes], axis=1)
         results = to_results(
-            self.job.schema, self.job.thresholds, scores, np.diff(offsets), table[TRUNCATED].to_numpy(), errors
+            self.job.schema, self.job.thresholds, scores, np.diff(offsets), table[TRUNCATED].to_numpy(), errors, vectors
         )
         carried = self.job.columns.carried.names
         keys = [table[name].combine_chunks() for name in carried]

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.archive import BAD_TEXT, BadShardError, Columns, read_row_groups
-from lib.config import EngineChoice, PrecisionChoice, Truncation, Trust
+from lib.config import EngineChoice, PrecisionChoice, TokenPooling, Truncation, Trust
 from lib.planning import Block, Chunk, RowGroup
 from lib.publishing import FOOTER_KEY, read_record
 from lib.reading import ChangedShardError, Rows, read_rows
@@ -58,6 +58,8 @@ class ScoreJob:
     thresholds: tuple[float, ...] | None
     precision: PrecisionChoice
     engine: EngineChoice
+    embedding_pooling: TokenPooling | None
+    """of the column that `schema` may have"""
     token_budget: int | None
     chunk_bytes: int
 
@@ -213,7 +215,11 @@ def summarise(schema: PredictionSchema, rows: pa.Table) -> dict[str, Any]:
         abstained = labels.null_count - (len(errors) - errors.null_count)
     elif f"{prefix}labels" in names:
         labels = pc.list_flatten(rows[f"{prefix}labels"])
-    scores = rows[f"{prefix}score"] if f"{prefix}score" in names else pc.list_flatten(rows[f"{prefix}scores"])
+    scores: pa.Array | pa.ChunkedArray = pa.array([], pa.float32())
+    if f"{prefix}score" in names:
+        scores = rows[f"{prefix}score"]
+    elif f"{prefix}scores" in names:
+        scores = pc.list_flatten(rows[f"{prefix}scores"])
     bins, _ = np.histogram(scores.drop_null().to_numpy(), bins=SCORE_BINS, range=(0, 1))
     return {
         "errors": count_values(errors),

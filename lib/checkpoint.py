@@ -70,13 +70,13 @@ class Checkpoint:
     trust: Trust = TRUST_NOTHING
 
 
-def load(url: str, max_length: int | None = None, trust: Trust = TRUST_NOTHING) -> Checkpoint:
+def load(url: str, max_length: int | None = None, trust: Trust = TRUST_NOTHING, encoder: bool = False) -> Checkpoint:
     """Bring a model folder to this machine, once per machine, and describe it. Loads no weights.
 
-    Raises `UsageError` if it is no classifier, or if a file is not the one that was committed.
+    Raises `UsageError` if it is no classifier (unless a plain encoder is as welcome), or if a file is not the one that was committed.
     """
     folder = fetch(url, trust)
-    facts = read_facts(folder, url, trust)
+    facts = read_facts(folder, url, trust, encoder)
     card = read_card(folder, url)
     used = used_trust(folder, trust)
     digests = {name: digest_of(Path(folder) / name) for name in deciding_files(folder, used)}
@@ -177,7 +177,16 @@ def version_of(checkpoint: Checkpoint, config: ScoreConfig, selection: str = "")
     } | ({"selection": selection} if selection else {})
     if card.windows is not None:
         decides["windows"] = asdict(card.windows)
+    if config.output.embedding is not None:
+        decides["embedding"] = [config.output.embedding, config.output.embedding_pooling]
+    if abstains(card):
+        decides["abstained"] = True  # the column came later than the thresholds
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def abstains(card: Card) -> bool:
+    """Whether the least sure rows get no label."""
+    return card.task is Task.MULTI_CLASS and card.thresholds is not None
 
 
 def fetch(url: str, trust: Trust = TRUST_NOTHING) -> str:

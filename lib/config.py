@@ -31,6 +31,8 @@ Truncation = Literal["head", "tail", "head_tail"]
 
 EngineChoice = Literal["auto", "torch", "openvino"]
 
+TokenPooling = Literal["first", "mean", "max"]
+
 
 class Section(BaseModel):
     """A frozen record that refuses unknown keys; the text under each field is its help."""
@@ -104,6 +106,10 @@ class ScoreOutputSection(Section):
     """put before the names of the columns that scoring adds"""
     probabilities: bool = False
     """add every class's probability, in label order"""
+    embedding: Literal["float16", "float32"] | None = None
+    """add each text's vector, pooled from the encoder's last layer; with it model.path may be a plain encoder, too"""
+    embedding_pooling: TokenPooling | None = None
+    """of the tokens of a text; default: what the checkpoint's own head reads, mean without one"""
     keep_stale_hours: float = Field(default=168, ge=0)
     """objects of changed or removed shards leave the manifest at once, and the storage after so many hours"""
     single_writer: bool = False

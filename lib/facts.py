@@ -37,6 +37,8 @@ class ModelFacts:
     max_positions: int
     """the most tokens of one text, special ones included"""
     pad_token_id: int
+    hidden_size: int
+    """of the vector that stands for a text, if it is asked for"""
 
 
 def import_transformers() -> Any:
@@ -102,29 +104,38 @@ def check_weights(folder: str, key: str, shown: str, trust: Trust) -> None:
     )
 
 
-def read_facts(folder: str, shown: str, trust: Trust = TRUST_NOTHING) -> ModelFacts:
-    """Say what the classifier in a folder predicts. Raises `UsageError` if it is no classifier; loads no weights.
+def read_facts(folder: str, shown: str, trust: Trust = TRUST_NOTHING, encoder: bool = False) -> ModelFacts:
+    """Say what the classifier in a folder predicts; loads no weights.
 
-    `shown` is the model's name in messages: the URL that the user gave.
+    Raises `UsageError` if it is no classifier, unless a plain encoder is as welcome. `shown` is the model's name in messages: the
+    URL that the user gave.
     """
     config = read_config(folder, trust)
     architectures = config.architectures or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
+    if not is_classifier and not encoder:
         raise UsageError(
             f"model.path {shown}: holds {', '.join(architectures) or 'no architecture'}, expected one that ends in"
-            " ForSequenceClassification; fine-tune it first: python -m jobs.train --set model.base=..."
+            " ForSequenceClassification; fine-tune it first: python -m jobs.train --set model.base=..., or ask for its vectors:"
+            " --set output.embedding=float16 (jobs.score)"
         )
     check_weights(folder, "model.path", shown, trust)
-    names: dict[Any, str] = dict(config.id2label or {})
+    names: dict[Any, str] = dict(config.id2label or {}) if is_classifier else {}
     labels = tuple(str(name) for _, name in sorted(names.items()))
-    if config.problem_type == "multi_label_classification":
+    if not is_classifier:
+        task = Task.EMBEDDING
+    elif config.problem_type == "multi_label_classification":
         task = Task.MULTI_LABEL
     elif config.problem_type == "regression" or len(labels) == 1:
         task = Task.REGRESSION
     else:
         task = Task.MULTI_CLASS
     return ModelFacts(
-        labels=labels, task=task, max_positions=max_positions(config), pad_token_id=config.pad_token_id or 0
+        labels=labels,
+        task=task,
+        max_positions=max_positions(config),
+        pad_token_id=config.pad_token_id or 0,
+        hidden_size=config.hidden_size,
     )
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib.config import HeadSection
+from lib.config import HeadSection, TokenPooling
 from lib.errors import UsageError
 
 ARCHITECTURE = "TextsweepForSequenceClassification"
@@ -71,21 +71,74 @@ class PooledClassifier(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> SequenceClassifierOutput:
         """Ids, mask and segments (B, L) to logits (B, C)."""
-        segments = {"token_type_ids": token_type_ids} if self.takes_segments and token_type_ids is not None else {}
+        return SequenceClassifierOutput(logits=self.head(self.pooled(input_ids, attention_mask, token_type_ids)))
+
+    def pooled(self, ids: torch.Tensor, mask: torch.Tensor, type_ids: torch.Tensor | None) -> torch.Tensor:
+        """Ids, mask and segments (B, L) to what the head reads of each text (B, H)."""
+        segments = {"token_type_ids": type_ids} if self.takes_segments and type_ids is not None else {}
         several = self.layer == "last_4"
-        found = self.encoder(
-            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=several, **segments
-        )
+        found = self.encoder(input_ids=ids, attention_mask=mask, output_hidden_states=several, **segments)
         if self.pooling == "pooler":
-            return SequenceClassifierOutput(logits=self.head(found.pooler_output))
+            pooled: torch.Tensor = found.pooler_output
+            return pooled
         states = torch.stack(found.hidden_states[1:][-LAST_LAYERS:]).mean(dim=0) if several else found.last_hidden_state
-        return SequenceClassifierOutput(logits=self.head(pool(states, attention_mask, self.pooling)))
+        return pool(states, mask, self.pooling)
 
     def save_pretrained(self, folder: str) -> None:
         """Write `config.json` and the weights."""
         self.config.save_pretrained(folder)
         weights = {name: one.detach().cpu().contiguous() for name, one in self.state_dict().items()}
         save_file(weights, Path(folder) / WEIGHTS, {"format": "pt"})
+
+
+class VectorBeside(nn.Module):
+    """A classifier, or a plain encoder, whose answer is its logits, if it has any, and behind them the text's vector."""
+
+    def __init__(self, model: Any, pooling: TokenPooling | None) -> None:
+        """Changes the model. `pooling` of its last layer; None: what its own head reads, mean without one."""
+        super().__init__()
+        self.config = model.config
+        self.pooling = pooling or "mean"
+        self.reads_head = pooling is None and isinstance(model, PooledClassifier)
+        self.has_logits = model.base_model is not model
+        self.model = model
+        self.takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
+        self.recorder = None
+        if self.has_logits and not self.reads_head:
+            self.recorder = Recorder(model.base_model)
+            setattr(model, model.base_model_prefix, self.recorder)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        """Ids, mask and segments (B, L) to logits and vector side by side (B, C + H)."""
+        if self.reads_head:
+            pooled = self.model.pooled(input_ids, attention_mask, token_type_ids)
+            return SequenceClassifierOutput(logits=torch.cat([self.model.head(pooled), pooled], dim=1))
+        segments = {"token_type_ids": token_type_ids} if self.takes_segments and token_type_ids is not None else {}
+        found = self.model(input_ids=input_ids, attention_mask=attention_mask, **segments)
+        states = found.last_hidden_state if self.recorder is None else self.recorder.states
+        pooled = pool(states, attention_mask, self.pooling)
+        return SequenceClassifierOutput(
+            logits=torch.cat([found.logits, pooled], dim=1)
+            if self.has_logits
+            else pooled  # of a plain encoder the vector alone
+        )
+
+
+class Recorder(nn.Module):
+    """An encoder in its classifier's place that remembers its last states (B, L, H): one pass gives scores and vectors."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.states: Any = None
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """The encoder's own answer."""
+        found = self.encoder(*arguments, **options)
+        self.states = found.last_hidden_state
+        return found
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

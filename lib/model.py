@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from lib.config import TRUST_NOTHING, HeadSection, TrainPrecisionChoice, Trust
+from lib.config import TRUST_NOTHING, HeadSection, TokenPooling, TrainPrecisionChoice, Trust
 from lib.errors import UsageError
 from lib.facts import has_safetensors, import_transformers, read_config
-from lib.heads import SPECIFICATION, PooledClassifier, load_pooled, new_head, read_to
+from lib.heads import SPECIFICATION, PooledClassifier, VectorBeside, load_pooled, new_head, read_to
 from lib.schema import Task
 
 if TYPE_CHECKING:
@@ -62,6 +62,19 @@ def load_classifier(folder: str, trust: Trust = TRUST_NOTHING) -> nn.Module:
         )
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def load_with_vector(folder: str, trust: Trust, pooling: TokenPooling | None) -> nn.Module:
+    """Load a classifier, or a plain encoder, that gives each text's vector behind its logits, in fp32 and eval mode."""
+    if any(name.endswith("ForSequenceClassification") for name in read_config(folder, trust).architectures or []):
+        return VectorBeside(load_classifier(folder, trust), pooling).eval()
+    encoder, info = pretrained(folder, trust, "AutoModel", output_loading_info=True)
+    missing = sorted(name for name in map(str, info["missing_keys"]) if not name.startswith("pooler."))
+    if missing or info["mismatched_keys"]:
+        raise UsageError(
+            f"{folder}: weights of its encoder are missing ({', '.join(missing[:3])}); expected a whole encoder"
+        )
+    return VectorBeside(encoder, pooling).eval()
 
 
 def new_classifier(

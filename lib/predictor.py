@@ -6,6 +6,7 @@ Letters: N rows of a block, B rows of a micro-batch, L its padded length, C clas
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -16,10 +17,10 @@ from torch import nn
 from lib import budget
 from lib.batching import cut_by_tokens, pad
 from lib.checkpoint import Checkpoint, tokenizer_of
-from lib.config import EngineChoice, PrecisionChoice
+from lib.config import EngineChoice, PrecisionChoice, TokenPooling
 from lib.engine import Engine, EngineError, PackedEngine, TorchEngine, openvino_engines
 from lib.errors import UsageError, say
-from lib.model import choose_dtype, leave_out_the_unread, load_classifier, logits_of, pool_windows
+from lib.model import choose_dtype, leave_out_the_unread, load_classifier, load_with_vector, logits_of, pool_windows
 from lib.schema import Task
 from lib.tokenization import Tokens
 from lib.windows import split
@@ -42,6 +43,15 @@ CHECK_TEXTS = (
 CALIBRATION_TOKENS = 128
 """Of each row of a forward pass that is timed to find the token budget."""
 
+
+@dataclass(frozen=True)
+class Vector:
+    """That each text's vector is wanted beside its scores."""
+
+    pooling: TokenPooling | None
+    """None: what the checkpoint's own head reads, mean without one"""
+
+
 OnBatch = Callable[[int, int], None]
 """Called after each micro-batch with its rows and tokens."""
 
@@ -56,9 +66,12 @@ class Predictor:
         engine: EngineChoice = "auto",
         token_budget: int | None = None,
         threads: int | None = None,
+        vector: Vector | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.task = checkpoint.facts.task
+        self.vector = vector
+        self.num_classes = len(checkpoint.facts.labels)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if engine == "openvino" and self.device.type == "cuda":
             raise UsageError(
@@ -77,9 +90,15 @@ class Predictor:
 
         Says why each one before it does not; raises `UsageError` if none does.
         """
-        model = load_classifier(self.checkpoint.folder, self.checkpoint.trust)
+        folder, trust = self.checkpoint.folder, self.checkpoint.trust
+        model = (
+            load_classifier(folder, trust)
+            if self.vector is None
+            else load_with_vector(folder, trust, self.vector.pooling)
+        )
         checks = [(tokens, self._score_singly(model, tokens)) for tokens in self._check_tokens()]
-        leave_out_the_unread(model)
+        if self.vector is None:
+            leave_out_the_unread(model)
         problem = ""
         for engine in self._engines(wanted, dtypes, model, checks[0][0]):
             if problem:
@@ -114,7 +133,7 @@ class Predictor:
                 if wanted == "openvino":
                     raise UsageError(f"model.engine = openvino: {error}; or set it to auto or torch") from error
                 say(f"model.path {self.checkpoint.url}: {error}; going on with torch")
-        if wanted == "auto" and self.device.type == "cuda" and dtypes[0] != torch.float32:
+        if wanted == "auto" and self.device.type == "cuda" and dtypes[0] != torch.float32 and self.vector is None:
             try:
                 packed = PackedEngine(model, self.device, dtypes[0])
             except EngineError as error:
@@ -132,7 +151,17 @@ class Predictor:
         type_ids: npt.NDArray[np.integer] | None = None,
         on_batch: OnBatch | None = None,
     ) -> FloatArray:
-        """Score N rows given as a flat token array; returns `(N, C)` probabilities (regression: the values), NaN for rows without tokens.
+        """Score N rows given as a flat token array; returns `(N, C)` probabilities (regression: the values), NaN for rows without tokens."""
+        return self.predict(ids, offsets, type_ids, on_batch)[:, : self.num_classes]
+
+    def predict(
+        self,
+        ids: npt.NDArray[np.integer],
+        offsets: npt.NDArray[np.integer],
+        type_ids: npt.NDArray[np.integer] | None = None,
+        on_batch: OnBatch | None = None,
+    ) -> FloatArray:
+        """Probabilities of N rows and, if vectors are asked for, those behind them: `(N, C + H)`.
 
         Launches run ahead of the GPU: nothing is copied back before the last micro-batch is on its way. A micro-batch that
         does not fit the GPU's memory halves the token budget, for this call and all that follow; raises `UsageError` if a
@@ -145,7 +174,8 @@ class Predictor:
         is_first = np.zeros(len(sizes), np.bool_)
         is_first[np.cumsum(counts) - counts] = True
         left = sizes.copy()
-        found = np.full((len(left), len(self.checkpoint.facts.labels)), np.nan, np.float32)
+        width = self.num_classes + (0 if self.vector is None else self.checkpoint.facts.hidden_size)
+        found = np.full((len(left), width), np.nan, np.float32)
         while left.any():
             pending: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
             try:
@@ -217,11 +247,13 @@ class Predictor:
         return self.engine.launch(padded, mask, segments)
 
     def _activate(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (N, C) to probabilities."""
-        if self.task is Task.REGRESSION:
+        """Logits (N, C) to probabilities; vectors behind them (N, C + H) stay as they are."""
+        if self.task not in (Task.MULTI_CLASS, Task.MULTI_LABEL):
             return logits
-        logits = logits / self.checkpoint.card.temperature
-        return torch.sigmoid(logits) if self.task is Task.MULTI_LABEL else torch.softmax(logits, dim=-1)
+        vectors = logits[:, self.num_classes :]
+        logits = logits[:, : self.num_classes] / self.checkpoint.card.temperature
+        found = torch.sigmoid(logits) if self.task is Task.MULTI_LABEL else torch.softmax(logits, dim=-1)
+        return found if self.vector is None else torch.cat([found, vectors], dim=1)
 
     def _check_tokens(self) -> list[Tokens]:
         """The fixed texts, and pairs of them where the model tells the two texts of a pair apart."""
@@ -253,14 +285,25 @@ class Predictor:
         return self._activate(torch.cat(logits)).numpy()
 
     def _distance(self, tokens: Tokens, expected: FloatArray) -> float:
-        """The largest difference of a score from the expected one, with neighbours and alone."""
-        scale = np.maximum(1.0, np.abs(expected)) if self.task is Task.REGRESSION else 1.0
-        together = self.probabilities(tokens.ids, tokens.offsets, tokens.type_ids)
+        """The largest difference of a score from the expected one, or of a vector as a part of its length, with neighbours and alone."""
+        together = self.predict(tokens.ids, tokens.offsets, tokens.type_ids)
         alone = [
-            self.probabilities(tokens.ids, tokens.offsets[index : index + 2], tokens.type_ids)
+            self.predict(tokens.ids, tokens.offsets[index : index + 2], tokens.type_ids)
             for index in range(len(expected))
         ]
-        return max(float(np.max(np.abs(expected - found) / scale)) for found in (together, np.concatenate(alone)))
+        return max(self._difference(expected, found) for found in (together, np.concatenate(alone)))
+
+    def _difference(self, expected: FloatArray, found: FloatArray) -> float:
+        """The largest difference between answers (N, C + H)."""
+        scores, vectors = np.split(expected, [self.num_classes], axis=1)
+        scale = np.maximum(1.0, np.abs(scores)) if self.task is Task.REGRESSION else 1.0
+        worst = float(np.max(np.abs(scores - found[:, : self.num_classes]) / scale, initial=0))
+        if not np.isfinite(found).all():
+            return np.inf
+        if self.vector is None:
+            return worst
+        apart = np.linalg.norm(vectors - found[:, self.num_classes :], axis=1) / np.linalg.norm(vectors, axis=1)
+        return max(worst, float(apart.max()))
 
 
 def choose_dtypes(wanted: PrecisionChoice, device: torch.device) -> tuple[torch.dtype, ...]:

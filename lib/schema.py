@@ -18,6 +18,8 @@ class Task(enum.StrEnum):
     """any of the labels; a sigmoid each"""
     REGRESSION = "regression"
     """one number, as the model gives it"""
+    EMBEDDING = "embedding"
+    """nothing but a vector: the model is a plain encoder"""
 
 
 Targets = npt.NDArray[Any]
@@ -61,6 +63,10 @@ class PredictionSchema:
     probabilities: bool
     keys: pa.Schema
     """key columns in the types that the first run fixed; empty: `shard` and `row` are added"""
+    embedding: pa.DataType | None = None
+    """of the column with each text's vector, if there is one"""
+    abstains: bool = False
+    """whether the least sure rows get no label"""
 
     @property
     def key_fields(self) -> list[pa.Field]:
@@ -74,9 +80,14 @@ class PredictionSchema:
             Task.MULTI_CLASS: [pa.field("label", pa.string()), pa.field("score", pa.float32())],
             Task.MULTI_LABEL: [pa.field("labels", pa.list_(pa.string())), pa.field("scores", pa.list_(pa.float32()))],
             Task.REGRESSION: [pa.field("score", pa.float32())],
+            Task.EMBEDDING: [],
         }[self.task]
-        if self.probabilities and self.task is not Task.REGRESSION:
+        if self.abstains:
+            answers.append(pa.field("abstained", pa.bool_()))
+        if self.probabilities and self.task in (Task.MULTI_CLASS, Task.MULTI_LABEL):
             answers.append(pa.field("probabilities", pa.list_(pa.float32(), len(self.labels))))
+        if self.embedding is not None:
+            answers.append(pa.field("embedding", self.embedding))
         return [
             *answers,
             pa.field("num_tokens", pa.int32()),
@@ -106,12 +117,20 @@ def to_results(
     lengths: npt.NDArray[np.integer],
     truncated: npt.NDArray[np.bool_],
     errors: npt.NDArray[np.uint8],
+    vectors: npt.NDArray[np.float32] | None = None,
 ) -> pa.Table:
-    """Turn probabilities (N, C) into the columns that scoring adds; rows with an error get nulls and the error's name.
+    """Turn probabilities (N, C) and vectors (N, H) into the columns that scoring adds; rows with an error get nulls and its name.
 
     A row whose likeliest class is below its threshold gets that class's score and no label.
     """
-    errors = np.where((errors == RowError.NONE) & ~np.isfinite(probabilities).all(axis=1), RowError.NOT_FINITE, errors)
+    finite = np.isfinite(probabilities).all(axis=1)
+    stored = None
+    if schema.embedding is not None:
+        assert vectors is not None
+        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and an error of its row
+            stored = vectors.astype(schema.embedding.value_type.to_pandas_dtype())
+        finite &= np.isfinite(stored).all(axis=1)
+    errors = np.where((errors == RowError.NONE) & ~finite, RowError.NOT_FINITE, errors)
     bad = errors != RowError.NONE
     columns: list[pa.Array] = []
     if schema.task is Task.REGRESSION:
@@ -122,11 +141,16 @@ def to_results(
         without = bad | (sure < np.array(thresholds or [0] * len(schema.labels), np.float32)[best])
         columns.append(pa.array(schema.labels, pa.string()).take(pa.array(best, mask=without)))
         columns.append(pa.array(sure, pa.float32(), mask=bad))
-    else:
+        if schema.abstains:
+            columns.append(pa.array(without, pa.bool_(), mask=bad))
+    elif schema.task is Task.MULTI_LABEL:
         columns.extend(multi_label_columns(schema.labels, thresholds, probabilities, bad))
-    if schema.probabilities and schema.task is not Task.REGRESSION:
+    if schema.probabilities and schema.task in (Task.MULTI_CLASS, Task.MULTI_LABEL):
         values = pa.array(probabilities.reshape(-1), pa.float32())
         columns.append(pa.FixedSizeListArray.from_arrays(values, len(schema.labels), mask=pa.array(bad)))
+    if stored is not None:
+        values = pa.array(stored.reshape(-1))
+        columns.append(pa.FixedSizeListArray.from_arrays(values, stored.shape[1], mask=pa.array(bad)))
     columns.append(pa.array(lengths, pa.int32(), mask=bad))
     columns.append(pa.array(truncated, pa.bool_(), mask=bad))
     columns.append(ROW_ERROR_NAMES.take(pa.array(errors)))

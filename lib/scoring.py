@@ -118,7 +118,10 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
     if config.input.rows is not None and config.input.key_columns:
         raise UsageError("input.rows: rows are named by shard and row, so set input.key_columns = []")
     with ThreadPoolExecutor(2) as pool:  # torch, which a model's description needs, takes seconds to import
-        loading = pool.submit(checkpoint.load, config.model.path, config.model.max_length, config.model.trust)
+        wants_vector = config.output.embedding is not None
+        loading = pool.submit(
+            checkpoint.load, config.model.path, config.model.max_length, config.model.trust, wants_vector
+        )
         listed = None
         if config.input.rows is None:
             listed = pool.submit(lambda: list_version(config, output, loading.result()))
@@ -142,6 +145,8 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         prefix=config.output.prefix,
         probabilities=config.output.probabilities,
         keys=columns.keys if keys is None else keys,
+        embedding=vector_type(config, model),
+        abstains=checkpoint.abstains(model.card),
     )
     if schema.clashes():
         raise UsageError(
@@ -165,6 +170,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         thresholds=model.card.thresholds,
         precision=config.model.precision,
         engine=config.model.engine,
+        embedding_pooling=config.output.embedding_pooling,
         token_budget=config.resources.token_budget,
         chunk_bytes=chunk_bytes,
     )
@@ -182,6 +188,18 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         before=publishing.latest_manifest(output, version, published),
         selection=selection,
     )
+
+
+def vector_type(config: ScoreConfig, model: checkpoint.Checkpoint) -> pa.DataType | None:
+    """The type of the column with each text's vector, if it is asked for. Raises `UsageError` for a pooling of nothing."""
+    output = config.output
+    if output.embedding is None:
+        if output.embedding_pooling is not None:
+            raise UsageError(
+                "output.embedding_pooling is set, but no vector is asked for; set output.embedding, float16 for example"
+            )
+        return None
+    return pa.list_({"float16": pa.float16(), "float32": pa.float32()}[output.embedding], model.facts.hidden_size)
 
 
 def list_version(config: ScoreConfig, output: Store, model: checkpoint.Checkpoint) -> pa.Table:

@@ -45,6 +45,7 @@ def write_objects(output: Store, version: str, shards: Mapping[str, int], bad_ro
         thresholds=None,
         precision="fp32",
         engine="torch",
+        embedding_pooling=None,
         windows=None,
         truncation="head",
         token_budget=None,

@@ -37,6 +37,7 @@ from lib.watch import Running, Watch
 from lib.windows import Windows
 from tests import fakes
 from tests.integration.test_equality import real_texts, score_singly
+from tests.unit.test_embedding import vectors_singly
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -346,11 +347,60 @@ def test_a_model_that_may_abstain_leaves_out_labels_it_is_unsure_of_and_says_how
     assert unsure["label"].tolist() == expected.tolist()
     assert unsure["score"].tolist() == pytest.approx(sure["score"].tolist(), nan_ok=True)
     assert unsure["error"].notna().tolist() == [True] + [False] * 59
+    assert unsure["abstained"].tolist() == [None, *(sure["score"][1:] < limit)]
+    assert "abstained" not in sure
     count = int(expected.isna().sum()) - 1
     assert 10 < count < 50
     folder = next((tmp_path / "unsure").glob("*/_runs/run"))
     assert json.loads((folder / "run.json").read_text())["this_run"]["abstained"] == count
     assert f"no label</th><td>{count} rows" in (folder / "report.html").read_text()
+
+
+def test_vectors_are_a_column_of_a_classifier_and_all_that_a_plain_encoder_gives(tmp_path: Path) -> None:
+    texts = [None, *texts_table(40)["text"].to_pylist()]
+    fakes.write_archive(
+        str(tmp_path / "archive"),
+        {"one.parquet": pa.table({"text": texts}), "none.parquet": pa.table({"text": pa.array([], pa.string())})},
+    )
+    fakes.make_classifier(tmp_path / "model", "bert", ("good", "bad"))
+    fakes.make_encoder(tmp_path / "encoder", "bert")
+    shared = ("limits.max_bad_rows=1", "output.embedding=float16")
+    run_score(str(tmp_path / "archive"), str(tmp_path / "model"), str(tmp_path / "both"), *shared)
+    run_score(
+        str(tmp_path / "archive"),
+        str(tmp_path / "encoder"),
+        str(tmp_path / "alone"),
+        *shared,
+        "output.embedding_pooling=first",
+    )
+
+    for name, pooling in (("both", "mean"), ("alone", "first")):
+        files = list((tmp_path / name).glob("*/*-of-*.parquet"))
+        assert len(files) == 2 and len({pq.read_schema(one).remove_metadata() for one in files}) == 1
+        found = read_predictions(str(tmp_path / name))
+        assert found.schema.field("embedding").type == pa.list_(pa.float16(), fakes.HIDDEN_SIZE)
+        assert found["error"].to_pylist() == ["null", *[None] * 40]
+        assert found["embedding"].null_count == 1 and found["embedding"][0].as_py() is None
+        stored = np.array(found["embedding"].to_pylist()[1:])
+        expected = vectors_singly(tmp_path / ("model" if name == "both" else "encoder"), texts[1:], pooling)
+        assert np.abs(stored - expected).max() < 4e-3, "half precision keeps eleven bits"
+    assert read_predictions(str(tmp_path / "alone")).column_names == [
+        "shard",
+        "row",
+        "embedding",
+        "num_tokens",
+        "truncated",
+        "error",
+    ]
+    assert {"label", "score"} < set(read_predictions(str(tmp_path / "both")).column_names)
+    page = next((tmp_path / "alone").glob("*/_runs/run/report.html")).read_text()
+    assert "<b>41</b><span>rows scored" in page and "<svg" not in page, "no labels, no scores: nothing to draw"
+    with pytest.raises(UsageError, match=r"output\.embedding_pooling is set, but no vector"):
+        run_score(
+            str(tmp_path / "archive"), str(tmp_path / "model"), str(tmp_path / "x"), "output.embedding_pooling=max"
+        )
+    with pytest.raises(UsageError, match=r"holds BertModel, .* output\.embedding=float16"):
+        run_score(str(tmp_path / "archive"), str(tmp_path / "encoder"), str(tmp_path / "x"))
 
 
 def test_planning_takes_no_cpu_that_a_cluster_would_have_to_add(

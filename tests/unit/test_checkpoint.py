@@ -251,6 +251,8 @@ OTHER_VALUES: dict[str, tuple[bool, Any]] = {
     "output.path": (False, "s3://b/other"),
     "output.prefix": (True, "pred_"),
     "output.probabilities": (True, True),
+    "output.embedding": (True, "float16"),
+    "output.embedding_pooling": (False, "max"),  # without a vector; with one: see below
     "output.keep_stale_hours": (False, 1.0),
     "output.single_writer": (False, True),
     "output.dead_letter_text": (False, True),
@@ -278,6 +280,13 @@ def test_a_version_changes_with_a_key_if_it_decides_and_only_then(key: str, clas
     other = config(**{key.replace(".", "__"): value})
     assert other != config()
     assert (version_of(found, other) != version_of(found, config())) == decides
+
+
+def test_a_version_changes_with_the_kind_of_vector(classifier: str) -> None:
+    found = load(classifier)
+    kinds = [("float16", None), ("float32", None), ("float16", "mean"), ("float16", "max")]
+    chosen = [config(output__embedding=kind, output__embedding_pooling=pooling) for kind, pooling in kinds]
+    assert len({version_of(found, one) for one in chosen}) == len(kinds)
 
 
 def test_a_version_changes_with_the_rows_that_are_scored(classifier: str) -> None:
