@@ -78,19 +78,12 @@ def predict(predictor: Predictor, model: checkpoint.Checkpoint, texts: "pd.Serie
     checked, errors = check_texts(pa.array(texts, pa.string()))
     good = errors == RowError.NONE
     tokens = checkpoint.tokenizer_of(model).encode(checked.filter(pa.array(good)))
-    scores = np.full((len(errors), len(model.card.labels)), np.nan, np.float32)
+    scores = np.full((len(errors), predictor.num_classes), np.nan, np.float32)
     scores[good] = predictor.probabilities(tokens.ids, tokens.offsets)
     lengths, truncated = np.zeros(len(errors), np.int32), np.zeros(len(errors), np.bool_)
     lengths[good], truncated[good] = tokens.lengths, tokens.truncated
-    schema = PredictionSchema(
-        task=model.facts.task,
-        labels=model.card.labels,
-        prefix="",
-        probabilities=False,
-        keys=pa.schema([]),
-        abstains=checkpoint.abstains(model.card),
-    )
-    results = to_results(schema, model.card.thresholds, scores, lengths, truncated, errors)
+    schema = PredictionSchema(heads=model.card.heads, prefix="", probabilities=False, keys=pa.schema([]))
+    results = to_results(schema, scores, lengths, truncated, errors)
     for index, field in enumerate(results.schema):
         if pa.types.is_list(field.type):  # several labels: one cell, "joy; fear"
             joined = pc.binary_join(results[field.name].cast(pa.list_(pa.string())), "; ")

@@ -43,10 +43,13 @@ def main(argv: Sequence[str]) -> None:
         f"\nbest of {len(result['history'])} evaluations: step {best['step']}, in {result['seconds']:.0f} s of training"
     )
     print_metrics(f"validation ({result['rows']['valid']} rows)", best)
-    if result["test"]:
-        print_metrics(f"test ({result['test']['rows']} rows)", result["test"])
-        if "per_class" in result["test"]:
-            print_details(result["test"])
+    for name, found in result.get("tasks", {"": result}).items():
+        if name:
+            print_metrics(f"\n{name}: validation ({found['rows']['valid']} rows)", found["valid"])
+        if found["test"]:
+            print_metrics(f"{name}{': ' if name else ''}test ({found['test']['rows']} rows)", found["test"])
+            if "per_class" in found["test"]:
+                print_details(found["test"])
     path = command.config.output.path
     print(
         f"\ncheckpoint: {path}\nreport:     {path}/report.html\nuse it:     python -m jobs.score --set model.path={path} --set input.path=... --set output.path=..."

@@ -52,9 +52,7 @@ class PredictBlock:
         type_ids = table[TYPE_IDS].combine_chunks().values.to_numpy() if TYPE_IDS in table.column_names else None
         found = self.predictor.predict(ids.values.to_numpy(), offsets, type_ids, self.report)
         scores, vectors = np.split(found, [self.predictor.num_classes], axis=1)
-        results = to_results(
-            self.job.schema, self.job.thresholds, scores, np.diff(offsets), table[TRUNCATED].to_numpy(), errors, vectors
-        )
+        results = to_results(self.job.schema, scores, np.diff(offsets), table[TRUNCATED].to_numpy(), errors, vectors)
         carried = self.job.columns.carried.names
         keys = [table[name].combine_chunks() for name in carried]
         named = pa.table(

@@ -3,6 +3,8 @@
 Letters: B rows of a micro-batch, L its padded length in tokens.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -39,6 +41,26 @@ def epoch_batches(lengths: npt.NDArray[np.integer], batch_size: int, seed: int, 
     )
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     return [batches[index] for index in chance.permutation(len(batches))]
+
+
+def sample_rows(sizes: Sequence[int], temperature: float, seed: int, epoch: int) -> IntArray:
+    """The rows that an epoch sees of sets that lie one after the other, as many as there are in all.
+
+    A set's share of them is its size to the power of 1 / temperature, out of the sum of all of these (Raffel et al. 2020, arXiv
+    1910.10683, section 3.5.2); each of its rows comes as often as any other of its rows, or once more. With 1 each row once.
+    """
+    total = sum(sizes)
+    if temperature == 1:
+        return np.arange(total)
+    chance = np.random.default_rng([seed, epoch, len(sizes)])
+    shares = np.array(sizes, np.float64) ** (1 / temperature)
+    ends = np.rint(np.cumsum(shares / shares.sum()) * total).astype(np.int64)
+    found, start = [], 0
+    for size, wanted in zip(sizes, np.diff(ends, prepend=0), strict=True):
+        rounds = [chance.permutation(size) for _ in range(-(-int(wanted) // size))]
+        found.append(start + np.sort(np.concatenate(rounds)[:wanted]) if rounds else np.zeros(0, np.int64))
+        start += size
+    return np.concatenate(found)
 
 
 def share_of(batch: IntArray, rank: int, world_size: int, accumulation_steps: int) -> list[IntArray]:

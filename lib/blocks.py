@@ -21,7 +21,7 @@ from lib.config import EngineChoice, PrecisionChoice, TokenPooling, Truncation, 
 from lib.planning import Block, Chunk, RowGroup
 from lib.publishing import FOOTER_KEY, read_record
 from lib.reading import ChangedShardError, Rows, read_rows
-from lib.schema import DEAD_LETTER_SCHEMA, DEAD_LETTER_TEXT, PredictionSchema, RowError
+from lib.schema import DEAD_LETTER_SCHEMA, DEAD_LETTER_TEXT, PredictionSchema, RowError, Task, label_name
 from lib.storage import Store, explained
 from lib.tokenization import Tokenizer, Tokens
 from lib.windows import Windows
@@ -55,7 +55,6 @@ class ScoreJob:
     max_length: int
     truncation: Truncation
     windows: Windows | None
-    thresholds: tuple[float, ...] | None
     precision: PrecisionChoice
     engine: EngineChoice
     embedding_pooling: TokenPooling | None
@@ -190,7 +189,7 @@ def write_chunk(job: ScoreJob, chunk: Chunk, rows: pa.Table) -> dict[str, Any]:
         "selected": chunk.only is not None,
         **summarise(job.schema, rows),
     }
-    footer = {FOOTER_KEY: json.dumps({**record, "label_order": job.schema.labels}).encode()}
+    footer = {FOOTER_KEY: json.dumps({**record, "label_order": label_order(job.schema)}).encode()}
     size = create(job, chunk.name, rows.cast(job.schema.columns.with_metadata(footer)))
     return {**record, "name": chunk.name, "bytes": size}
 
@@ -207,28 +206,33 @@ def create(job: ScoreJob, name: str, table: pa.Table) -> int:
 def summarise(schema: PredictionSchema, rows: pa.Table) -> dict[str, Any]:
     """Count what a chunk holds: errors by reason, labels, rows without one, tokens, truncated rows, a histogram of scores."""
     prefix = schema.prefix
-    names = rows.column_names
     errors = rows[f"{prefix}error"]
-    labels, abstained = None, 0
-    if f"{prefix}label" in names:
-        labels = rows[f"{prefix}label"]
-        abstained = labels.null_count - (len(errors) - errors.null_count)
-    elif f"{prefix}labels" in names:
-        labels = pc.list_flatten(rows[f"{prefix}labels"])
-    scores: pa.Array | pa.ChunkedArray = pa.array([], pa.float32())
-    if f"{prefix}score" in names:
-        scores = rows[f"{prefix}score"]
-    elif f"{prefix}scores" in names:
-        scores = pc.list_flatten(rows[f"{prefix}scores"])
-    bins, _ = np.histogram(scores.drop_null().to_numpy(), bins=SCORE_BINS, range=(0, 1))
+    labels: dict[str, int] = {}
+    bins, abstained = np.zeros(SCORE_BINS, np.int64), 0
+    for head in schema.heads:
+        own = prefix + head.prefix
+        scores = pc.list_flatten(rows[f"{own}scores"]) if head.task is Task.MULTI_LABEL else rows[f"{own}score"]
+        bins += np.histogram(scores.drop_null().to_numpy(), bins=SCORE_BINS, range=(0, 1))[0]
+        if head.task is not Task.REGRESSION:
+            given = pc.list_flatten(rows[f"{own}labels"]) if head.task is Task.MULTI_LABEL else rows[f"{own}label"]
+            labels |= {label_name(head, label): count for label, count in count_values(given).items()}
+        if head.abstains:
+            abstained += pc.sum(rows[f"{own}abstained"]).as_py() or 0
     return {
         "errors": count_values(errors),
-        "labels": {} if labels is None else count_values(labels),
+        "labels": labels,
         "abstained": abstained,
         "tokens": int(pc.sum(rows[f"{prefix}num_tokens"]).as_py() or 0),
         "truncated": int(pc.sum(rows[f"{prefix}truncated"]).as_py() or 0),
         "score_bins": bins.tolist(),
     }
+
+
+def label_order(schema: PredictionSchema) -> Any:
+    """The labels in the order of probabilities; of several heads by their names."""
+    if len(schema.heads) == 1:
+        return schema.heads[0].labels
+    return {head.name: head.labels for head in schema.heads}
 
 
 def count_values(column: pa.ChunkedArray) -> dict[str, int]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lib.config import TRUST_NOTHING, ScoreConfig, Truncation, Trust
 from lib.errors import IncompleteError, UsageError
 from lib.facts import PICKLED_WEIGHTS, ModelFacts, has_safetensors, read_facts
-from lib.schema import Task
+from lib.schema import Head, Task
 from lib.storage import Store, cache_folder, explained, open_store
 from lib.tokenization import Tokenizer, load_tokenizer
 from lib.windows import Windows
@@ -49,11 +49,33 @@ class Card(BaseModel):
     temperature: float = 1.0
     thresholds: tuple[float, ...] | None = None
     """(C,), from which probability on each label is given; without, for multi-label 0.5, for one label a row 0"""
+    several: tuple[Head, ...] = ()
+    """the heads of a model with several; `labels` are then those of all, and the head's name stands before each"""
     files: dict[str, str] = {}
     """SHA-256 of every other file of the checkpoint"""
     metrics: dict[str, Any] = {}
     trained: dict[str, Any] = {}
     """what it was made from: configuration, seed, rows, versions of packages"""
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """What the model's outputs answer, in their order; nothing if it is a plain encoder."""
+        if self.several or self.task is Task.EMBEDDING:
+            return self.several
+        return (Head(task=self.task, labels=self.labels, temperature=self.temperature, thresholds=self.thresholds),)
+
+    def alone(self, name: str) -> "Card":
+        """The card of one of several heads, as that of a model that has no other."""
+        head = next(one for one in self.several if one.name == name)
+        return self.model_copy(
+            update={
+                "labels": head.labels,
+                "task": head.task,
+                "temperature": head.temperature,
+                "thresholds": head.thresholds,
+                "several": (),
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,14 +201,11 @@ def version_of(checkpoint: Checkpoint, config: ScoreConfig, selection: str = "")
         decides["windows"] = asdict(card.windows)
     if config.output.embedding is not None:
         decides["embedding"] = [config.output.embedding, config.output.embedding_pooling]
-    if abstains(card):
+    if card.several:
+        decides["heads"] = [asdict(head) for head in card.several]
+    elif any(head.abstains for head in card.heads):
         decides["abstained"] = True  # the column came later than the thresholds
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def abstains(card: Card) -> bool:
-    """Whether the least sure rows get no label."""
-    return card.task is Task.MULTI_CLASS and card.thresholds is not None
 
 
 def fetch(url: str, trust: Trust = TRUST_NOTHING) -> str:

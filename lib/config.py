@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lib.errors import UsageError, nearest
 from lib.windows import Windows
@@ -162,11 +162,9 @@ class ScoreConfig(Section):
     resources: ScoreResources = ScoreResources()
 
 
-class TrainSection(Section):
-    """The labelled rows to learn from."""
+class LabelledSection(Section):
+    """How labelled rows are read."""
 
-    path: str
-    """labelled Parquet: a folder, a glob or one file, on any fsspec URL"""
     text_column: str | tuple[str, str] = "text"
     """the text's column in all labelled sets; ["first", "second"] for sentence pairs"""
     label_column: str = "label"
@@ -175,6 +173,43 @@ class TrainSection(Section):
     """the label is a number to predict, not the name of a class"""
     weight_column: str | None = None
     """a column of the training rows with a number from 0: how much each counts in the loss; default: all the same"""
+
+
+class TrainSection(LabelledSection):
+    """The labelled rows to learn from."""
+
+    path: str | None = None
+    """labelled Parquet: a folder, a glob or one file, on any fsspec URL; required, unless there are tasks"""
+
+
+class TaskSection(LabelledSection):
+    """One of several labelled sets that share an encoder, with a head of its own."""
+
+    path: str
+    """labelled Parquet to learn from"""
+    valid: str | None = None
+    """labelled Parquet that chooses the best checkpoint; default: a part of the training rows, see valid.fraction"""
+    test: str | None = None
+    """labelled Parquet that the result is measured on; none: no test metrics"""
+
+
+class TasksSection(Section):
+    """Several labelled sets that share one encoder, by name: each gets a head, and columns that begin with its name."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], TaskSection] = Field(init=False)
+
+    @property
+    def named(self) -> dict[str, TaskSection]:
+        """The tasks in the order in which they were given; none: there is one, in the sections train, valid and test."""
+        return dict(self.__pydantic_extra__)
+
+
+class SamplingSection(Section):
+    """How often several tasks' rows are seen."""
+
+    temperature: float = Field(default=1.0, ge=1)
+    """1: every row once an epoch; higher: small sets oftener, large ones more seldom, by their sizes to the power of 1 / temperature"""
 
 
 class ValidSection(Section):
@@ -377,9 +412,11 @@ class TrainResources(Section):
 class TrainConfig(Section):
     """Everything `jobs.train` can be told."""
 
-    train: TrainSection
+    train: TrainSection = TrainSection()
     valid: ValidSection = ValidSection()
     test: TestSection = TestSection()
+    tasks: TasksSection = TasksSection()
+    sampling: SamplingSection = SamplingSection()
     data: DataSection = DataSection()
     model: TrainModelSection
     head: HeadSection = HeadSection()
@@ -390,6 +427,27 @@ class TrainConfig(Section):
     decision: DecisionSection = DecisionSection()
     output: TrainOutputSection
     resources: TrainResources = TrainResources()
+
+    @model_validator(mode="after")
+    def check_rows(self) -> "TrainConfig":
+        """One labelled set, or several tasks."""
+        names = list(self.tasks.named)
+        usual = TrainSection()
+        given = [f"train.{name}" for name, value in self.train if value != getattr(usual, name)]
+        given += [f"{name}.path" for name in ("valid", "test") if getattr(self, name).path is not None]
+        if not names and self.train.path is None:
+            raise ValueError("train.path is required: give it as --set train.path=... or in the --config file")
+        if not names and self.sampling != SamplingSection():
+            raise ValueError(
+                "sampling.temperature is set, but there are no tasks whose rows could be seen more or less often"
+            )
+        if names and given:
+            raise ValueError(
+                f"{given[0]} with tasks ({', '.join(names)}): each task has path, valid, test and columns of its own"
+            )
+        if len(names) == 1:
+            raise ValueError(f"tasks: there is one, {names[0]!r}; give two or more, or train.path in its place")
+        return self
 
 
 class PublishOutputSection(Section):
@@ -486,17 +544,19 @@ def assign(values: dict[str, Any], assignment: str) -> None:
     """Put one `section.key=value` into `values`, in place."""
     key, sign, text = assignment.partition("=")
     parts = key.strip().split(".")
-    if not sign or len(parts) != 2 or not all(parts):
+    if not sign or len(parts) != (3 if parts[0] == "tasks" and len(parts) > 2 else 2) or not all(parts):
         raise UsageError(
             f"--set {assignment!r}: expected section.key=value, such as --set input.path=s3://bucket/archive"
         )
-    section = values.setdefault(parts[0], {})
-    if not isinstance(section, dict):
-        raise UsageError(f"--set {assignment!r}: {parts[0]!r} is a value in the file, expected a section")
+    section = values
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise UsageError(f"--set {assignment!r}: {part!r} is a value in the file, expected a section")
     try:
-        section[parts[1]] = tomllib.loads(f"value = {text}")["value"]
+        section[parts[-1]] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        section[parts[1]] = text.strip()
+        section[parts[-1]] = text.strip()
 
 
 def validate(schema: type[ConfigT], values: dict[str, Any]) -> ConfigT:
@@ -514,12 +574,15 @@ def validate(schema: type[ConfigT], values: dict[str, Any]) -> ConfigT:
 def describe_mistake(schema: type[Section], where: tuple[str, ...], kind: str, message: str, found: object) -> str:
     """Say in one sentence what is wrong with one key."""
     sections = {name: field.annotation for name, field in schema.model_fields.items()}
+    if not where:
+        return message.removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        section = sections.get(where[0])
+        section = TaskSection if len(where) == 3 else sections.get(where[0])
         if len(where) == 1 or section is None:
             return f"unknown section {where[0]!r}{nearest(where[0], sections)} (known: {', '.join(sections)})"
         names = list(section.model_fields)
-        return f"unknown key {'.'.join(where)!r}{nearest(where[-1], names)} (known in [{where[0]}]: {', '.join(names)})"
+        known = ".".join(where[:-1])
+        return f"unknown key {'.'.join(where)!r}{nearest(where[-1], names)} (known in [{known}]: {', '.join(names)})"
     if kind == "missing":
         missing = (
             [key for key, _, required, _ in keys_of(schema) if required and key.startswith(where[0] + ".")]
@@ -527,7 +590,7 @@ def describe_mistake(schema: type[Section], where: tuple[str, ...], kind: str, m
             else [".".join(where)]
         )
         return "; ".join(f"{key} is required: give it as --set {key}=... or in the --config file" for key in missing)
-    key = ".".join(where[:2])
+    key = ".".join(where[: 3 if where[0] == "tasks" else 2])
     return f"{key} = {json.dumps(found, default=str)}: {message[0].lower()}{message[1:]}"
 
 
@@ -536,9 +599,11 @@ def keys_of(schema: type[Section]) -> Iterator[tuple[str, str, bool, str]]:
     for name, field in schema.model_fields.items():
         section = field.annotation
         assert isinstance(section, type) and issubclass(section, Section)
-        for key, leaf in section.model_fields.items():
+        fields = section.model_fields if section is not TasksSection else TaskSection.model_fields
+        prefix = f"{name}.NAME" if section is TasksSection else name
+        for key, leaf in fields.items():
             default = "" if leaf.is_required() or leaf.default is None else json.dumps(leaf.default)
-            yield f"{name}.{key}", default, leaf.is_required(), leaf.description or ""
+            yield f"{prefix}.{key}", default, leaf.is_required() and prefix == name, leaf.description or ""
 
 
 def describe_keys(schema: type[Section]) -> str:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from lib.batching import epoch_batches
+from lib.batching import IntArray, epoch_batches, sample_rows
 from lib.calibration import Decision, FloatArray, decide
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, commit, fetch
 from lib.config import StoppingSection, TrainConfig
@@ -33,11 +33,12 @@ from lib.errors import UsageError, say
 from lib.label_noise import LISTED, find_suspects, rows_to_look_at
 from lib.labelled import LabelledIndex
 from lib.learning import Learner, Team, features_of_rows
-from lib.loss import Objective
+from lib.loss import Objective, SeveralObjectives
 from lib.mapped import LabelledSet, Subset, known_rows, local_copy, map_set, split_rows, without_known
 from lib.metrics import describe, is_better, shown, summarize, worst_errors
 from lib.model import choose_dtype, new_classifier
 from lib.model_card import model_card
+from lib.schema import Head, label_name, slices_of, task_of
 from lib.sharding import broadcast_weights, load_optimizer, load_weights, whole, whole_state
 from lib.storage import Store
 from lib.tokenization import load_tokenizer
@@ -63,6 +64,18 @@ MAX_KNOWN = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskJob:
+    """What a worker is told of one labelled set with its head."""
+
+    name: str
+    """empty if there are no others"""
+    index: LabelledIndex
+    objective: Objective
+    data: Store
+    """its tokenized rows"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What a worker is told."""
 
@@ -72,14 +85,34 @@ class Job:
     """model.base, made absolute: Ray Train moves workers to another working directory"""
     max_length: int
     pad_token_id: int
-    index: LabelledIndex
-    objective: Objective
+    tasks: tuple[TaskJob, ...]
+    """one, or one for each head"""
     metric: str
     """which chooses the checkpoint"""
     output: Store
     folder: Store
     """of this run: tokenized data and Ray Train's checkpoints; removed at the end"""
     cpus_per_worker: int
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """What the model's outputs answer."""
+        return tuple(Head(name=one.name, task=one.index.task, labels=one.index.labels) for one in self.tasks)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of all heads."""
+        return tuple(label_name(head, label) for head in self.heads for label in head.labels)
+
+    @property
+    def objective(self) -> Objective | SeveralObjectives:
+        """What training makes small."""
+        parts = tuple(one.objective for one in self.tasks)
+        return (
+            parts[0]
+            if len(parts) == 1
+            else SeveralObjectives(parts=parts, places=tuple(place for _, place in slices_of(self.heads)))
+        )
 
 
 @dataclass
@@ -121,11 +154,11 @@ def join_team(job: Job) -> Team:
     )
 
 
-def open_sets(job: Job) -> dict[str, Subset]:
-    """Map all sets; without one for validation a part of the training rows is set aside, the same on every worker."""
-    index, data = job.index, job.folder.at("data")
+def open_sets(job: Job, task: TaskJob) -> dict[str, Subset]:
+    """Map all sets of a task; without one for validation a part of the training rows is set aside, the same on every worker."""
+    index, windows = task.index, job.config.model.windows
     mapped = {
-        name: map_set(data, files, index.labels, index.task, job.pad_token_id, job.max_length, job.config.model.windows)
+        name: map_set(task.data, files, index.labels, index.task, job.pad_token_id, job.max_length, windows)
         for name, files in index.files.items()
     }
     sets = {name: Subset(one, np.arange(len(one))) for name, one in mapped.items()}
@@ -134,6 +167,20 @@ def open_sets(job: Job) -> dict[str, Subset]:
         parts = split_rows(train.targets, job.config.valid.fraction, job.config.optim.seed)
         sets["train"], sets["valid"] = (Subset(train, part) for part in parts)
     return sets
+
+
+def mix_sets(several: Sequence[dict[str, Subset]]) -> dict[str, Subset]:
+    """The sets of all tasks as one of each kind: the rows of one task after those of the other. A task without one has no rows in it."""
+    if len(several) == 1:
+        return several[0]
+    found = {}
+    for name in ("train", "valid", "test"):
+        parts = [sets[name] for sets in several if name in sets]
+        if parts:
+            starts = np.cumsum([0, *(len(part.data) for part in parts)])
+            chosen = [start + part.chosen for start, part in zip(starts[:-1], parts, strict=True)]
+            found[name] = Subset(LabelledSet.mix([part.data for part in parts]), np.concatenate(chosen))
+    return found
 
 
 def check_duplicates(
@@ -167,7 +214,7 @@ def new_model(job: Job) -> PreTrainedModel:
     config, trust = job.config, job.config.model.trust
     base = fetch(job.base, trust)
     model = new_classifier(
-        base, job.index.labels, job.index.task, config.model.dropout, config.optim.seed, trust, config.head
+        base, job.labels, task_of(job.heads), config.model.dropout, config.optim.seed, trust, config.head
     )
     freeze(model, config)
     add_adapters(model, config.lora)
@@ -180,7 +227,11 @@ class Fit:
     def __init__(self, job: Job, team: Team) -> None:
         self.job = job
         self.team = team
-        self.sets, self.known = check_duplicates(open_sets(job), job.config, team.rank)
+        checked = [check_duplicates(open_sets(job, task), job.config, team.rank) for task in job.tasks]
+        self.sets_of = [sets for sets, _ in checked]
+        """each task's own rows"""
+        self.known = [known for _, known in checked]
+        self.sets = mix_sets(self.sets_of)
         self.steps_per_epoch = math.ceil(len(self.sets["train"]) / job.config.optim.batch_size)
         optim = job.config.optim
         model: Any = new_model(job)
@@ -200,13 +251,12 @@ class Fit:
     def run(self) -> None:
         """Train to the end or until stopping is due, and leave the best weights in the model of every worker."""
         config, learner, progress, train = self.job.config, self.learner, self.progress, self.sets["train"]
-        lengths = train.lengths
         places = evaluation_places(self.steps_per_epoch, config.stopping.evaluations_per_epoch)
         loaded, batches = -1, []
         while progress.step < learner.total_steps and not progress.stopped:
             epoch, place = divmod(progress.step, self.steps_per_epoch)
             if epoch != loaded:
-                loaded, batches = epoch, epoch_batches(lengths, config.optim.batch_size, config.optim.seed, epoch)
+                loaded, batches = epoch, self.batches_of(epoch)
                 learner.begin_epoch(epoch)
             learner.step(progress.step, train.data, train.chosen[batches[place]])
             progress.step += 1
@@ -217,22 +267,48 @@ class Fit:
         if progress.failure is None:
             self.restore_kept()
 
+    def batches_of(self, epoch: int) -> list[IntArray]:
+        """The places in the training set of each batch of an epoch."""
+        optim, sizes = self.job.config.optim, [len(sets["train"]) for sets in self.sets_of]
+        rows = sample_rows(sizes, self.job.config.sampling.temperature, optim.seed, epoch)
+        lengths = self.sets["train"].lengths[rows]
+        return [rows[places] for places in epoch_batches(lengths, optim.batch_size, optim.seed, epoch)]
+
+    def parts_of(self, name: str, logits: FloatArray) -> list[tuple[int, FloatArray]]:
+        """The logits of a set, task by task: the task's number, and its head's logits of its own rows."""
+        found, start = [], 0
+        for number, (sets, (_, place)) in enumerate(zip(self.sets_of, slices_of(self.job.heads), strict=True)):
+            if name in sets:
+                found.append((number, logits[start : start + len(sets[name]), place]))
+                start += len(sets[name])
+        return found
+
+    def summary(self, logits: FloatArray) -> dict[str, float]:
+        """The few numbers that validation gives; of several tasks the means, and each one's behind its name."""
+        found = {}
+        for number, own in self.parts_of("valid", logits):
+            head = self.job.heads[number]
+            found[head.prefix] = summarize(self.sets_of[number]["valid"].targets, own, Decision(task=head.task))
+        if len(found) == 1:
+            return found[""]
+        shared = [key for key in next(iter(found.values())) if all(key in one for one in found.values())]
+        means = {key: float(np.mean([one[key] for one in found.values()])) for key in shared}
+        return means | {prefix + key: value for prefix, one in found.items() for key, value in one.items()}
+
     def assess(self) -> None:
         """Evaluate on the validation rows, and decide what is best and whether to stop: on rank 0, for all."""
         progress, stopping, metric = self.progress, self.job.config.stopping, self.job.metric
-        valid = self.sets["valid"]
         means, bad_step = self.learner.means()
-        found = self.learner.evaluate(valid)
+        found = self.learner.evaluate(self.sets["valid"])
         entry: dict[str, float] = {}
         if found is not None:
-            summary = summarize(valid.targets, found, Decision(task=self.job.index.task))
             entry = {
                 "step": progress.step,
                 "epoch": round(progress.step / self.steps_per_epoch, 4),
                 "seconds": round(time.monotonic() - self.begun, 3),
                 "workers": self.team.size,
                 **means,
-                **summary,
+                **self.summary(found),
             }
         entry = self.team.broadcast(entry)
         progress.history.append(entry)
@@ -259,9 +335,9 @@ class Fit:
 
     def describe_bad(self, step: int) -> str:
         """Say where the training loss ceased to be a number."""
-        optim, train = self.job.config.optim, self.sets["train"]
+        train = self.sets["train"]
         epoch, place = divmod(step, self.steps_per_epoch)
-        rows = train.chosen[epoch_batches(train.lengths, optim.batch_size, optim.seed, epoch)[place]]
+        rows = train.chosen[self.batches_of(epoch)[place]]
         shown = ", ".join(map(str, rows[:SHOWN_ROWS]))
         return (
             f"the training loss is no finite number from step {step + 1} (epoch {epoch + 1}) on; rows {shown}"
@@ -357,7 +433,7 @@ class Fit:
         best = next(entry for entry in self.progress.history if entry["step"] == self.progress.kept[0])
         if len(self.progress.kept) == 1:
             return best
-        return best | summarize(self.sets["valid"].targets, logits, Decision(task=self.job.index.task))
+        return best | self.summary(logits)
 
     def restore_kept(self) -> None:
         """Make the weights that rank 0 keeps, or the mean of several, every worker's candidate."""
@@ -422,52 +498,46 @@ def work(settings: dict[str, Any]) -> str | None:
         valid, test = fit.learner.evaluate(fit.sets["valid"]), fit.sets.get("test")
         found = None if test is None else fit.learner.evaluate(test)
         if valid is not None:
-            decision = decide(job.config.decision, valid, fit.sets["valid"].targets, job.index.task)
-            publish(fit, decision, valid, found)
+            publish(fit, valid, found)
     dist.barrier(group=team.control)
     if not job.folder.is_local and ray.train.get_context().get_local_rank() == 0:
-        shutil.rmtree(local_copy(job.folder.at("data")), ignore_errors=True)
+        for task in job.tasks:
+            shutil.rmtree(local_copy(task.data), ignore_errors=True)
     return fit.progress.failure
 
 
-def publish(fit: Fit, decision: Decision, valid: FloatArray, test: FloatArray | None) -> None:
+def publish(fit: Fit, valid: FloatArray, test: FloatArray | None) -> None:
     """Write the model's folder with its metrics, given the logits of validation and test rows, and commit it."""
     job, progress, best = fit.job, fit.progress, fit.validation(valid)
-    described = {
-        name: describe(fit.sets[name].targets, logits, decision, job.index.labels)
-        for name, logits in (("valid", valid), ("test", test))
-        if logits is not None
-    }
-    tested = described.get("test")
+    heads, found = [], {}
+    tests = {} if test is None else dict(fit.parts_of("test", test))
+    for number, logits in fit.parts_of("valid", valid):
+        head, sets = job.heads[number], fit.sets_of[number]
+        decision = decide(job.config.decision, logits, sets["valid"].targets, head.task)
+        heads.append(replace(head, temperature=decision.temperature, thresholds=decision.thresholds))
+        found[head.name] = task_metrics(fit, number, decision, logits, tests.get(number))
     rows = {name: len(one) for name, one in fit.sets.items()}
-    metrics = {
+    metrics: dict[str, Any] = {
         "run_id": job.run_id,
         "seconds": progress.seconds,
         "rows": rows,
-        "dropped": job.index.dropped,
-        "known_from_training": fit.known,
-        "labels": list(job.index.labels),
         "metric": job.metric,
         "best": best,
         "averaged_steps": progress.kept if len(progress.kept) > 1 else None,
-        "temperature": decision.temperature,
-        "thresholds": decision.thresholds,
         "resumed_after": progress.resumed_after,
         "history": progress.history,
-        "valid": described["valid"],
-        "test": tested,
         "label_noise": fit.suspects,
-        "errors": find_errors(fit, decision, "valid" if test is None else "test", valid if test is None else test),
-        "label_counts": job.index.label_counts,
-        "lengths": {"rows": job.index.sampled["train"], "longer_than": job.index.longer["train"]},
+        **(found[""] if len(found) == 1 else {"tasks": found}),
     }
     trained = {
         "run_id": job.run_id,
         "config": deciding(job.config),
         "seed": job.config.optim.seed,
-        "data": job.index.fingerprint,
+        "data": "|".join(task.index.fingerprint for task in job.tasks),
         "rows": rows,
-        "label_counts": job.index.label_counts,
+        "label_counts": {task.name: task.index.label_counts for task in job.tasks}
+        if len(found) > 1
+        else job.tasks[0].index.label_counts,
         "precision": str(fit.team.dtype).removeprefix("torch."),
         "workers": fit.team.size,
         "versions": {
@@ -475,16 +545,17 @@ def publish(fit: Fit, decision: Decision, valid: FloatArray, test: FloatArray | 
             **{name: version(name) for name in ("torch", "transformers", "ray")},
         },
     }
-    brief = {key: value for key, value in (tested or {}).items() if not isinstance(value, (list, dict))}
+    briefly = {name: brief(one["test"]) for name, one in found.items()}
     card = Card(
-        labels=job.index.labels,
-        task=job.index.task,
+        labels=job.labels,
+        task=task_of(heads),
         max_length=job.max_length,
         truncation=job.config.model.truncation,
         windows=job.config.model.windows,
-        temperature=decision.temperature,
-        thresholds=decision.thresholds,
-        metrics={"valid": best, "test": brief or None},
+        temperature=heads[0].temperature if len(heads) == 1 else 1.0,
+        thresholds=heads[0].thresholds if len(heads) == 1 else None,
+        several=tuple(heads) if len(heads) > 1 else (),
+        metrics={"valid": best, "test": briefly[""] if len(found) == 1 else briefly},
         trained=trained,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -502,6 +573,38 @@ def publish(fit: Fit, decision: Decision, valid: FloatArray, test: FloatArray | 
     print(f"committed the weights of {steps} to {job.output.url}", flush=True)
 
 
+def task_metrics(
+    fit: Fit, number: int, decision: Decision, valid: FloatArray, test: FloatArray | None
+) -> dict[str, Any]:
+    """What is known of one task at the end, given the logits of its validation and test rows."""
+    index, sets = fit.job.tasks[number].index, fit.sets_of[number]
+    described = {
+        name: describe(sets[name].targets, logits, decision, index.labels)
+        for name, logits in (("valid", valid), ("test", test))
+        if logits is not None
+    }
+    return {
+        "rows": {name: len(one) for name, one in sets.items()},
+        "dropped": index.dropped,
+        "known_from_training": fit.known[number],
+        "labels": list(index.labels),
+        "temperature": decision.temperature,
+        "thresholds": decision.thresholds,
+        "valid": described["valid"],
+        "test": described.get("test"),
+        "errors": find_errors(
+            fit, number, decision, "valid" if test is None else "test", valid if test is None else test
+        ),
+        "label_counts": index.label_counts,
+        "lengths": {"rows": index.sampled["train"], "longer_than": index.longer["train"]},
+    }
+
+
+def brief(metrics: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The single numbers of a set's metrics."""
+    return {key: value for key, value in (metrics or {}).items() if not isinstance(value, (list, dict))} or None
+
+
 def look_for_label_noise(job: Job, model: PreTrainedModel, rows: Subset, team: Team) -> dict[str, Any] | None:
     """Training rows whose label looks wrong, if that is asked for: the clearest ones, and how many there are. On rank 0.
 
@@ -517,7 +620,7 @@ def look_for_label_noise(job: Job, model: PreTrainedModel, rows: Subset, team: T
     features = features_of_rows(model, looked_at, team)
     if features is None:
         return None
-    suspects = find_suspects(features, looked_at.targets, looked_at.chosen, job.index.labels, seed)
+    suspects = find_suspects(features, looked_at.targets, looked_at.chosen, job.labels, seed)
     listed = [asdict(one) for one in suspects[:LISTED]]
     if job.config.output.report_text:
         add_texts(job, listed, rows.data)
@@ -537,10 +640,10 @@ def add_texts(job: Job, listed: list[dict[str, Any]], data: LabelledSet) -> None
         one["text"] = tokenizer.text_of(data.ids_of(one["row"]))
 
 
-def find_errors(fit: Fit, decision: Decision, name: str, logits: FloatArray) -> list[dict[str, Any]]:
-    """The worst errors on the rows of a set, with their texts, as the model reads them, if the configuration allows it."""
-    job, rows = fit.job, fit.sets[name]
-    errors = worst_errors(rows.targets, logits, decision, job.index.labels)
+def find_errors(fit: Fit, number: int, decision: Decision, name: str, logits: FloatArray) -> list[dict[str, Any]]:
+    """The worst errors on the rows of a task's set, with their texts, as the model reads them, if the configuration allows it."""
+    job, rows = fit.job, fit.sets_of[number][name]
+    errors = worst_errors(rows.targets, logits, decision, job.tasks[number].index.labels)
     for one in errors:
         one["row"] = int(rows.chosen[one["row"]])
     if job.config.output.report_text:

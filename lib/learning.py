@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lib.batching import IntArray, cut_by_tokens, share_of
 from lib.config import OptimSection
-from lib.loss import Objective, rdrop_losses
+from lib.loss import Objective, SeveralObjectives
 from lib.mapped import LabelledSet, Subset
 from lib.model import logits_of, mean_state, pool_windows
 from lib.sharding import shard, whole
@@ -85,7 +85,12 @@ class Learner:
     """The model in training: its weights, its optimizer, and one step of it."""
 
     def __init__(
-        self, model: PreTrainedModel, optim: OptimSection, objective: Objective, team: Team, total_steps: int
+        self,
+        model: PreTrainedModel,
+        optim: OptimSection,
+        objective: Objective | SeveralObjectives,
+        team: Team,
+        total_steps: int,
     ) -> None:
         """Of the model learns what requires a gradient."""
         self.optim = optim
@@ -224,12 +229,6 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def forward(model: nn.Module, data: LabelledSet, rows: IntArray, team: Team) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, C) and targets of some rows."""
-    logits = read_batch(model, logits_of, data, rows, team)
-    return logits, torch.from_numpy(data.targets[rows]).to(team.device)
-
-
 def read_batch(model: nn.Module, read: Read, data: LabelledSet, rows: IntArray, team: Team) -> torch.Tensor:
     """What `read` takes (B, ...) from one pass over some rows, that of a row's windows pooled."""
     ids, mask, type_ids = data.gather(rows)
@@ -248,7 +247,7 @@ def accumulate(
     data: LabelledSet,
     shares: Sequence[IntArray],
     batch: IntArray,
-    objective: Objective,
+    objective: Objective | SeveralObjectives,
     team: Team,
     scaler: GradScaler = UNSCALED,
 ) -> torch.Tensor:
@@ -265,10 +264,8 @@ def accumulate(
     for index, share in enumerate(shares[:num_passes]):
         rows = share if len(share) else np.zeros(1, dtype=np.int64)
         with gradients_stay(model, index + 1 < num_passes):
-            logits, targets = forward(model, data, np.tile(rows, 2) if objective.rdrop else rows, team)
-            losses = objective.losses(logits, targets)
-            if objective.rdrop:
-                losses = rdrop_losses(logits, losses, objective.task, objective.rdrop)
+            logits = read_batch(model, logits_of, data, np.tile(rows, 2) if objective.rdrop else rows, team)
+            losses = objective.losses(logits, torch.from_numpy(data.targets[rows]).to(team.device))
             own = objective.row_weights(data.targets[rows], None if data.weights is None else data.weights[rows])
             scale = torch.from_numpy(own).to(team.device) * (team.size / weight_sum if len(share) else 0.0)
             loss = (losses * scale).sum()

@@ -31,7 +31,14 @@ class Objective:
     """weight of R-Drop: each row passes twice"""
 
     def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Loss of each row (B,), in fp32, from logits (B, C) and targets (B,) or (B, C)."""
+        """Loss of each row (B,), in fp32, from logits (B, C) and targets (B,) or (B, C). With R-Drop two passes' (2B, C), one's (B,)."""
+        if self.rdrop:
+            both = torch.cat([targets, targets])
+            return rdrop_losses(logits, self.plain_losses(logits, both), self.task, self.rdrop)
+        return self.plain_losses(logits, targets)
+
+    def plain_losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Loss of each row (B,), in fp32, of one pass."""
         logits = logits.float()
         if self.task is Task.REGRESSION:
             return functional.mse_loss(logits.squeeze(1), targets, reduction="none")
@@ -53,6 +60,46 @@ class Objective:
         """How much each row counts (N,): its own weight, if rows have one, times its class's."""
         found = np.ones(len(targets), np.float32) if weights is None else weights
         return found if self.class_weights is None else found * np.asarray(self.class_weights, np.float32)[targets]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeveralObjectives:
+    """The training losses of several heads on one encoder: each row has that of its task."""
+
+    parts: tuple[Objective, ...]
+    places: tuple[slice, ...]
+    """of each task's outputs among those of all"""
+
+    @property
+    def rdrop(self) -> float:
+        """Weight of R-Drop, the same for all."""
+        return self.parts[0].rdrop
+
+    def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Loss of each row (B,), in fp32, from logits (B, C) of all heads and targets (B, 1 + C) as `LabelledSet.mix` makes them."""
+        found = logits.new_zeros(len(targets), dtype=torch.float32)
+        passes = logits.view(-1, *targets.shape[:1], logits.shape[1])
+        for number, (part, place) in enumerate(zip(self.parts, self.places, strict=True)):
+            rows = torch.nonzero(targets[:, 0] == number).squeeze(1)
+            own = passes[:, rows, place].flatten(0, 1)
+            found = found.index_put((rows,), part.losses(own, taught(part.task, targets[rows, 1:], place)))
+        return found
+
+    def row_weights(self, targets: Targets, weights: FloatArray | None) -> FloatArray:
+        """How much each row counts (N,)."""
+        found = np.ones(len(targets), np.float32)
+        for number, part in enumerate(self.parts):
+            rows = np.flatnonzero(targets[:, 0] == number)
+            classes = targets[rows, 1].astype(np.int64)
+            found[rows] = part.row_weights(classes, None if weights is None else weights[rows])
+        return found
+
+
+def taught(task: Task, targets: torch.Tensor, place: slice) -> torch.Tensor:
+    """Targets (B, C) of one task's rows as its loss wants them."""
+    if task is Task.MULTI_LABEL:
+        return targets[:, : place.stop - place.start]
+    return targets[:, 0].long() if task is Task.MULTI_CLASS else targets[:, 0]
 
 
 def rdrop_losses(logits: torch.Tensor, losses: torch.Tensor, task: Task, weight: float) -> torch.Tensor:

@@ -62,7 +62,7 @@ class LabelledSet:
         self.lengths: npt.NDArray[np.int32] = np.concatenate([np.diff(part.offsets) for part in self.parts])
         self.starts = np.cumsum([0, *(len(part.offsets) - 1 for part in self.parts)])
         self.targets: Targets = np.concatenate(targets)
-        """(N,) class numbers as int64, (N, C) zeros and ones as uint8, or (N,) numbers as float32"""
+        """(N,) class numbers as int64, (N, C) zeros and ones as uint8, (N,) numbers as float32, or what `mix` makes of several"""
         self.weights: npt.NDArray[np.float32] | None = np.concatenate(weights) if weights else None
         """(N,) how much each row counts, if the rows say so"""
         self.hashes: npt.NDArray[np.uint64] = np.concatenate([np.zeros(0, np.uint64), *hashes])
@@ -76,7 +76,7 @@ class LabelledSet:
         lengths = self.lengths[rows] if self.windows is None else split(self.lengths[rows], self.max_length)[1]
         mask = np.arange(int(lengths.max())) < lengths[:, None]
         ids = np.full(mask.shape, self.pad_token_id, dtype=np.int64)
-        type_ids = None if self.parts[0].type_ids is None else np.zeros(mask.shape, dtype=np.int64)
+        type_ids = None if all(part.type_ids is None for part in self.parts) else np.zeros(mask.shape, dtype=np.int64)
         owners = np.searchsorted(self.starts, rows, side="right") - 1
         place = 0
         for row, owner in zip(rows, owners, strict=True):
@@ -89,6 +89,32 @@ class LabelledSet:
                     type_ids[place, : last - start] = part.type_ids[start:last]
                 place += 1
         return ids, mask, type_ids
+
+    @classmethod
+    def mix(cls, sets: Sequence["LabelledSet"]) -> "LabelledSet":
+        """Put the rows of several tasks' sets one after the other. Targets (N, 1 + C): a row's task, and what that task teaches.
+
+        C is the most that a task needs for it.
+        """
+        found = cls.__new__(cls)
+        first = sets[0]
+        found.pad_token_id, found.max_length, found.windows = first.pad_token_id, first.max_length, first.windows
+        found.parts = [part for one in sets for part in one.parts]
+        found.lengths = np.concatenate([one.lengths for one in sets])
+        found.starts = np.cumsum([0, *(len(part.offsets) - 1 for part in found.parts)])
+        found.targets = np.zeros((len(found.lengths), 1 + max(one.targets[0].size for one in sets)), np.float32)
+        found.weights = None
+        if any(one.weights is not None for one in sets):
+            weights = [np.ones(len(one), np.float32) if one.weights is None else one.weights for one in sets]
+            found.weights = np.concatenate(weights)
+        found.hashes = np.concatenate([one.hashes for one in sets])
+        start = 0
+        for number, one in enumerate(sets):
+            rows = found.targets[start : start + len(one)]
+            rows[:, 0] = number
+            rows[:, 1 : 1 + one.targets[0].size] = one.targets.reshape(len(one), -1)
+            start += len(one)
+        return found
 
     def ids_of(self, row: int) -> IntArray:
         """The token ids of a row (L,), with windows those of all of them."""

@@ -189,6 +189,13 @@ def worst_errors(
     ]
 
 
+def metrics_of(metrics: dict[str, Any], name: str) -> dict[str, Any]:
+    """The metrics of one of several heads, as those of a model that has no other."""
+    common = {key: value for key, value in metrics.items() if key != "tasks"}
+    own = metrics["tasks"][name]
+    return common | own | {"best": {"step": metrics["best"]["step"], **own["valid"]}}
+
+
 def is_better(value: float, best: float | None, metric: str) -> bool:
     """Whether a metric's value beats the best so far; NaN beats nothing."""
     if best is None:

@@ -94,7 +94,7 @@ def new_classifier(
         Task.MULTI_CLASS: "single_label_classification",
         Task.MULTI_LABEL: "multi_label_classification",
         Task.REGRESSION: "regression",
-    }[task]
+    }.get(task)
     changes: dict[str, Any] = {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),

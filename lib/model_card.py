@@ -5,7 +5,7 @@ from typing import Any
 import jinja2
 
 from lib.checkpoint import CARD_NAME, Card
-from lib.metrics import SHOWN
+from lib.metrics import SHOWN, metrics_of
 
 SHOWN_LABELS = 30
 """Labels, and rows of the table; the rest is in the checkpoint's files."""
@@ -59,7 +59,11 @@ Fine-tuned from `{{ trained.config.model.base }}` on {{ "{:,}".format(rows.train
 
 
 def model_card(card: Card, metrics: dict[str, Any]) -> str:
-    """Say in Markdown what a checkpoint is, how good, and how it was made; `metrics` as `metrics.json` has them."""
+    """Say in Markdown what a checkpoint is, how good, and how it was made, head by head; `metrics` as `metrics.json` has them."""
+    if "tasks" in metrics:
+        pages = {name: model_card(card.alone(name), metrics_of(metrics, name)) for name in metrics["tasks"]}
+        front = next(iter(pages.values())).partition("# ")[0]
+        return front + "\n".join(f"# Head `{name}`\n\n#{page.removeprefix(front)}" for name, page in pages.items())
     tested = metrics["test"]
     results = [("validation, which chose the weights", metrics["rows"]["valid"], metrics["best"])]
     if tested is not None:

@@ -21,7 +21,7 @@ from lib.config import EngineChoice, PrecisionChoice, TokenPooling
 from lib.engine import Engine, EngineError, PackedEngine, TorchEngine, openvino_engines
 from lib.errors import UsageError, say
 from lib.model import choose_dtype, leave_out_the_unread, load_classifier, load_with_vector, logits_of, pool_windows
-from lib.schema import Task
+from lib.schema import Task, slices_of
 from lib.tokenization import Tokens
 from lib.windows import split
 
@@ -69,9 +69,10 @@ class Predictor:
         vector: Vector | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.task = checkpoint.facts.task
+        self.heads = slices_of(checkpoint.card.heads)
         self.vector = vector
-        self.num_classes = len(checkpoint.facts.labels)
+        self.num_classes = sum(len(head.labels) for head, _ in self.heads)
+        """C, of all heads together"""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if engine == "openvino" and self.device.type == "cuda":
             raise UsageError(
@@ -248,12 +249,14 @@ class Predictor:
 
     def _activate(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) to probabilities; vectors behind them (N, C + H) stay as they are."""
-        if self.task not in (Task.MULTI_CLASS, Task.MULTI_LABEL):
-            return logits
-        vectors = logits[:, self.num_classes :]
-        logits = logits[:, : self.num_classes] / self.checkpoint.card.temperature
-        found = torch.sigmoid(logits) if self.task is Task.MULTI_LABEL else torch.softmax(logits, dim=-1)
-        return found if self.vector is None else torch.cat([found, vectors], dim=1)
+        found = logits.clone()
+        for head, place in self.heads:
+            scaled = logits[:, place] / head.temperature
+            if head.task is Task.MULTI_LABEL:
+                found[:, place] = torch.sigmoid(scaled)
+            elif head.task is Task.MULTI_CLASS:
+                found[:, place] = torch.softmax(scaled, dim=-1)
+        return found
 
     def _check_tokens(self) -> list[Tokens]:
         """The fixed texts, and pairs of them where the model tells the two texts of a pair apart."""
@@ -296,7 +299,7 @@ class Predictor:
     def _difference(self, expected: FloatArray, found: FloatArray) -> float:
         """The largest difference between answers (N, C + H)."""
         scores, vectors = np.split(expected, [self.num_classes], axis=1)
-        scale = np.maximum(1.0, np.abs(scores)) if self.task is Task.REGRESSION else 1.0
+        scale = np.maximum(1.0, np.abs(scores))  # only numbers are over 1
         worst = float(np.max(np.abs(scores - found[:, : self.num_classes]) / scale, initial=0))
         if not np.isfinite(found).all():
             return np.inf

@@ -1,6 +1,7 @@
 """What a prediction looks like: tasks, row errors, the one Arrow schema that every object of a version has, and its columns."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,67 @@ class Task(enum.StrEnum):
     """any of the labels; a sigmoid each"""
     REGRESSION = "regression"
     """one number, as the model gives it"""
+    SEVERAL = "several"
+    """several heads on one encoder, each with a task of its own"""
     EMBEDDING = "embedding"
     """nothing but a vector: the model is a plain encoder"""
 
 
 Targets = npt.NDArray[Any]
 """What labelled rows teach: class numbers (N,), for multi-label zeros and ones (N, C), for regression numbers (N,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What a model's outputs answer, or some of them if it has several heads on one encoder."""
+
+    name: str = ""
+    """before its columns; empty if the model has one head"""
+    task: Task
+    labels: tuple[str, ...]
+    """in the order of its C outputs"""
+    temperature: float = 1.0
+    """logits are divided by it"""
+    thresholds: tuple[float, ...] | None = None
+    """(C,), from which probability on each label is given; without, for multi-label 0.5, for one label a row 0"""
+
+    @property
+    def prefix(self) -> str:
+        """What its columns begin with."""
+        return f"{self.name}_" if self.name else ""
+
+    @property
+    def abstains(self) -> bool:
+        """Whether the least sure rows get no label."""
+        return self.task is Task.MULTI_CLASS and self.thresholds is not None
+
+    @property
+    def fields(self) -> list[pa.Field]:
+        """The columns of its answers."""
+        found = {
+            Task.MULTI_CLASS: [pa.field("label", pa.string()), pa.field("score", pa.float32())],
+            Task.MULTI_LABEL: [pa.field("labels", pa.list_(pa.string())), pa.field("scores", pa.list_(pa.float32()))],
+            Task.REGRESSION: [pa.field("score", pa.float32())],
+        }[self.task]
+        if self.abstains:
+            found.append(pa.field("abstained", pa.bool_()))
+        return [field.with_name(self.prefix + field.name) for field in found]
+
+
+def task_of(heads: Sequence[Head]) -> Task:
+    """The task of a model with these heads."""
+    return heads[0].task if len(heads) == 1 else Task.SEVERAL
+
+
+def label_name(head: Head, label: str) -> str:
+    """A label as it is told from those of other heads."""
+    return f"{head.name}/{label}" if head.name else label
+
+
+def slices_of(heads: Sequence[Head]) -> list[tuple[Head, slice]]:
+    """Each head with its place among the outputs of all."""
+    ends = np.cumsum([len(one.labels) for one in heads]).tolist()
+    return [(one, slice(end - len(one.labels), end)) for one, end in zip(heads, ends, strict=True)]
 
 
 class RowError(enum.IntEnum):
@@ -57,16 +113,14 @@ DEAD_LETTER_TEXT = pa.field("text", pa.string())
 class PredictionSchema:
     """The columns of every object of a version."""
 
-    task: Task
-    labels: tuple[str, ...]
+    heads: tuple[Head, ...]
+    """none: the model is a plain encoder"""
     prefix: str
     probabilities: bool
     keys: pa.Schema
     """key columns in the types that the first run fixed; empty: `shard` and `row` are added"""
     embedding: pa.DataType | None = None
     """of the column with each text's vector, if there is one"""
-    abstains: bool = False
-    """whether the least sure rows get no label"""
 
     @property
     def key_fields(self) -> list[pa.Field]:
@@ -76,16 +130,12 @@ class PredictionSchema:
     @property
     def result_fields(self) -> list[pa.Field]:
         """The columns that scoring adds, without the prefix."""
-        answers = {
-            Task.MULTI_CLASS: [pa.field("label", pa.string()), pa.field("score", pa.float32())],
-            Task.MULTI_LABEL: [pa.field("labels", pa.list_(pa.string())), pa.field("scores", pa.list_(pa.float32()))],
-            Task.REGRESSION: [pa.field("score", pa.float32())],
-            Task.EMBEDDING: [],
-        }[self.task]
-        if self.abstains:
-            answers.append(pa.field("abstained", pa.bool_()))
-        if self.probabilities and self.task in (Task.MULTI_CLASS, Task.MULTI_LABEL):
-            answers.append(pa.field("probabilities", pa.list_(pa.float32(), len(self.labels))))
+        answers = []
+        for head in self.heads:
+            answers += head.fields
+            if self.probabilities and head.task is not Task.REGRESSION:
+                kind = pa.list_(pa.float32(), len(head.labels))
+                answers.append(pa.field(f"{head.prefix}probabilities", kind))
         if self.embedding is not None:
             answers.append(pa.field("embedding", self.embedding))
         return [
@@ -112,16 +162,15 @@ class PredictionSchema:
 
 def to_results(
     schema: PredictionSchema,
-    thresholds: tuple[float, ...] | None,
     probabilities: npt.NDArray[np.float32],
     lengths: npt.NDArray[np.integer],
     truncated: npt.NDArray[np.bool_],
     errors: npt.NDArray[np.uint8],
     vectors: npt.NDArray[np.float32] | None = None,
 ) -> pa.Table:
-    """Turn probabilities (N, C) and vectors (N, H) into the columns that scoring adds; rows with an error get nulls and its name.
+    """Turn the heads' probabilities side by side (N, C) and vectors (N, H) into the columns that scoring adds.
 
-    A row whose likeliest class is below its threshold gets that class's score and no label.
+    Rows with an error get nulls and the error's name.
     """
     finite = np.isfinite(probabilities).all(axis=1)
     stored = None
@@ -133,21 +182,11 @@ def to_results(
     errors = np.where((errors == RowError.NONE) & ~finite, RowError.NOT_FINITE, errors)
     bad = errors != RowError.NONE
     columns: list[pa.Array] = []
-    if schema.task is Task.REGRESSION:
-        columns.append(pa.array(probabilities[:, 0], pa.float32(), mask=bad))
-    elif schema.task is Task.MULTI_CLASS:
-        best = np.where(bad, 0, np.argmax(np.nan_to_num(probabilities), axis=1))
-        sure = probabilities[np.arange(len(best)), best]
-        without = bad | (sure < np.array(thresholds or [0] * len(schema.labels), np.float32)[best])
-        columns.append(pa.array(schema.labels, pa.string()).take(pa.array(best, mask=without)))
-        columns.append(pa.array(sure, pa.float32(), mask=bad))
-        if schema.abstains:
-            columns.append(pa.array(without, pa.bool_(), mask=bad))
-    elif schema.task is Task.MULTI_LABEL:
-        columns.extend(multi_label_columns(schema.labels, thresholds, probabilities, bad))
-    if schema.probabilities and schema.task in (Task.MULTI_CLASS, Task.MULTI_LABEL):
-        values = pa.array(probabilities.reshape(-1), pa.float32())
-        columns.append(pa.FixedSizeListArray.from_arrays(values, len(schema.labels), mask=pa.array(bad)))
+    for head, place in slices_of(schema.heads):
+        columns += answer_columns(head, probabilities[:, place], bad)
+        if schema.probabilities and head.task is not Task.REGRESSION:
+            values = pa.array(probabilities[:, place].reshape(-1), pa.float32())
+            columns.append(pa.FixedSizeListArray.from_arrays(values, len(head.labels), mask=pa.array(bad)))
     if stored is not None:
         values = pa.array(stored.reshape(-1))
         columns.append(pa.FixedSizeListArray.from_arrays(values, stored.shape[1], mask=pa.array(bad)))
@@ -157,16 +196,32 @@ def to_results(
     return pa.table(columns, schema=schema.results)
 
 
+def answer_columns(head: Head, probabilities: npt.NDArray[np.float32], bad: npt.NDArray[np.bool_]) -> list[pa.Array]:
+    """The columns of one head's answers, null for bad rows (N,).
+
+    A row whose likeliest class is below its threshold gets that class's score and no label.
+    """
+    if head.task is Task.REGRESSION:
+        return [pa.array(probabilities[:, 0], pa.float32(), mask=bad)]
+    if head.task is Task.MULTI_LABEL:
+        return multi_label_columns(head, probabilities, bad)
+    best = np.where(bad, 0, np.argmax(np.nan_to_num(probabilities), axis=1))
+    sure = probabilities[np.arange(len(best)), best]
+    without = bad | (sure < np.array(head.thresholds or [0] * len(head.labels), np.float32)[best])
+    return [
+        pa.array(head.labels, pa.string()).take(pa.array(best, mask=without)),
+        pa.array(sure, pa.float32(), mask=bad),
+        *([pa.array(without, pa.bool_(), mask=bad)] if head.abstains else []),
+    ]
+
+
 def multi_label_columns(
-    labels: tuple[str, ...],
-    thresholds: tuple[float, ...] | None,
-    probabilities: npt.NDArray[np.float32],
-    bad: npt.NDArray[np.bool_],
+    head: Head, probabilities: npt.NDArray[np.float32], bad: npt.NDArray[np.bool_]
 ) -> list[pa.Array]:
     """The labels at or over their thresholds (0.5 without), in label order, and their probabilities, as two list columns."""
-    limits = np.array(thresholds or [0.5] * len(labels), np.float32)
+    limits = np.array(head.thresholds or [0.5] * len(head.labels), np.float32)
     chosen = (np.nan_to_num(probabilities) >= limits) & ~bad[:, None]
     offsets = np.concatenate([[0], np.cumsum(chosen.sum(axis=1))]).astype(np.int32)
-    names = pa.array(labels, pa.string()).take(pa.array(np.nonzero(chosen)[1]))
+    names = pa.array(head.labels, pa.string()).take(pa.array(np.nonzero(chosen)[1]))
     values = pa.array(probabilities[chosen], pa.float32())
     return [pa.ListArray.from_arrays(pa.array(offsets), flat, mask=pa.array(bad)) for flat in (names, values)]

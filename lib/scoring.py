@@ -140,13 +140,11 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         shards = shards.filter(pc.is_in(shards["path"], pa.array(selection.rows, pa.string())))
     keys = publishing.read_archive(output.at(version), archive.url, columns.keys)
     schema = PredictionSchema(
-        task=model.facts.task,
-        labels=model.card.labels,
+        heads=model.card.heads,
         prefix=config.output.prefix,
         probabilities=config.output.probabilities,
         keys=columns.keys if keys is None else keys,
         embedding=vector_type(config, model),
-        abstains=checkpoint.abstains(model.card),
     )
     if schema.clashes():
         raise UsageError(
@@ -167,7 +165,6 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         max_length=model.card.max_length,
         truncation=model.card.truncation,
         windows=model.card.windows,
-        thresholds=model.card.thresholds,
         precision=config.model.precision,
         engine=config.model.engine,
         embedding_pooling=config.output.embedding_pooling,

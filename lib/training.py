@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.calibration import check_decision
 from lib.checkpoint import fetch
-from lib.config import TrainConfig, TrainModelSection
+from lib.config import LabelledSection, TestSection, TrainConfig, TrainModelSection, TrainSection, ValidSection
 from lib.errors import IncompleteError, TextsweepError, UsageError
 from lib.facts import check_weights, max_positions, read_config
-from lib.fitting import Job, deciding, find_committed, work
+from lib.fitting import Job, TaskJob, deciding, find_committed, work
 from lib.labelled import LabelledIndex, Source, find_sources, prepare
 from lib.loss import check_loss, make_objective
 from lib.metrics import choose_metric
@@ -73,30 +73,21 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
         print(f"output.path {output.url} is a local path: all {len(cluster.nodes)} nodes must see it there", flush=True)
     base = config.model.base if config.model.base.startswith("package:") else open_store(config.model.base).url
     max_length, pad_token_id = check_base(base, config.model)
-    sources = find_sources(config)
-    task = sources[0].task
-    check_decision(config.decision, task)
-    check_loss(config.loss, config.optim.rdrop, task)
-    if config.data.label_noise and task is not Task.MULTI_CLASS:
-        raise UsageError(
-            f"data.label_noise looks at rows with one label each, those of this data are {task.value}; leave it out"
-        )
-    metric = choose_metric(config.stopping.metric, task)
+    several = {name: (one, find_labelled(name, one)) for name, one in configs_of(config).items()}
+    metric = check_tasks(config, [sources[0].task for _, sources in several.values()])
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
     claim(folder, config, run_id)
-    begun = time.monotonic()
-    index = prepare(config, sources, base, max_length, folder.at("data"))
-    rdrop, counts, num_rows = config.optim.rdrop, index.label_counts["train"], index.rows["train"]
-    objective = make_objective(config.loss, rdrop, index.task, index.labels, counts, num_rows)
-    print_sets(index, sources, max_length, time.monotonic() - begun)
+    tasks = tuple(
+        prepare_task(name, one, sources, base, max_length, folder.at("data"))
+        for name, (one, sources) in several.items()
+    )
     job = Job(
         config=config,
         run_id=run_id,
         base=base,
         max_length=max_length,
         pad_token_id=pad_token_id,
-        index=index,
-        objective=objective,
+        tasks=tasks,
         metric=metric,
         output=output,
         folder=folder,
@@ -109,7 +100,77 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
     return metrics
 
 
+def prepare_task(
+    name: str, config: TrainConfig, sources: list[Source], base: str, max_length: int, folder: Store
+) -> TaskJob:
+    """Tokenize the rows of one task, and say what they are."""
+    begun = time.monotonic()
+    data = folder.at(name) if name else folder
+    with naming(name):
+        index = prepare(config, sources, base, max_length, data)
+        counts, num_rows = index.label_counts["train"], index.rows["train"]
+        objective = make_objective(config.loss, config.optim.rdrop, index.task, index.labels, counts, num_rows)
+    print_sets(index, sources, max_length, time.monotonic() - begun)
+    return TaskJob(name=name, index=index, objective=objective, data=data)
+
+
 # before any work
+
+
+def configs_of(config: TrainConfig) -> dict[str, TrainConfig]:
+    """A configuration for each task, as if it were the only one; the only one has no name."""
+    columns = LabelledSection.model_fields
+    return {
+        name: config.model_copy(
+            update={
+                "train": TrainSection(path=one.path, **{key: getattr(one, key) for key in columns}),
+                "valid": ValidSection(path=one.valid, fraction=config.valid.fraction),
+                "test": TestSection(path=one.test),
+            }
+        )
+        for name, one in config.tasks.named.items()
+    } or {"": config}
+
+
+@contextlib.contextmanager
+def naming(task: str) -> Iterator[None]:
+    """Say of which task a mistake is."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"task {task!r}: {error}" if task else str(error)) from None
+
+
+def find_labelled(name: str, config: TrainConfig) -> list[Source]:
+    """List the labelled sets of a task, and check what must fit its kind."""
+    with naming(name):
+        sources = find_sources(config)
+        task = sources[0].task
+        check_decision(config.decision, task)
+        check_loss(config.loss, config.optim.rdrop, task)
+        if config.data.label_noise and task is not Task.MULTI_CLASS:
+            raise UsageError(
+                f"data.label_noise looks at rows with one label each, those of this data are {task.value}; leave it out"
+            )
+    return sources
+
+
+def check_tasks(config: TrainConfig, tasks: Sequence[Task]) -> str:
+    """The metric that chooses the checkpoint; of several tasks their mean. Raises `UsageError` for what several cannot share."""
+    if len(tasks) == 1:
+        return choose_metric(config.stopping.metric, tasks[0])
+    names = ", ".join(config.tasks.named)
+    if config.data.label_noise:
+        raise UsageError(
+            f"data.label_noise with tasks ({names}): it looks at one labelled set; train on each alone to look at it"
+        )
+    for key in ("class_weights", "positive_weights"):
+        if isinstance(getattr(config.loss, key), dict):
+            raise UsageError(f'loss.{key} with tasks ({names}): labels of which of them? "balanced" is for all')
+    default = "loss" if Task.REGRESSION in tasks else "macro_f1"
+    for task in tasks:
+        choose_metric(config.stopping.metric or default, task)
+    return config.stopping.metric or default
 
 
 def place_workers(config: TrainConfig, cluster: Cluster) -> tuple[bool, int]:

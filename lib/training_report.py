@@ -6,7 +6,7 @@ One file without scripts or outside links; `metrics.json` has the same numbers.
 from typing import Any
 
 from lib.checkpoint import Card
-from lib.metrics import SHOWN, top_confusions
+from lib.metrics import SHOWN, metrics_of, top_confusions
 from lib.plots import COLOR, SECOND_COLOR, bar_plot, render_page, to_svg
 
 MATRIX_LABELS = 30
@@ -17,7 +17,12 @@ SHOWN_LABELS = 200
 
 
 def training_report(card: Card, metrics: dict[str, Any]) -> str:
-    """Say as one HTML page what `metrics.json` holds; every value is escaped, plots are inline SVG."""
+    """Say as one HTML page what `metrics.json` holds, head by head; every value is escaped, plots are inline SVG."""
+    if "tasks" in metrics:
+        pages = {name: training_report(card.alone(name), metrics_of(metrics, name)) for name in metrics["tasks"]}
+        bodies = (f"<h1>Head {name}</h1>{body_of(page)}" for name, page in pages.items())
+        first = next(iter(pages.values()))
+        return first.replace(body_of(first), "".join(bodies))
     name = "valid" if metrics["test"] is None else "test"
     found = metrics[name]
     plots = {"Learning": curves_plot(metrics["history"], metrics["metric"], metrics["best"]["step"])}
@@ -46,6 +51,11 @@ def training_report(card: Card, metrics: dict[str, Any]) -> str:
         lengths=metrics["lengths"],
         trained=card.trained,
     )
+
+
+def body_of(page: str) -> str:
+    """What a page shows."""
+    return page[page.index("<body>") + len("<body>") : page.index("</body>")]
 
 
 def curves_plot(history: list[dict[str, float]], metric: str, best_step: int) -> str:

@@ -12,7 +12,7 @@ from lib.blocks import ScoreJob, write_chunk
 from lib.config import Trust
 from lib.planning import Chunk
 from lib.publishing import MANIFEST_SCHEMA
-from lib.schema import PredictionSchema, Task
+from lib.schema import Head, PredictionSchema, Task
 from lib.storage import Store
 
 OLD, NEW = "0" * 15 + "1", "0" * 15 + "2"
@@ -31,7 +31,7 @@ def night(number: int) -> datetime:
 def write_objects(output: Store, version: str, shards: Mapping[str, int], bad_rows: int = 0) -> pa.Table:
     """Write the predictions of shards with so many chunks each, and return their manifest."""
     schema = PredictionSchema(
-        task=Task.MULTI_CLASS, labels=("a", "b"), prefix="", probabilities=False, keys=pa.schema([])
+        heads=(Head(task=Task.MULTI_CLASS, labels=("a", "b")),), prefix="", probabilities=False, keys=pa.schema([])
     )
     job = ScoreJob(
         archive=output.at("no-archive"),
@@ -42,7 +42,6 @@ def write_objects(output: Store, version: str, shards: Mapping[str, int], bad_ro
         model_url="no-model",
         model_digest="",
         max_length=8,
-        thresholds=None,
         precision="fp32",
         engine="torch",
         embedding_pooling=None,

@@ -114,9 +114,7 @@ class Rungs:
         self.padding = 1 - self.num_tokens / sum(mask.size for _, mask in self.batches)
         pq.write_table(pa.table({"text": self.texts}), folder / "texts.parquet")
         card = predictor.checkpoint.card
-        self.schema = PredictionSchema(
-            task=predictor.task, labels=tuple(card.labels), prefix="", probabilities=False, keys=pa.schema([])
-        )
+        self.schema = PredictionSchema(heads=card.heads, prefix="", probabilities=False, keys=pa.schema([]))
         self.passes: list[Run] = []
         """forward passes whose inputs lie where they are computed, for engines that know of such a place"""
         engine = predictor.engine
@@ -162,7 +160,7 @@ class Rungs:
         texts, errors = check_texts(pq.read_table(self.folder / "texts.parquet")["text"].combine_chunks())
         tokens = self.tokenizer.encode(texts.filter(pa.array(errors == RowError.NONE)))
         scores = self.predictor.probabilities(tokens.ids, tokens.offsets)
-        results = to_results(self.schema, None, scores, tokens.lengths, tokens.truncated, errors)
+        results = to_results(self.schema, scores, tokens.lengths, tokens.truncated, errors)
         pq.write_table(results, self.folder / "predictions.parquet", compression="zstd", write_page_checksum=True)
 
 

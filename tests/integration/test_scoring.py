@@ -30,7 +30,7 @@ from lib.outcome import Outcome
 from lib.planning import Chunk
 from lib.progress import read_progress, start_progress
 from lib.runtime import Cluster, Node, plan_layout
-from lib.schema import Task
+from lib.schema import Head, Task
 from lib.scoring import Run, prepare
 from lib.storage import Store, open_store
 from lib.watch import Running, Watch
@@ -488,7 +488,9 @@ def test_a_model_that_changed_since_planning_ends_the_run_as_a_mistake(
 
 def test_a_bug_in_a_task_keeps_its_traceback(small_archive: str, classifier: str, tmp_path: Path) -> None:
     run = prepared(small_archive, classifier, str(tmp_path / "scores"))
-    job = dataclasses.replace(run.job, schema=dataclasses.replace(run.job.schema, labels=("too", "few")))
+    job = dataclasses.replace(
+        run.job, schema=dataclasses.replace(run.job.schema, heads=(Head(task=Task.MULTI_CLASS, labels=("too", "few")),))
+    )
     layout = plan_layout(Cluster((Node(4, 0),)), ScoreResources())
     with pytest.raises(RayTaskError, match="to_results"):
         pipeline.score(job, run.unfinished, layout, run.config.limits, lambda _: None)
@@ -498,7 +500,9 @@ def test_a_failed_run_gives_its_cpus_back_while_its_error_is_still_held(
     small_archive: str, classifier: str, tmp_path: Path
 ) -> None:
     run = prepared(small_archive, classifier, str(tmp_path / "scores"))
-    job = dataclasses.replace(run.job, schema=dataclasses.replace(run.job.schema, labels=("too", "few")))
+    job = dataclasses.replace(
+        run.job, schema=dataclasses.replace(run.job.schema, heads=(Head(task=Task.MULTI_CLASS, labels=("too", "few")),))
+    )
     layout = plan_layout(Cluster((Node(4, 0),)), ScoreResources())
     gc.disable()  # as when no collection happens to come along
     try:

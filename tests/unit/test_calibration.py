@@ -14,7 +14,7 @@ from lib.calibration import Decision, calibration_error, check_decision, decide,
 from lib.config import DecisionSection
 from lib.errors import UsageError
 from lib.metrics import describe
-from lib.schema import PredictionSchema, Task, to_results
+from lib.schema import Head, PredictionSchema, Task, to_results
 
 ROWS, CLASSES = 20_000, 5
 
@@ -52,14 +52,11 @@ def test_as_many_rows_as_can_be_get_a_label(accuracy: float, capsys: pytest.Capt
     limits = [limit for limit in np.unique(scores) if right[scores >= limit].mean() >= accuracy]
     assert (found.answered(logits) == (scores >= limits[0])).all()
 
-    schema = PredictionSchema(
-        task=Task.MULTI_CLASS, labels=tuple("abcde"), prefix="", probabilities=False, keys=pa.schema([])
-    )
+    head = Head(task=Task.MULTI_CLASS, labels=tuple("abcde"), thresholds=found.thresholds)
+    schema = PredictionSchema(heads=(head,), prefix="", probabilities=False, keys=pa.schema([]))
     errors = np.zeros(ROWS, np.uint8)
     errors[:3] = 2
-    written = to_results(
-        schema, found.thresholds, softmax(logits, axis=1).astype(np.float32), errors, errors.astype(bool), errors
-    )
+    written = to_results(schema, softmax(logits, axis=1).astype(np.float32), errors, errors.astype(bool), errors)
     labels, given = written["label"].to_numpy(), scores >= limits[0]
     given[:3] = False
     assert (pd.notna(labels) == given).all()
@@ -143,10 +140,11 @@ def test_scoring_gives_the_labels_that_training_measured() -> None:
     decision = decide(section, 2 * logits[:400], truth[:400], Task.MULTI_LABEL)
     assert decision.thresholds is not None
     labels = tuple("abcde")
-    schema = PredictionSchema(task=Task.MULTI_LABEL, labels=labels, prefix="", probabilities=False, keys=pa.schema([]))
+    head = Head(task=Task.MULTI_LABEL, labels=labels, thresholds=decision.thresholds)
+    schema = PredictionSchema(heads=(head,), prefix="", probabilities=False, keys=pa.schema([]))
     scores = (torch.from_numpy(2 * logits[:400].astype(np.float32)) / decision.temperature).sigmoid().numpy()
     nothing = np.zeros(400, np.uint8)
-    rows = to_results(schema, decision.thresholds, scores, nothing, nothing.astype(bool), nothing)["labels"].to_pylist()
+    rows = to_results(schema, scores, nothing, nothing.astype(bool), nothing)["labels"].to_pylist()
     answers = decision.answers(2 * logits[:400])
     assert rows == [[label for label, one in zip(labels, row, strict=True) if one] for row in answers]
 

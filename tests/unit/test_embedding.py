@@ -123,8 +123,7 @@ def test_windows_vectors_are_pooled_as_their_scores_are(tmp_path: Path) -> None:
 
 def test_a_vector_that_is_no_number_in_its_type_is_an_error_of_its_row() -> None:
     schema = PredictionSchema(
-        task=Task.EMBEDDING,
-        labels=(),
+        heads=(),
         prefix="",
         probabilities=True,
         keys=pa.schema([]),
@@ -132,9 +131,7 @@ def test_a_vector_that_is_no_number_in_its_type_is_an_error_of_its_row() -> None
     )
     vectors = np.array([[1, 2], [1e5, 0], [np.nan, 1], [3, 4]], np.float32)
     errors = np.array([0, 0, 0, 1], np.uint8)
-    found = to_results(
-        schema, None, np.empty((4, 0), np.float32), np.full(4, 3), np.zeros(4, np.bool_), errors, vectors
-    )
+    found = to_results(schema, np.empty((4, 0), np.float32), np.full(4, 3), np.zeros(4, np.bool_), errors, vectors)
     assert found.schema.names == ["embedding", "num_tokens", "truncated", "error"]
     assert found["embedding"].to_pylist() == [[1, 2], None, None, None]
     assert found["error"].to_pylist() == [None, "not_finite", "not_finite", "null"]

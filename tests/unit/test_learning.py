@@ -140,9 +140,10 @@ def test_errors_on_a_part_of_a_set_are_numbered_as_the_set_is(small_set: Labelle
     wrong = np.eye(3, dtype=np.float32)[(rows.targets + 1) % 3] * np.array([[1.0], [3.0], [2.0]], np.float32)
     config = SimpleNamespace(output=SimpleNamespace(report_text=False))
     fit: Any = SimpleNamespace(
-        job=SimpleNamespace(index=SimpleNamespace(labels=LABELS), config=config), sets={"valid": rows}
+        job=SimpleNamespace(tasks=[SimpleNamespace(index=SimpleNamespace(labels=LABELS))], config=config),
+        sets_of=[{"valid": rows}],
     )
-    assert [one["row"] for one in find_errors(fit, Decision(task=Task.MULTI_CLASS), "valid", wrong)] == [9, 20, 5]
+    assert [one["row"] for one in find_errors(fit, 0, Decision(task=Task.MULTI_CLASS), "valid", wrong)] == [9, 20, 5]
 
 
 @pytest.mark.parametrize("family", fakes.FAMILIES)

@@ -13,7 +13,7 @@ from lib import budget, checkpoint
 from lib.engine import TorchEngine
 from lib.errors import UsageError
 from lib.predictor import Predictor
-from lib.schema import PredictionSchema, Task, to_results
+from lib.schema import Head, PredictionSchema, Task, to_results
 from lib.tokenization import Tokens, load_tokenizer
 from lib.windows import Windows
 from tests import fakes
@@ -138,14 +138,16 @@ def test_a_budget_is_found_once_and_remembered_as_it_was_lowered(
     assert predictor.token_budget == lowered <= 130
 
 
-@pytest.mark.parametrize("task", list(Task))
+@pytest.mark.parametrize("task", [Task.MULTI_CLASS, Task.MULTI_LABEL, Task.REGRESSION])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_answer_that_is_no_number_is_an_error_of_its_row(task: Task, value: float) -> None:
     labels = ("one",) if task is Task.REGRESSION else ("one", "two")
-    schema = PredictionSchema(task=task, labels=labels, prefix="", probabilities=False, keys=pa.schema([]))
+    schema = PredictionSchema(
+        heads=(Head(task=task, labels=labels),), prefix="", probabilities=False, keys=pa.schema([])
+    )
     scores = np.full((3, len(labels)), 0.75, np.float32)
     scores[1, 0] = value
     nothing = np.zeros(3, np.uint8)
-    found = to_results(schema, None, scores, np.array([4, 4, 4]), np.zeros(3, np.bool_), nothing).to_pylist()
+    found = to_results(schema, scores, np.array([4, 4, 4]), np.zeros(3, np.bool_), nothing).to_pylist()
     assert [row["error"] for row in found] == [None, "not_finite", None]
     assert [row.get("score", row.get("scores")) is None for row in found] == [False, True, False]

@@ -9,12 +9,13 @@ import pytest
 import torch
 import transformers
 
+from lib.batching import IntArray
 from lib.config import HeadSection, OptimSection, TrainConfig, validate
 from lib.errors import UsageError
-from lib.learning import Learner, Team, forward, rate_factor
+from lib.learning import Learner, Team, rate_factor, read_batch
 from lib.loss import Objective
 from lib.mapped import LabelledSet
-from lib.model import new_classifier
+from lib.model import logits_of, new_classifier
 from lib.schema import Task
 from lib.tuning import (
     ADAPTER,
@@ -32,6 +33,10 @@ from tests.labelled import LABELS, make_set
 OBJECTIVE = Objective(task=Task.MULTI_CLASS)
 ALONE = Team(rank=0, size=1, device=torch.device("cpu"), dtype=torch.float32)
 STEPS_AN_EPOCH = 2
+
+
+def losses_of(model: torch.nn.Module, rows: LabelledSet, batch: IntArray) -> torch.Tensor:
+    return OBJECTIVE.losses(read_batch(model, logits_of, rows, batch, ALONE), torch.from_numpy(rows.targets[batch]))
 
 
 @pytest.fixture
@@ -199,8 +204,7 @@ def test_layers_computed_again_give_the_same_gradients_from_less_memory(
 
         batch = np.arange(16)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits, targets = forward(model, rows, batch, ALONE)
-            loss = OBJECTIVE.losses(logits, targets).sum()
+            loss = losses_of(model, rows, batch).sum()
         kept_by_forward = kept
         loss.backward()
         return [one.grad for one in model.parameters() if one.grad is not None], kept_by_forward
@@ -226,8 +230,7 @@ def test_compiled_passes_give_the_same_gradients_for_rows_of_any_length(rows: La
         if compiled:
             compile_passes(model)
         for batch in (np.arange(3), np.arange(3, 8), np.arange(8, 16)):
-            logits, targets = forward(model, rows, batch, ALONE)
-            OBJECTIVE.losses(logits, targets).sum().backward()
+            losses_of(model, rows, batch).sum().backward()
         return [one.grad for one in model.parameters() if one.grad is not None]
 
     plain = learn(False)
