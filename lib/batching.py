@@ -50,8 +50,6 @@ def sample_rows(sizes: Sequence[int], temperature: float, seed: int, epoch: int)
     1910.10683, section 3.5.2); each of its rows comes as often as any other of its rows, or once more. With 1 each row once.
     """
     total = sum(sizes)
-    if temperature == 1:
-        return np.arange(total)
     chance = np.random.default_rng([seed, epoch, len(sizes)])
     shares = np.array(sizes, np.float64) ** (1 / temperature)
     ends = np.rint(np.cumsum(shares / shares.sum()) * total).astype(np.int64)
