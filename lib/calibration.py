@@ -13,13 +13,10 @@ from sklearn.metrics import precision_recall_curve
 
 from lib.config import DecisionSection
 from lib.errors import UsageError, say
-from lib.schema import Targets, Task
+from lib.schema import MULTI_LABEL_THRESHOLD, Targets, Task
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
-
-MULTI_LABEL_THRESHOLD = 0.5
-"""A label is given from this probability on, if nothing else is chosen."""
 
 CALIBRATION_BINS = 15
 

@@ -393,7 +393,8 @@ class TrainOutputSection(Section):
     path: str
     """the checkpoint's folder: use it as model.path"""
     report_text: bool = False
-    """add the texts of the worst errors to report.html and metrics.json: texts may be personal, so they are left out otherwise"""
+    """add the texts of the worst errors to report.html and metrics.json, with captum their words marked by what they say for the answer:
+    texts may be personal, so they are left out otherwise"""
 
 
 class TrainResources(Section):

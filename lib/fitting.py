@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from lib.attribution import check_captum, explain_rows, new_explainer
 from lib.batching import IntArray, epoch_batches, sample_rows
 from lib.calibration import Decision, FloatArray, decide
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, commit, fetch
@@ -36,7 +37,7 @@ from lib.learning import Learner, Team, features_of_rows
 from lib.loss import Objective, SeveralObjectives
 from lib.mapped import LabelledSet, Subset, known_rows, local_copy, map_set, split_rows, without_known
 from lib.metrics import describe, is_better, shown, summarize, worst_errors
-from lib.model import choose_dtype, new_classifier
+from lib.model import choose_dtype, load_classifier, new_classifier
 from lib.model_card import model_card
 from lib.schema import Head, label_name, slices_of, task_of
 from lib.sharding import broadcast_weights, load_optimizer, load_weights, whole, whole_state
@@ -58,6 +59,12 @@ SUSPECTS_NAME = "label_noise.json"
 
 SHOWN_ROWS = 8
 """Of a batch, in a message."""
+
+EXPLAINED_STEPS = 64
+"""At most, for each of the worst errors."""
+
+EXPLAINED_SECONDS = 60.0
+"""For all of the worst errors together."""
 
 MAX_KNOWN = 0.001
 """The part of a set that may be known from training if duplicates are refused."""
@@ -517,18 +524,6 @@ def publish(fit: Fit, valid: FloatArray, test: FloatArray | None) -> None:
         heads.append(replace(head, temperature=decision.temperature, thresholds=decision.thresholds))
         found[head.name] = task_metrics(fit, number, decision, logits, tests.get(number))
     rows = {name: len(one) for name, one in fit.sets.items()}
-    metrics: dict[str, Any] = {
-        "run_id": job.run_id,
-        "seconds": progress.seconds,
-        "rows": rows,
-        "metric": job.metric,
-        "best": best,
-        "averaged_steps": progress.kept if len(progress.kept) > 1 else None,
-        "resumed_after": progress.resumed_after,
-        "history": progress.history,
-        "label_noise": fit.suspects,
-        **(found[""] if len(found) == 1 else {"tasks": found}),
-    }
     trained = {
         "run_id": job.run_id,
         "config": deciding(job.config),
@@ -562,6 +557,20 @@ def publish(fit: Fit, valid: FloatArray, test: FloatArray | None) -> None:
         model = fit.trained_model()
         merge_adapters(model)
         model.save_pretrained(folder)
+        for number, head in enumerate(heads):
+            found[head.name]["unexplained"] = explain_errors(fit, number, found[head.name], card, folder)
+        metrics: dict[str, Any] = {
+            "run_id": job.run_id,
+            "seconds": progress.seconds,
+            "rows": rows,
+            "metric": job.metric,
+            "best": best,
+            "averaged_steps": progress.kept if len(progress.kept) > 1 else None,
+            "resumed_after": progress.resumed_after,
+            "history": progress.history,
+            "label_noise": fit.suspects,
+            **(found[""] if len(found) == 1 else {"tasks": found}),
+        }
         trust = job.config.model.trust
         tokenizer = load_tokenizer(fetch(job.base, trust), job.max_length, trust.code, job.config.model.truncation)
         tokenizer.reference.save_pretrained(folder)
@@ -649,6 +658,35 @@ def find_errors(fit: Fit, number: int, decision: Decision, name: str, logits: Fl
     if job.config.output.report_text:
         add_texts(job, errors, rows.data)
     return errors
+
+
+def explain_errors(fit: Fit, number: int, metrics: dict[str, Any], card: Card, folder: str) -> str | None:
+    """Add to a task's worst errors whose texts are shown where their answers come from, by the model in `folder`.
+
+    Returns why that was not done for all of them, if so, and warns: nothing of it ends a run that has been trained.
+    """
+    job, model, errors = fit.job, fit.job.config.model, metrics["errors"]
+    rows = fit.sets_of[number]["valid" if metrics["test"] is None else "test"]
+    head, place = slices_of(job.heads)[number]
+    if not job.config.output.report_text or not errors:
+        return None
+    try:
+        check_captum("marking the words that the worst errors come from")
+        base, trust = fetch(job.base, model.trust), model.trust
+        tokenizer = load_tokenizer(base, job.max_length, trust.code, model.truncation, model.windows)
+        own, classifier = card.alone(head.name) if card.several else card, load_classifier(folder, trust)
+        explainer = new_explainer(classifier, tokenizer, own, job.pad_token_id, fit.team.device, place)
+        done = explain_rows(explainer, rows.data, errors, EXPLAINED_STEPS, EXPLAINED_SECONDS)
+    except UsageError as error:
+        failure = str(error)
+    except Exception as error:  # noqa: BLE001 - a report is no reason to lose what was learned
+        failure = f"{type(error).__name__}: {error}"
+    else:
+        if done == len(errors):
+            return None
+        failure = f"{done} of {len(errors)} were explained in {EXPLAINED_SECONDS:.0f} s"
+    say(f"WARNING: the words that the worst errors come from are not all marked in the report: {failure}")
+    return failure
 
 
 def find_committed(output: Store, config: TrainConfig, run_id: str) -> dict[str, Any] | None:

@@ -7,13 +7,22 @@ from typing import Any
 import jinja2
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .tiles { display: flex; flex-wrap: wrap; gap: .75rem; } .tile { border: 1px solid #d4dae1; border-radius: .5rem; padding: .6rem 1rem; }
 .tile b { display: block; font-size: 1.3rem; } .tile span { color: #57606a; font-size: .85rem; }
 .done { color: #1a7f37; } .bad { color: #b42318; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; } td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #e5e9ee; overflow-wrap: anywhere; vertical-align: top; }
 svg { max-width: 100%; height: auto; } pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .8rem; }
+th { overflow-wrap: normal; } td { min-width: 4.6rem; } tr.open td { border-bottom: 0; } td.text { padding-bottom: .8rem; overflow-wrap: anywhere; }
+mark { color: inherit; border-radius: .2rem; padding: 0 .1rem; border-bottom: 2px solid transparent; } mark.against { border-bottom: 2px dashed #c8622d; }
+h3 { font-size: 1rem; margin-bottom: .3rem; } .text { white-space: pre-wrap; }
+:root { color-scheme: light dark; }
+@media (max-width: 40rem) { table { display: block; overflow-x: auto; } td, th { overflow-wrap: break-word; padding: .3rem .4rem; min-width: 0; } }
+@media (prefers-color-scheme: dark) {
+body { color: #e6e9ed; background: #14181d; } .tile { border-color: #3a424b; } .tile span { color: #9aa4ae; } .done { color: #4ac26b; } .bad { color: #ff8a75; }
+td, th { border-color: #2c333a; } pre { background: #1d2329; } svg { background: #fff; border-radius: .3rem; }
+}
 """
 
 COLOR, SECOND_COLOR = "#3b6ea8", "#c8622d"

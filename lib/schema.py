@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+MULTI_LABEL_THRESHOLD = 0.5
+"""A label is given from this probability on, if nothing else is chosen."""
+
 
 class Task(enum.StrEnum):
     """What the classifier's head means."""
@@ -219,7 +222,7 @@ def multi_label_columns(
     head: Head, probabilities: npt.NDArray[np.float32], bad: npt.NDArray[np.bool_]
 ) -> list[pa.Array]:
     """The labels at or over their thresholds (0.5 without), in label order, and their probabilities, as two list columns."""
-    limits = np.array(head.thresholds or [0.5] * len(head.labels), np.float32)
+    limits = np.array(head.thresholds or [MULTI_LABEL_THRESHOLD] * len(head.labels), np.float32)
     chosen = (np.nan_to_num(probabilities) >= limits) & ~bad[:, None]
     offsets = np.concatenate([[0], np.cumsum(chosen.sum(axis=1))]).astype(np.int32)
     names = pa.array(head.labels, pa.string()).take(pa.array(np.nonzero(chosen)[1]))

@@ -6,8 +6,10 @@ One file without scripts or outside links; `metrics.json` has the same numbers.
 from typing import Any
 
 from lib.checkpoint import Card
+from lib.highlight import LEGEND, marked_html
 from lib.metrics import SHOWN, metrics_of, top_confusions
 from lib.plots import COLOR, SECOND_COLOR, bar_plot, render_page, to_svg
+from lib.words import Word
 
 MATRIX_LABELS = 30
 """A confusion matrix is drawn for up to so many labels, and its largest cells listed in any case."""
@@ -50,6 +52,8 @@ def training_report(card: Card, metrics: dict[str, Any]) -> str:
         confusions=top_confusions(found) if "per_class" in found else [],
         lengths=metrics["lengths"],
         trained=card.trained,
+        marked=lambda one: marked_html(one["text"], [Word(*word) for word in one["explained"]["words"]]),
+        legend=LEGEND,
     )
 
 
@@ -78,7 +82,7 @@ def curves_plot(history: list[dict[str, float]], metric: str, best_step: int) ->
         other.plot(steps, [one[metric] for one in history], color="#2f7d4f", marker=marker, ms=3)
         other.set_ylabel(metric.replace("_", " "), color="#2f7d4f")
         other.spines[["top"]].set_visible(False)
-    axes.legend(handles, names, frameon=False, fontsize=8)
+    figure.legend(handles, names, loc="outside upper left", ncols=2, frameon=False, fontsize=8)
     return to_svg(figure)
 
 
@@ -111,7 +115,7 @@ def confusion_plot(matrix: list[list[int]], labels: tuple[str, ...]) -> str:
     """Rows are true classes, columns answers; shade is the part of the true class."""
     from matplotlib.figure import Figure
 
-    size = 1.6 + 0.32 * len(labels)
+    size = 2.2 + 0.32 * len(labels)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
     axes.imshow([[cell / max(1, sum(row)) for cell in row] for row in matrix], cmap="Blues", vmin=0, vmax=1)
@@ -122,7 +126,15 @@ def confusion_plot(matrix: list[list[int]], labels: tuple[str, ...]) -> str:
         for answer, cell in enumerate(row):
             if cell:
                 color = "white" if cell > 0.6 * sum(row) else "#1b1f24"
-                axes.text(answer, true, str(cell), ha="center", va="center", fontsize=6, color=color)
+                axes.text(
+                    answer,
+                    true,
+                    str(cell),
+                    ha="center",
+                    va="center",
+                    fontsize=8 if len(labels) < 12 else 6,
+                    color=color,
+                )
     axes.set(xlabel="answered", ylabel="true")
     return to_svg(figure)
 
@@ -147,19 +159,23 @@ fine-tuned from <code>{{ trained.config.model.base }}</code>. Chosen by {{ metri
 {% if table %}<h2>Labels</h2><table><tr><th>label</th><th>precision</th><th>recall</th><th>F1</th><th>average precision</th><th>{{ evaluated }} rows</th></tr>
 {% for one in table %}<tr><td>{{ one.label }}</td><td>{{ "%.3f" | format(one.precision) }}</td><td>{{ "%.3f" | format(one.recall) }}</td><td>{{ "%.3f" | format(one.f1) }}</td><td>{{ "%.3f" | format(one.average_precision) }}</td><td>{{ "{:,}".format(one.support) }}</td></tr>
 {% endfor %}</table>{% endif %}
-{% if metrics.errors %}<h2>Worst errors</h2><table><tr><th>{{ evaluated }} row</th><th>expected</th><th>answered</th><th>score</th><th>loss</th>{% if metrics.errors[0].text is defined %}<th>text, as the model reads it</th>{% endif %}</tr>
-{% for one in metrics.errors %}<tr><td>{{ one.row }}</td>{% for value in (one.expected, one.answered) %}<td>{{ value if value is string or value is number else value | join("; ") }}</td>{% endfor %}<td>{% if one.score is not none %}{{ "%.3f" | format(one.score) }}{% endif %}</td><td>{{ "%.3f" | format(one.loss) }}</td>{% if one.text is defined %}<td>{{ one.text }}</td>{% endif %}</tr>
-{% endfor %}</table><p>Rows are counted from 0 among those that could be used.{% if metrics.errors[0].text is not defined %} <code>output.report_text = true</code> adds their texts, which may be personal.{% endif %}</p>{% endif %}
+{% if metrics.errors %}<h2>Worst errors</h2><table><tr><th>{{ evaluated }} row</th><th>expected</th><th>answered</th><th>score</th><th>loss</th></tr>
+{% for one in metrics.errors %}<tr{% if one.text is defined %} class="open"{% endif %}><td>{{ one.row }}</td>{% for value in (one.expected, one.answered) %}<td>{{ value if value is string or value is number else value | join("; ") }}</td>{% endfor %}<td>{% if one.score is not none %}{{ "%.3f" | format(one.score) }}{% endif %}</td><td>{{ "%.3f" | format(one.loss) }}</td></tr>
+{% if one.text is defined %}<tr><td class="text" dir="auto" colspan="5">{% if one.explained is defined %}{% if card.task == "multi_label" %}<b>{{ one.explained.label }}:</b> {% endif %}{{ marked(one) }}{% else %}{{ one.text }}{% endif %}</td></tr>
+{% endif %}{% endfor %}</table>{% if metrics.errors[0].explained is defined %}{{ legend }}{% endif %}{% if metrics.unexplained %}<p>Not all words are marked: {{ metrics.unexplained }}</p>{% endif %}<p>Rows are counted from 0 among those that could be used.{% if metrics.errors[0].text is not defined %} <code>output.report_text = true</code> adds their texts, which may be personal.{% endif %}</p>{% endif %}
 <h2>Data</h2><table><tr><th>set</th><th>rows</th><th>left out</th><th>known from training</th></tr>
 {% for name, rows in metrics.rows.items() %}<tr><td>{{ name }}</td><td>{{ "{:,}".format(rows) }}</td><td>{% for reason, count in metrics.dropped.get(name, {}).items() %}{{ "{:,}".format(count) }} {{ reason }}{{ ", " if not loop.last }}{% endfor %}</td><td>{{ "{:,}".format(metrics.known_from_training[name]) if name in metrics.known_from_training }}</td></tr>
 {% endfor %}</table>
-<table><tr><th>texts longer than</th>{% for limit in lengths.longer_than %}<th>{{ limit }}</th>{% endfor %}<th>tokens</th></tr>
-<tr><td>of {{ "{:,}".format(lengths.rows) }} training rows</td>{% for limit, rows in lengths.longer_than.items() %}<td>{{ "%.1f" | format(100 * rows / lengths.rows) }}%</td>{% endfor %}<td>{% if card.windows %}read in windows of {{ card.max_length }}{% else %}cut at {{ card.max_length }} ({{ card.truncation }}){% endif %}</td></tr></table>
+<p>Texts are {% if card.windows %}read in windows of {{ card.max_length }} tokens{% else %}cut at {{ card.max_length }} tokens ({{ card.truncation }}){% endif %}.</p>
+<table><tr><th>tokens</th><th>so many of {{ "{:,}".format(lengths.rows) }} training rows are longer</th></tr>
+{% for limit, rows in lengths.longer_than.items() %}<tr><td>{{ limit }}</td><td>{{ "%.1f" | format(100 * rows / lengths.rows) }}%</td></tr>
+{% endfor %}</table>
 {% if metrics.label_noise %}<h2>Labels that look wrong</h2>
 <p>{{ "{:,}".format(metrics.label_noise.found) }} of {{ "{:,}".format(metrics.label_noise.rows) }} training rows: a model that had not seen the row finds another label clearly likelier. The clearest:</p>
-<table><tr><th>training row</th><th>label</th><th>likelier</th><th>confidence</th>{% if card.trained.config.output.report_text %}<th>text</th>{% endif %}</tr>
-{% for one in metrics.label_noise.listed %}<tr><td>{{ one.row }}</td><td>{{ one.label }}</td><td>{{ one.likelier }}</td><td>{{ "%.2f" | format(one.confidence) }}</td>{% if one.text is defined %}<td>{{ one.text }}</td>{% endif %}</tr>
-{% endfor %}</table>{% endif %}
+<table><tr><th>training row</th><th>label</th><th>likelier</th><th>confidence</th></tr>
+{% for one in metrics.label_noise.listed %}<tr{% if one.text is defined %} class="open"{% endif %}><td>{{ one.row }}</td><td>{{ one.label }}</td><td>{{ one.likelier }}</td><td>{{ "%.2f" | format(one.confidence) }}</td></tr>
+{% if one.text is defined %}<tr><td class="text" dir="auto" colspan="4">{{ one.text }}</td></tr>
+{% endif %}{% endfor %}</table>{% endif %}
 <h2>How it was made</h2><table>
 {% for name in ("seed", "data", "precision", "workers") %}<tr><th>{{ name }}</th><td>{{ trained[name] }}</td></tr>{% endfor %}
 <tr><th>versions</th><td>{% for name, number in trained.versions.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}</td></tr>

@@ -2,8 +2,11 @@
 
 import csv
 import io
+import re
+import sys
 from pathlib import Path
 
+import lxml.html
 import numpy as np
 import pandas as pd
 import pytest
@@ -94,3 +97,63 @@ def test_mistakes(classifier: str, tmp_path: Path) -> None:
         run_predict(classifier, "--csv", str(tmp_path / "none.csv"))
     with pytest.raises(UsageError, match="there is no such model folder"):
         run_predict(str(tmp_path / "nothing"), "a text")
+
+
+EXPLAINED = ("I love this camera! It never broke.", "", "Prices <b>rose</b> again & again.")
+
+
+def test_explanations_come_in_place_of_the_csv(
+    classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_predict(classifier, "--", *EXPLAINED)
+    scored = capsys.readouterr().out
+    files = {name: tmp_path / name for name in ("why.html", "scored.csv")}
+    run_predict(
+        classifier,
+        "--explain",
+        "--html",
+        str(files["why.html"]),
+        "--output",
+        str(files["scored.csv"]),
+        "--",
+        *EXPLAINED,
+    )
+    said = capsys.readouterr().out
+    assert files["scored.csv"].read_text() == scored
+    table = pd.read_csv(io.StringIO(scored), keep_default_na=False)
+    heads = re.findall(r"^text (\d): (.*?)(?:, score ([\d.]+);.*)?$", said, re.MULTILINE)
+    assert [(number, label) for number, label, _ in heads] == [
+        ("1", table["label"][0]),
+        ("2", "no answer"),
+        ("3", table["label"][2]),
+    ]
+    assert [float(heads[index][2]) for index in (0, 2)] == pytest.approx(
+        [float(table["score"][index]) for index in (0, 2)], abs=1e-3
+    )
+    assert {line.split()[0] for line in said.splitlines() if line.startswith("  ")} >= {"camera", "love", "rose"}
+    page = lxml.html.fromstring(files["why.html"].read_text())
+    assert [one.text_content() for one in page.find_class("text")] == list(EXPLAINED)
+    assert not page.xpath("//p[@class='text']//b") and len(page.xpath("//p[@class='text']//mark")) > 5
+
+    run_predict(classifier, "--explain", EXPLAINED[0])
+    assert capsys.readouterr().out.startswith("text 1: "), "no CSV"
+
+
+def test_on_a_terminal_words_are_coloured(
+    classifier: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    run_predict(classifier, "--explain", EXPLAINED[0])
+    assert "\x1b[" in (shown := capsys.readouterr().out)
+    assert EXPLAINED[0] in re.sub(r"\x1b\[[\d;]+m", "", shown)
+    monkeypatch.setenv("NO_COLOR", "1")
+    run_predict(classifier, "--explain", EXPLAINED[0])
+    assert "\x1b[" not in capsys.readouterr().out
+
+
+def test_pages_are_explanations_and_go_where_one_can_write(classifier: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--html x\.html: it is a page of explanations; add --explain"):
+        run_predict(classifier, "--html", "x.html", "a text")
+    with pytest.raises(UsageError, match=r"--html .*: cannot be written: .*"):
+        run_predict(classifier, "--explain", "--html", str(tmp_path / "none" / "x.html"), "a text")

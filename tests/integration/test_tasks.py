@@ -139,6 +139,12 @@ def test_one_pass_over_an_archive_gives_all_heads_columns(
     assert shown["tone_label"].tolist() == [LABELS[tone[0].argmax()]]
     assert shown["tone_score"][0] == pytest.approx(tone[0].max(), abs=1e-4)
 
+    predict.main(["--set", f"model.path={folder}", "--set", "model.precision=fp32", "--explain", texts[0]])
+    explained = capsys.readouterr().out
+    assert f"text 1: tone/{LABELS[tone[0].argmax()]}, score {tone[0].max():.3f}; log-odds" in explained
+    surest = flags[0].argmax()
+    assert f"text 1: flags/{names[surest]}, score {flags[0][surest]:.3f}; log-odds" in explained
+
 
 def test_the_checkpoint_says_what_its_heads_answer(trained: tuple[str, dict[str, Any]]) -> None:
     folder, found = trained
@@ -161,6 +167,7 @@ def test_the_checkpoint_says_what_its_heads_answer(trained: tuple[str, dict[str,
         f"{found['tasks']['flags']['valid']['macro_f1']:.4f}",
     ):
         assert expected in page
+    assert "<mark class=" in page and all(one["unexplained"] is None for one in found["tasks"].values())
     assert page.count("<html") == page.count("</html>") == page.count("<body>") == 1
     card = (open_store(folder).read("README.md") or b"").decode()
     titles = [

@@ -1,8 +1,8 @@
 """Training on a real Ray against independent oracles: plain torch, plain transformers one row at a time, scikit-learn."""
 
-import html
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lxml.html
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -238,7 +239,8 @@ def test_the_report_shows_the_numbers_of_metrics_json_and_no_text(
     assert [(each["expected"], each["answered"]) for each in found["errors"]] == [
         (truth[row], answers[row]) for row in wrong[:20]
     ]
-    assert all("text" not in each for each in found["errors"])
+    assert all("text" not in each and "explained" not in each for each in found["errors"])
+    assert found["unexplained"] is None and "<mark" not in page
 
     tokenizer = AutoTokenizer.from_pretrained(config.output.path)
     counts = [len(tokenizer(text)["input_ids"]) for text in make_rows(TRAIN_ROWS, 1)[0]]
@@ -727,7 +729,15 @@ def test_windows_are_learned_from_and_stand_in_the_card(base: str, ray_session: 
     for each in found["errors"]:
         ids = tokenizer(texts[each["row"]])["input_ids"]
         assert each["text"] == tokenizer.decode(ids, skip_special_tokens=True)
-        assert each["text"] in html.unescape((tmp_path / "out" / "report.html").read_text())
+        explained = each["explained"]
+        assert (explained["label"], explained["steps"] <= 64) == (each["answered"], True)
+        assert explained["value"] == pytest.approx(math.log(each["score"] / (1 - each["score"])), abs=1e-3)
+        values = [value for _, _, value in explained["words"]]
+        assert sum(values) == pytest.approx(explained["value"] - explained["without"], abs=0.02 * sum(map(abs, values)))
+    assert found["unexplained"] is None
+    report = lxml.html.fromstring((tmp_path / "out" / "report.html").read_text())
+    assert [cell.text_content() for cell in report.find_class("text")] == [each["text"] for each in found["errors"]]
+    assert report.xpath("//td[@class='text']/mark")
     logits = []
     with torch.no_grad():
         for text in texts:

@@ -23,6 +23,7 @@ ORDER = (
         "wordwise",
         "template",
         "tokenization",
+        "words",
         "batching",
         "label_noise",
         "calibration",
@@ -38,7 +39,8 @@ ORDER = (
         "publishing",
     ),
     *("versions", "verification"),
-    *("checkpoint", "plots", "model_card", "training_report", "packing", "engine", "budget"),
+    *("checkpoint", "attribution", "plots", "highlight", "model_card", "training_report"),
+    *("packing", "engine", "budget"),
     # the work of one process
     *("labelled", "blocks", "predictor", "learning", "fitting"),
     # the work of a cluster
@@ -64,6 +66,7 @@ MAY_IMPORT_TORCH = {
     "loss",
     "tuning",
     "sharding",
+    "attribution",
     "packing",
     "engine",
     "budget",
