@@ -23,6 +23,7 @@ from lib.publishing import FOOTER_KEY, read_record
 from lib.reading import ChangedShardError, Rows, read_rows
 from lib.schema import DEAD_LETTER_SCHEMA, DEAD_LETTER_TEXT, PredictionSchema, RowError, Task, label_name
 from lib.storage import Store, explained
+from lib.template import Prompt
 from lib.tokenization import Tokenizer, Tokens
 from lib.windows import Windows
 
@@ -55,6 +56,7 @@ class ScoreJob:
     max_length: int
     truncation: Truncation
     windows: Windows | None
+    prompt: Prompt | None
     precision: PrecisionChoice
     engine: EngineChoice
     embedding_pooling: TokenPooling | None

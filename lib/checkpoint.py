@@ -114,8 +114,8 @@ def load(url: str, max_length: int | None = None, trust: Trust = TRUST_NOTHING, 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     """The checkpoint's tokenizer, loaded once per process."""
-    card = checkpoint.card
-    return load_tokenizer(checkpoint.folder, card.max_length, checkpoint.trust.code, card.truncation, card.windows)
+    card, trust, prompt = checkpoint.card, checkpoint.trust, checkpoint.facts.prompt
+    return load_tokenizer(checkpoint.folder, card.max_length, trust.code, card.truncation, card.windows, prompt)
 
 
 def check_files(url: str, found: dict[str, str], committed: dict[str, str]) -> None:

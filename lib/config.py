@@ -217,8 +217,8 @@ class ValidSection(Section):
 
     path: str | None = None
     """labelled Parquet; default: a part of the training rows, see fraction"""
-    fraction: float = Field(default=0.1, gt=0, lt=1)
-    """of the training rows, by class, if no path is given"""
+    fraction: float = Field(default=0.1, ge=0, lt=1)
+    """of the training rows, by class, if no path is given; 0: none is set aside, all are learned from, and nothing is chosen by them"""
 
 
 class TestSection(Section):
@@ -291,13 +291,15 @@ class HeadSection(Section):
     """sizes of hidden layers between the pooled text and the classes"""
     activation: Literal["gelu", "relu", "tanh"] = "gelu"
     """behind each hidden layer"""
+    normalize: bool = False
+    """scale what is pooled to length 1: with one layer, the head then sees the direction of a text alone"""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """before each layer of the head; only with pooling, layer or hidden_sizes"""
+    """before each layer of the head; only with pooling, layer, hidden_sizes or normalize"""
 
     @property
     def is_own(self) -> bool:
         """Whether it is another than the family's own."""
-        return self.pooling is not None or self.layer is not None or bool(self.hidden_sizes)
+        return self.pooling is not None or self.layer is not None or bool(self.hidden_sizes) or self.normalize
 
 
 class LoraSection(Section):
@@ -311,6 +313,22 @@ class LoraSection(Section):
     """of what goes into the adapters"""
     target_modules: tuple[str, ...] = ()
     """names of the linear layers that get one; default: the queries and values of attention, in every family"""
+
+
+class ContrastiveSection(Section):
+    """Few labels (SetFit; Tunstall et al. 2022): pairs of rows tune the encoder, then a logistic regression is its head; in place of [optim]."""
+
+    iterations: int | None = Field(default=None, ge=0)
+    """pairs of the same and as many of different label drawn for each row (20 in the paper); 0: the logistic regression alone, on the
+    encoder as it is; default: the ordinary training"""
+    epochs: int = Field(default=1, ge=1)
+    """passes over the pairs"""
+    batch_size: int = Field(default=16, ge=1)
+    """pairs of one optimizer step"""
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """at the end of the warm-up; then down to zero in a line"""
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    """of all steps"""
 
 
 class LossSection(Section):
@@ -422,6 +440,7 @@ class TrainConfig(Section):
     model: TrainModelSection
     head: HeadSection = HeadSection()
     lora: LoraSection = LoraSection()
+    contrastive: ContrastiveSection = ContrastiveSection()
     loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
     stopping: StoppingSection = StoppingSection()
@@ -449,6 +468,72 @@ class TrainConfig(Section):
         if len(names) == 1:
             raise ValueError(f"tasks: there is one, {names[0]!r}; give two or more, or train.path in its place")
         return self
+
+
+class ZeroShotLabelsSection(Section):
+    """What is told apart."""
+
+    file: str
+    """a TOML file with one line a label: name = "a description", or several, ["one", "another"]; with a prompt.template words"""
+
+
+class ZeroShotModelSection(Section):
+    """The encoder, as it is."""
+
+    base: str
+    """a pretrained encoder: a Hugging Face folder with safetensors weights, on any fsspec URL, or package:NAME"""
+    max_length: int = Field(default=128, ge=4)
+    """tokens kept of each text, special ones and a template's included; scoring uses the same"""
+    truncation: Truncation = "head"
+    """which part of a longer text is kept; never the template is cut"""
+    pooling: Literal["first", "pooler", "mean", "max"] = "mean"
+    """of the tokens of texts and descriptions, as the encoder was trained; not with a template"""
+    temperature: float = Field(default=0.05, gt=0)
+    """cosine similarities are divided by it before they become probabilities; which label is likeliest stays; not with a template"""
+    allow_pickle: bool = False
+    """take pytorch_model.bin weights where there are no safetensors ones: only from a source you trust"""
+    trust_remote_code: bool = False
+    """run the Python files of the model's folder, on every node: only from a source you trust"""
+
+    @property
+    def trust(self) -> Trust:
+        """What of the folder may be unpickled or run."""
+        return Trust(pickle=self.allow_pickle, code=self.trust_remote_code)
+
+
+class PromptSection(Section):
+    """A masked prompt (Schick and Schuetze 2021), for encoders with a masked-language head."""
+
+    template: str | None = None
+    """such as "{text} It was [MASK].": the likeliest of the labels' words in place of [MASK] is the answer; default: descriptions"""
+
+
+class ZeroShotTestSection(Section):
+    """Labelled rows, if there are any, to say how good it is."""
+
+    path: str | None = None
+    """labelled Parquet: a folder, a glob or one file, on any fsspec URL"""
+    text_column: str = "text"
+    """the text's column"""
+    label_column: str = "label"
+    """the label's column: names as in labels.file"""
+
+
+class ZeroShotOutputSection(Section):
+    """Where the checkpoint goes."""
+
+    path: str
+    """the checkpoint's folder: use it as model.path"""
+
+
+class ZeroShotConfig(Section):
+    """Everything `jobs.zero_shot` can be told."""
+
+    labels: ZeroShotLabelsSection
+    model: ZeroShotModelSection
+    prompt: PromptSection = PromptSection()
+    test: ZeroShotTestSection = ZeroShotTestSection()
+    output: ZeroShotOutputSection
 
 
 class PublishOutputSection(Section):

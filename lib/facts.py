@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lib.config import TRUST_NOTHING, Trust, raise_if_code_was_refused
 from lib.errors import UsageError
 from lib.schema import Task
+from lib.template import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -25,6 +26,9 @@ OFFSET_POSITIONS = {
 }
 """Families whose position numbers start behind the padding id: they take that many tokens less than they have positions."""
 
+PROMPT = "textsweep_prompt"
+"""The key of `config.json` under which a template and the words of its labels are described."""
+
 PICKLED_WEIGHTS = "pytorch_model*.bin"
 
 
@@ -39,6 +43,8 @@ class ModelFacts:
     pad_token_id: int
     hidden_size: int
     """of the vector that stands for a text, if it is asked for"""
+    prompt: Prompt | None = None
+    """a template around each text"""
 
 
 def import_transformers() -> Any:
@@ -130,12 +136,14 @@ def read_facts(folder: str, shown: str, trust: Trust = TRUST_NOTHING, encoder: b
         task = Task.REGRESSION
     else:
         task = Task.MULTI_CLASS
+    spec = getattr(config, PROMPT, None)
     return ModelFacts(
         labels=labels,
         task=task,
         max_positions=max_positions(config),
         pad_token_id=config.pad_token_id or 0,
         hidden_size=config.hidden_size,
+        prompt=Prompt(tuple(spec["before"]), tuple(spec["behind"])) if spec else None,
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray.train
@@ -30,6 +30,7 @@ from lib.batching import IntArray, epoch_batches, sample_rows
 from lib.calibration import Decision, FloatArray, decide
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, commit, fetch
 from lib.config import StoppingSection, TrainConfig
+from lib.contrastive import head_of, tune
 from lib.errors import UsageError, say
 from lib.label_noise import LISTED, find_suspects, rows_to_look_at
 from lib.labelled import LabelledIndex
@@ -162,14 +163,19 @@ def join_team(job: Job) -> Team:
 
 
 def open_sets(job: Job, task: TaskJob) -> dict[str, Subset]:
-    """Map all sets of a task; without one for validation a part of the training rows is set aside, the same on every worker."""
+    """Map all sets of a task; without one for validation a part of the training rows is set aside, the same on every worker.
+
+    With `valid.fraction = 0` the training rows are the validation rows, too.
+    """
     index, windows = task.index, job.config.model.windows
     mapped = {
         name: map_set(task.data, files, index.labels, index.task, job.pad_token_id, job.max_length, windows)
         for name, files in index.files.items()
     }
     sets = {name: Subset(one, np.arange(len(one))) for name, one in mapped.items()}
-    if "valid" not in sets:
+    if "valid" not in sets and not job.config.valid.fraction:
+        sets["valid"] = sets["train"]
+    elif "valid" not in sets:
         train = mapped["train"]
         parts = split_rows(train.targets, job.config.valid.fraction, job.config.optim.seed)
         sets["train"], sets["valid"] = (Subset(train, part) for part in parts)
@@ -197,7 +203,7 @@ def check_duplicates(
 
     Raises `UsageError` if they are to be refused.
     """
-    known = known_rows(sets)
+    known = known_rows({name: one for name, one in sets.items() if name == "train" or one is not sets["train"]})
     shown = ", ".join(f"{count:,} of {len(sets[name]):,} {name} rows" for name, count in known.items() if count)
     if config.data.duplicates == "refuse":
         for name, count in known.items():
@@ -208,7 +214,10 @@ def check_duplicates(
                 )
     before = len(sets["train"])
     if config.data.duplicates == "drop":
-        sets = without_known(sets)
+        without = without_known(
+            {name: one for name, one in sets.items() if name == "train" or one is not sets["train"]}
+        )
+        sets = {name: without.get(name, without["train"]) for name in sets}
     if shown and rank == 0:
         left_out = before - len(sets["train"])
         what = f": {left_out:,} of those are left out" if left_out else ", and may be known by heart (data.duplicates)"
@@ -221,7 +230,7 @@ def new_model(job: Job) -> PreTrainedModel:
     config, trust = job.config, job.config.model.trust
     base = fetch(job.base, trust)
     model = new_classifier(
-        base, job.labels, task_of(job.heads), config.model.dropout, config.optim.seed, trust, config.head
+        base, job.labels, task_of(job.heads), config.model.dropout, config.optim.seed, trust, head_of(config)
     )
     freeze(model, config)
     add_adapters(model, config.lora)
@@ -247,7 +256,8 @@ class Fit:
         if job.config.model.compile:
             compile_passes(model)
         self.suspects = look_for_label_noise(job, model.to(team.device), self.sets["train"], team)
-        self.learner = Learner(model.to(team.device), optim, job.objective, team, self.steps_per_epoch * optim.epochs)
+        epochs = optim.epochs if job.config.contrastive.iterations is None else 0
+        self.learner = Learner(model.to(team.device), optim, job.objective, team, self.steps_per_epoch * epochs)
         self.progress = Progress()
         self.kept: dict[int, Weights] = {}
         """by step, on rank 0"""
@@ -259,6 +269,8 @@ class Fit:
         """Train to the end or until stopping is due, and leave the best weights in the model of every worker."""
         config, learner, progress, train = self.job.config, self.learner, self.progress, self.sets["train"]
         places = evaluation_places(self.steps_per_epoch, config.stopping.evaluations_per_epoch)
+        if config.contrastive.iterations is not None and not progress.history:
+            self.tune_on_pairs()
         loaded, batches = -1, []
         while progress.step < learner.total_steps and not progress.stopped:
             epoch, place = divmod(progress.step, self.steps_per_epoch)
@@ -301,6 +313,15 @@ class Fit:
         shared = [key for key in next(iter(found.values())) if all(key in one for one in found.values())]
         means = {key: float(np.mean([one[key] for one in found.values()])) for key in shared}
         return means | {prefix + key: value for prefix, one in found.items() for key, value in one.items()}
+
+    def tune_on_pairs(self) -> None:
+        """Contrastive tuning in place of the ordinary steps, from its beginning if it was killed; with the one evaluation at its end."""
+        config, model = self.job.config, cast(Any, self.learner.model)
+        steps, loss = tune(model, self.sets["train"], config.contrastive, config.optim.seed, self.team)
+        self.learner.loss_sum += loss
+        self.progress.step, self.steps_per_epoch = steps, max(1, steps // config.contrastive.epochs)
+        self.assess()
+        self.save()
 
     def assess(self) -> None:
         """Evaluate on the validation rows, and decide what is best and whether to stop: on rank 0, for all."""

@@ -39,7 +39,7 @@ class PooledClassifier(nn.Module):
         """Raises `UsageError` if the pooler is wanted of an encoder that has none."""
         super().__init__()
         self.config = encoder.config
-        self.pooling, self.layer = head.pooling or "first", head.layer
+        self.pooling, self.layer, self.normalize = head.pooling or "first", head.layer, head.normalize
         if self.pooling != "pooler":
             if getattr(encoder, "pooler", None) is not None:
                 encoder.pooler = None  # workers would wait for the gradients of what takes no part
@@ -71,18 +71,29 @@ class PooledClassifier(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> SequenceClassifierOutput:
         """Ids, mask and segments (B, L) to logits (B, C)."""
-        return SequenceClassifierOutput(logits=self.head(self.pooled(input_ids, attention_mask, token_type_ids)))
+        return SequenceClassifierOutput(logits=self.head(self.embed(input_ids, attention_mask, token_type_ids)))
 
-    def pooled(self, ids: torch.Tensor, mask: torch.Tensor, type_ids: torch.Tensor | None) -> torch.Tensor:
-        """Ids, mask and segments (B, L) to what the head reads of each text (B, H)."""
-        segments = {"token_type_ids": type_ids} if self.takes_segments and type_ids is not None else {}
+    def embed(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Ids, mask and segments (B, L) to what the head is given (B, H)."""
+        pooled = self.read(input_ids, attention_mask, token_type_ids)
+        return nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
+
+    def read(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Ids, mask and segments (B, L) to the pooled texts (B, H)."""
+        segments = {"token_type_ids": token_type_ids} if self.takes_segments and token_type_ids is not None else {}
         several = self.layer == "last_4"
-        found = self.encoder(input_ids=ids, attention_mask=mask, output_hidden_states=several, **segments)
+        found = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=several, **segments
+        )
         if self.pooling == "pooler":
             pooled: torch.Tensor = found.pooler_output
             return pooled
         states = torch.stack(found.hidden_states[1:][-LAST_LAYERS:]).mean(dim=0) if several else found.last_hidden_state
-        return pool(states, mask, self.pooling)
+        return pool(states, attention_mask, self.pooling)
 
     def save_pretrained(self, folder: str) -> None:
         """Write `config.json` and the weights."""
@@ -113,7 +124,7 @@ class VectorBeside(nn.Module):
     ) -> SequenceClassifierOutput:
         """Ids, mask and segments (B, L) to logits and vector side by side (B, C + H)."""
         if self.reads_head:
-            pooled = self.model.pooled(input_ids, attention_mask, token_type_ids)
+            pooled = self.model.embed(input_ids, attention_mask, token_type_ids)
             return SequenceClassifierOutput(logits=torch.cat([self.model.head(pooled), pooled], dim=1))
         segments = {"token_type_ids": token_type_ids} if self.takes_segments and token_type_ids is not None else {}
         found = self.model(input_ids=input_ids, attention_mask=attention_mask, **segments)

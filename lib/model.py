@@ -8,8 +8,9 @@ from torch import nn
 
 from lib.config import TRUST_NOTHING, HeadSection, TokenPooling, TrainPrecisionChoice, Trust
 from lib.errors import UsageError
-from lib.facts import has_safetensors, import_transformers, read_config
+from lib.facts import PROMPT, has_safetensors, import_transformers, read_config
 from lib.heads import SPECIFICATION, PooledClassifier, VectorBeside, load_pooled, new_head, read_to
+from lib.prompts import PromptClassifier
 from lib.schema import Task
 
 if TYPE_CHECKING:
@@ -54,13 +55,14 @@ def load_classifier(folder: str, trust: Trust = TRUST_NOTHING) -> nn.Module:
     if hasattr(config, SPECIFICATION):
         encoder = import_transformers().AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=trust.code)
         return load_pooled(folder, encoder).eval()
-    model, info = pretrained(folder, trust, output_loading_info=True)
+    kind = "AutoModelForMaskedLM" if hasattr(config, PROMPT) else "AutoModelForSequenceClassification"
+    model, info = pretrained(folder, trust, kind, output_loading_info=True)
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise UsageError(
             f"{folder}: {len(missing)} weights are missing ({', '.join(missing[:3])}): it was not trained as a classifier"
         )
-    loaded: nn.Module = model.eval()
+    loaded: nn.Module = (PromptClassifier(model) if hasattr(config, PROMPT) else model).eval()
     return loaded
 
 

@@ -65,7 +65,10 @@ def model_card(card: Card, metrics: dict[str, Any]) -> str:
         front = next(iter(pages.values())).partition("# ")[0]
         return front + "\n".join(f"# Head `{name}`\n\n#{page.removeprefix(front)}" for name, page in pages.items())
     tested = metrics["test"]
-    results = [("validation, which chose the weights", metrics["rows"]["valid"], metrics["best"])]
+    valid = card.trained["config"]["valid"]
+    is_apart = valid["path"] is not None or valid["fraction"] > 0
+    name = "validation, which chose the weights" if is_apart else "the training rows themselves: none were set aside"
+    results = [(name, metrics["rows"]["valid"], metrics["best"])]
     if tested is not None:
         results.append(("test", metrics["rows"]["test"], tested))
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

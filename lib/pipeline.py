@@ -170,7 +170,7 @@ def score(
     Raises `IncompleteError` when the cluster or the storage fails for good; whatever was finished by then stays finished.
     """
     tokenizer = load_tokenizer(
-        fetch(job.model_url, job.trust), job.max_length, job.trust.code, job.truncation, job.windows
+        fetch(job.model_url, job.trust), job.max_length, job.trust.code, job.truncation, job.windows, job.prompt
     )
     run = Running(
         job=job,

@@ -261,7 +261,7 @@ class Predictor:
     def _check_tokens(self) -> list[Tokens]:
         """The fixed texts, and pairs of them where the model tells the two texts of a pair apart."""
         tokenizer = tokenizer_of(self.checkpoint)
-        if self.checkpoint.card.windows is not None:
+        if self.checkpoint.card.windows is not None or self.checkpoint.facts.prompt is not None:
             return [tokenizer.encode(CHECK_TEXTS)]
         pairs = tokenizer.encode(CHECK_TEXTS, CHECK_TEXTS[::-1])
         return [tokenizer.encode(CHECK_TEXTS), *([] if pairs.type_ids is None else [pairs])]

@@ -134,6 +134,8 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
     if len(columns.text) > 1 and (model.card.windows is not None or model.card.truncation == "head_tail"):
         trained = "on windows" if model.card.windows is not None else "to keep the head and the tail"
         raise UsageError(f"input.text_column names two columns, but model.path was trained {trained} of single texts")
+    if len(columns.text) > 1 and model.facts.prompt is not None:
+        raise UsageError("input.text_column names two columns, but model.path has a template around single texts")
     selection = None if config.input.rows is None else read_selection(config.input.rows, shards)
     version = checkpoint.version_of(model, config, selection.digest if selection else "")
     if selection is not None:
@@ -165,6 +167,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         max_length=model.card.max_length,
         truncation=model.card.truncation,
         windows=model.card.windows,
+        prompt=model.facts.prompt,
         precision=config.model.precision,
         engine=config.model.engine,
         embedding_pooling=config.output.embedding_pooling,
@@ -196,6 +199,11 @@ def vector_type(config: ScoreConfig, model: checkpoint.Checkpoint) -> pa.DataTyp
                 "output.embedding_pooling is set, but no vector is asked for; set output.embedding, float16 for example"
             )
         return None
+    if model.facts.prompt is not None:
+        raise UsageError(
+            f"output.embedding: model.path {model.url} has a template around each text, which would be part of its vector; take the"
+            " encoder that it was made from"
+        )
     return pa.list_({"float16": pa.float16(), "float32": pa.float32()}[output.embedding], model.facts.hidden_size)
 
 

@@ -90,7 +90,9 @@ def get_tokenizer(shared: Any, job: ScoreJob) -> Tokenizer:
     """The run's tokenizer, the same object in all tasks of one process: it remembers words."""
     if shared is not None:
         return get_once(shared)
-    return load_tokenizer(fetch(job.model_url, job.trust), job.max_length, job.trust.code, job.truncation, job.windows)
+    return load_tokenizer(
+        fetch(job.model_url, job.trust), job.max_length, job.trust.code, job.truncation, job.windows, job.prompt
+    )
 
 
 @functools.lru_cache(maxsize=2)

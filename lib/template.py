@@ -28,6 +28,28 @@ class Template:
         return sum(map(len, self.specials))
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids that stand between a text's special tokens and the text: a template around it."""
+
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.behind)
+
+    def wrap(self, ids: IntArray, lengths: npt.NDArray[np.int32], around: tuple[int, int]) -> IntArray:
+        """Put the template around each text of (T,) ids, inside the special tokens before and behind it (`around`)."""
+        ends = np.cumsum(lengths, dtype=np.int64)
+        places = [
+            np.repeat(ends - lengths + around[0], len(self.before)),
+            np.repeat(ends - around[1], len(self.behind)),
+        ]
+        values = [np.tile(np.array(one, ids.dtype), len(lengths)) for one in (self.before, self.behind)]
+        found: IntArray = np.insert(ids, np.concatenate(places), np.concatenate(values))
+        return found
+
+
 def find_template(backend: Any, num_sequences: int) -> Template | None:
     """Find out with a word for each sequence where a tokenizer puts its special tokens; None if it does something else."""
     words = ("a", "b")[:num_sequences]

@@ -16,7 +16,7 @@ from lib.config import Truncation, raise_if_code_was_refused
 from lib.cutting import cutter_of
 from lib.errors import UsageError, say
 from lib.facts import import_transformers
-from lib.template import Template, find_template, fit, lay_out, spans
+from lib.template import Prompt, Template, find_template, fit, lay_out, spans
 from lib.windows import Windows
 from lib.wordwise import Wordwise
 
@@ -85,12 +85,17 @@ class Tokenizer:
         trust_code: bool = False,
         truncation: Truncation = "head",
         windows: Windows | None = None,
+        prompt: Prompt | None = None,
     ) -> None:
         """`truncation`: which part of a long text stays. `head` is what the tokenizer itself does, nearly always the beginning.
+        `prompt`: a template around each text, which is never cut.
 
-        Raises `UsageError` if windows would share all that they hold.
+        Raises `UsageError` if windows would share all that they hold, or a template leaves no room for the text.
         """
         self.max_length = max_length
+        self.prompt = prompt
+        self.room = max_length - (0 if prompt is None else len(prompt))
+        """tokens of a text and its special tokens, a template's left out"""
         self.truncation = truncation
         self.windows = windows
         try:  # with trust_remote_code left open, transformers asks on standard input
@@ -100,12 +105,19 @@ class Tokenizer:
         except ValueError as error:
             raise_if_code_was_refused(folder, error)
             raise
-        self.limit = WHOLE if truncation == "head_tail" else max_length
+        self.limit = WHOLE if truncation == "head_tail" else self.room
         """tokens at which the tokenizer itself cuts"""
         self.around = (0, 0)
-        """special tokens before and behind a text, for windows"""
+        """special tokens before and behind a text, for windows and a template"""
+        if prompt is not None:
+            self.around = self.find_around()
+            if self.room <= sum(self.around):
+                raise UsageError(
+                    f"prompt.template has {len(prompt)} tokens, and model.max_length = {max_length} leaves no room for the text beside"
+                    " them; raise it, or shorten the template"
+                )
         if windows is not None:
-            self.around = self._find_around()
+            self.around = self.find_around()
             room = max_length - sum(self.around)
             if windows.stride >= room:
                 raise UsageError(
@@ -132,7 +144,7 @@ class Tokenizer:
         """Travels to other processes without the reference, which only a tokenizer without a backend needs to encode."""
         return self.__dict__ | {"reference": None if self.backend is not None else self.reference}
 
-    def _find_around(self) -> tuple[int, int]:
+    def find_around(self) -> tuple[int, int]:
         """How many special tokens stand before and behind a text."""
         whole, alone = (
             self.reference("a", add_special_tokens=special, truncation=False)["input_ids"] for special in (True, False)
@@ -147,7 +159,7 @@ class Tokenizer:
             return
         wordwise = Wordwise(self.backend, cutter, self.dtype)
         single, pair = (find_template(wordwise.cache.backend, number) for number in (1, 2))
-        if single is None or pair is None or self.max_length <= max(len(single), len(pair)):
+        if single is None or pair is None or self.room <= max(len(single), len(pair)):
             return
         self.templates = (single, pair)
         for firsts, seconds in ((HARD_TEXTS, None), (HARD_TEXTS, HARD_TEXTS[::-1])):
@@ -168,6 +180,8 @@ class Tokenizer:
             raise ValueError(f"{len(sides[0])} first texts and {len(sides[1])} second ones, expected as many")
         if self.windows is not None and len(sides) > 1:
             raise ValueError("windows of a pair of texts were asked for, expected single texts")
+        if self.prompt is not None and len(sides) > 1:
+            raise ValueError("a template around a pair of texts was asked for, expected single texts")
         if self.wordwise is not None:
             found = self._encode_wordwise(self.wordwise, sides)
         else:
@@ -175,7 +189,16 @@ class Tokenizer:
         if self.windows is not None and (found.lengths > self.max_length).any():
             ids, lengths = self.windows.lay_out(found.ids, found.lengths, self.max_length, self.around)
             return Tokens(ids=ids, lengths=lengths, truncated=found.truncated, type_ids=None)
-        return keep_ends(found, self.max_length) if self.truncation == "head_tail" else found
+        if self.truncation == "head_tail":
+            found = keep_ends(found, self.room)
+        if self.prompt is None:
+            return found
+        return Tokens(
+            ids=self.prompt.wrap(found.ids, found.lengths, self.around),
+            lengths=(found.lengths + len(self.prompt)).astype(np.int32),
+            truncated=found.truncated,
+            type_ids=None,
+        )
 
     def text_of(self, ids: npt.NDArray[np.integer]) -> str:
         """The text of a row's ids, as the model reads it; what windows share is there once."""
@@ -270,6 +293,7 @@ def load_tokenizer(
     trust_code: bool = False,
     truncation: Truncation = "head",
     windows: Windows | None = None,
+    prompt: Prompt | None = None,
 ) -> Tokenizer:
     """Load a tokenizer once per process: the cache survives between the tasks of one worker."""
-    return Tokenizer(folder, max_length, trust_code, truncation, windows)
+    return Tokenizer(folder, max_length, trust_code, truncation, windows, prompt)

@@ -25,6 +25,7 @@ from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 from lib.calibration import check_decision
 from lib.checkpoint import fetch
 from lib.config import LabelledSection, TestSection, TrainConfig, TrainModelSection, TrainSection, ValidSection
+from lib.contrastive import check_contrastive, check_contrastive_task
 from lib.errors import IncompleteError, TextsweepError, UsageError
 from lib.facts import check_weights, max_positions, read_config
 from lib.fitting import Job, TaskJob, deciding, find_committed, work
@@ -66,6 +67,8 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
         print(f"{output.url}: run {run_id} committed this checkpoint already", flush=True)
         return found
     check_tuning(config)
+    check_contrastive(config)
+    check_validation(config)
     check_long_texts(config)
     output.check_writable()
     use_gpu, cpus_per_worker = place_workers(config, cluster)
@@ -148,6 +151,7 @@ def find_labelled(name: str, config: TrainConfig) -> list[Source]:
         task = sources[0].task
         check_decision(config.decision, task)
         check_loss(config.loss, config.optim.rdrop, task)
+        check_contrastive_task(config, task)
         if config.data.label_noise and task is not Task.MULTI_CLASS:
             raise UsageError(
                 f"data.label_noise looks at rows with one label each, those of this data are {task.value}; leave it out"
@@ -163,6 +167,10 @@ def check_tasks(config: TrainConfig, tasks: Sequence[Task]) -> str:
     if config.data.label_noise:
         raise UsageError(
             f"data.label_noise with tasks ({names}): it looks at one labelled set; train on each alone to look at it"
+        )
+    if not config.valid.fraction:
+        raise UsageError(
+            f"valid.fraction = 0 with tasks ({names}): give each task rows of its own as tasks.NAME.valid, and leave it out"
         )
     for key in ("class_weights", "positive_weights"):
         if isinstance(getattr(config.loss, key), dict):
@@ -213,6 +221,24 @@ def check_base(base: str, model: TrainModelSection) -> tuple[int, int]:
     except (OSError, ValueError) as error:
         raise UsageError(f"model.base {base}: its tokenizer cannot be loaded: {error}") from None
     return length, config.pad_token_id or 0
+
+
+def check_validation(config: TrainConfig) -> None:
+    """Raise `UsageError` if rows that were not learned from are needed, but none are set aside; say so if none are."""
+    if config.valid.path is not None or config.valid.fraction:
+        return
+    decision = sorted(name for name, value in config.decision if value)
+    needs = {
+        'stopping.keep = "best"': config.stopping.keep == "best" and config.contrastive.iterations is None,
+        f"decision.{decision[0] if decision else ''}": bool(decision),
+    }
+    for key, is_set in needs.items():
+        if is_set:
+            raise UsageError(
+                f"valid.fraction = 0 with {key}: it would be chosen by the rows that were learned from; give valid.path or a"
+                ' valid.fraction, or set stopping.keep = "last" and leave decision.* out'
+            )
+    print("valid.fraction = 0: all rows are learned from, and what is called validation are these rows", flush=True)
 
 
 def check_long_texts(config: TrainConfig) -> None:

@@ -46,6 +46,7 @@ def write_objects(output: Store, version: str, shards: Mapping[str, int], bad_ro
         engine="torch",
         embedding_pooling=None,
         windows=None,
+        prompt=None,
         truncation="head",
         token_budget=None,
         chunk_bytes=1,

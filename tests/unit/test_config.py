@@ -12,6 +12,7 @@ from lib.config import (
     ScoreConfig,
     Section,
     TrainConfig,
+    ZeroShotConfig,
     keys_of,
     parse_command,
     read_file,
@@ -25,6 +26,7 @@ SCHEMAS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "predict": PredictConfig,
     "publish": PublishConfig,
+    "zero_shot": ZeroShotConfig,
 }
 REQUIRED = ["--set", "input.path=s3://b/archive", "--set", "model.path=/m", "--set", "output.path=/o"]
 

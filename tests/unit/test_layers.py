@@ -17,11 +17,11 @@ ORDER = (
         "planning",
         "archive",
         "selection",
+        "template",
         "facts",
         "reading",
         "cutting",
         "wordwise",
-        "template",
         "tokenization",
         "words",
         "batching",
@@ -29,6 +29,7 @@ ORDER = (
         "calibration",
         "metrics",
         "heads",
+        "prompts",
         "model",
         "loss",
         "tuning",
@@ -42,7 +43,7 @@ ORDER = (
     *("checkpoint", "attribution", "plots", "highlight", "model_card", "training_report"),
     *("packing", "engine", "budget"),
     # the work of one process
-    *("labelled", "blocks", "predictor", "learning", "fitting"),
+    *("labelled", "blocks", "predictor", "learning", "contrastive", "fitting", "zero_shot"),
     # the work of a cluster
     *("training", "outcome", "watch", "tasks", "actors", "suspects", "pipeline", "report", "scoring"),
 )
@@ -62,6 +63,7 @@ MAY_IMPORT_RAY = {
 }
 MAY_IMPORT_TORCH = {
     "heads",
+    "prompts",
     "model",
     "loss",
     "tuning",
@@ -72,7 +74,9 @@ MAY_IMPORT_TORCH = {
     "budget",
     "predictor",
     "learning",
+    "contrastive",
     "fitting",
+    "zero_shot",
     "training",
 }
 
