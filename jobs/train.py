@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from lib.config import TrainConfig, parse_command
+from lib.config import TrainConfig, masked, parse_command
 from lib.errors import run_job
 from lib.metrics import shown, top_confusions
 from lib.runtime import ray_session
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     command = parse_command(
         TrainConfig, argv, prog="jobs.train", description="Fine-tune a classifier on labelled Parquet and evaluate it."
     )
-    print(f"run {command.run_id}: {command.config.model_dump_json()}", flush=True)
+    print(f"run {command.run_id}: {masked(command.config.model_dump_json())}", flush=True)
     with ray_session() as cluster:
         print(f"cluster: {cluster}", flush=True)
         result = train(command.config, command.run_id, cluster)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lib.errors import UsageError, nearest
 from lib.windows import Windows
@@ -32,6 +32,14 @@ Truncation = Literal["head", "tail", "head_tail"]
 EngineChoice = Literal["auto", "torch", "openvino"]
 
 TokenPooling = Literal["first", "mean", "max"]
+Trackers = Annotated[
+    tuple[Literal["mlflow", "tensorboard"], ...],
+    BeforeValidator(lambda found: (found,) if isinstance(found, str) else found),
+]
+"""One name or several."""
+
+CREDENTIALS = re.compile(r"(?<=://)[^/\s\"']*@")
+"""user:password@ in a URL; an @ behind the host, as in a path, is none."""
 
 
 class Section(BaseModel):
@@ -428,6 +436,30 @@ class TrainResources(Section):
     """ddp: each worker holds all weights; fsdp (FSDP2): a part of weights, gradients and optimizer, for encoders too large for a GPU"""
 
 
+class TrackingSection(Section):
+    """Where a run is shown beside others while it learns. Nothing of it decides the result."""
+
+    to: Trackers = ()
+    """mlflow, tensorboard, or both as a list: parameters, every evaluation, and the result; needs mlflow-skinny, tensorboard"""
+    uri: str | None = None
+    """of MLflow: a tracking server (http://host:5000) or a folder; default: MLFLOW_TRACKING_URI, else the folder mlruns beside output.path"""
+    path: str | None = None
+    """of TensorBoard: a folder on any fsspec URL; default: the folder tensorboard beside output.path"""
+    experiment: str = Field(default="textsweep", min_length=1)
+    """of MLflow: the runs that this one is shown with"""
+
+    @field_validator("uri", "path")
+    @classmethod
+    def check_credentials(cls, found: str | None) -> str | None:
+        """Refuse a URL with a password: the configuration is printed, and kept."""
+        if found is not None and CREDENTIALS.search(found):
+            raise ValueError(
+                "credentials do not belong into a configuration, give them to every node as MLFLOW_TRACKING_USERNAME and"
+                " MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN"
+            )
+        return found
+
+
 class TrainConfig(Section):
     """Everything `jobs.train` can be told."""
 
@@ -446,6 +478,7 @@ class TrainConfig(Section):
     stopping: StoppingSection = StoppingSection()
     decision: DecisionSection = DecisionSection()
     output: TrainOutputSection
+    tracking: TrackingSection = TrackingSection()
     resources: TrainResources = TrainResources()
 
     @model_validator(mode="after")
@@ -677,7 +710,13 @@ def describe_mistake(schema: type[Section], where: tuple[str, ...], kind: str, m
         )
         return "; ".join(f"{key} is required: give it as --set {key}=... or in the --config file" for key in missing)
     key = ".".join(where[: 3 if where[0] == "tasks" else 2])
-    return f"{key} = {json.dumps(found, default=str)}: {message[0].lower()}{message[1:]}"
+    message = message.removeprefix("Value error, ")
+    return f"{key} = {masked(json.dumps(found, default=str))}: {message[0].lower()}{message[1:]}"
+
+
+def masked(text: str) -> str:
+    """A text without the user names and passwords of its URLs."""
+    return CREDENTIALS.sub("***@", text)
 
 
 def keys_of(schema: type[Section]) -> Iterator[tuple[str, str, bool, str]]:

@@ -29,7 +29,7 @@ from lib.attribution import check_captum, explain_rows, new_explainer
 from lib.batching import IntArray, epoch_batches, sample_rows
 from lib.calibration import Decision, FloatArray, decide
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, commit, fetch
-from lib.config import StoppingSection, TrainConfig
+from lib.config import StoppingSection, TrainConfig, masked
 from lib.contrastive import head_of, tune
 from lib.errors import UsageError, say
 from lib.label_noise import LISTED, find_suspects, rows_to_look_at
@@ -44,6 +44,7 @@ from lib.schema import Head, label_name, slices_of, task_of
 from lib.sharding import broadcast_weights, load_optimizer, load_weights, whole, whole_state
 from lib.storage import Store
 from lib.tokenization import load_tokenizer
+from lib.tracking import About, Places, Tracker, params_of
 from lib.training_report import training_report
 from lib.tuning import add_adapters, compile_passes, freeze, merge_adapters, recompute_layers
 
@@ -101,6 +102,7 @@ class Job:
     folder: Store
     """of this run: tokenized data and Ray Train's checkpoints; removed at the end"""
     cpus_per_worker: int
+    tracking: Places | None = None
 
     @property
     def heads(self) -> tuple[Head, ...]:
@@ -262,6 +264,7 @@ class Fit:
         self.kept: dict[int, Weights] = {}
         """by step, on rank 0"""
         self.resume()
+        self.tracker = new_tracker(job, self.progress.step) if team.rank == 0 else None
         self.begun = time.monotonic() - self.progress.seconds
         self.printed = (time.monotonic(), self.progress.step)
 
@@ -328,12 +331,16 @@ class Fit:
         progress, stopping, metric = self.progress, self.job.config.stopping, self.job.metric
         means, bad_step = self.learner.means()
         found = self.learner.evaluate(self.sets["valid"])
+        before = progress.history[-1] if progress.history else {"step": 0, "seconds": 0.0}
         entry: dict[str, float] = {}
         if found is not None:
+            seconds = time.monotonic() - self.begun
+            rows = self.rows_until(progress.step) - self.rows_until(int(before["step"]))
             entry = {
                 "step": progress.step,
                 "epoch": round(progress.step / self.steps_per_epoch, 4),
-                "seconds": round(time.monotonic() - self.begun, 3),
+                "seconds": round(seconds, 3),
+                "rows_per_second": round(rows / max(1e-3, seconds - before["seconds"]), 3),
                 "workers": self.team.size,
                 **means,
                 **self.summary(found),
@@ -351,7 +358,17 @@ class Fit:
             progress.stopped = progress.stale >= stopping.patience
         self.keep()
         self.print_evaluation(entry)
+        if self.tracker is not None:
+            self.tracker.log(progress.history)
+            if progress.failure is not None:
+                self.tracker.end({}, progress.step, failed=True)
         self.printed = (time.monotonic(), progress.step)
+
+    def rows_until(self, step: int) -> int:
+        """Training rows of the first steps; the last batch of an epoch may be smaller."""
+        epochs, place = divmod(step, self.steps_per_epoch)
+        rows = len(self.sets["train"])
+        return epochs * rows + min(rows, place * self.job.config.optim.batch_size)
 
     def keep(self) -> None:
         """Keep the weights of the best or of the last evaluations, as many as are averaged at the end."""
@@ -477,6 +494,14 @@ class Fit:
         return model
 
 
+def new_tracker(job: Job, last_step: int) -> Tracker | None:
+    """What shows this run elsewhere, if that is asked for."""
+    if job.tracking is None:
+        return None
+    about = About(run_id=job.run_id, output=masked(job.output.url), params=params_of(job.config))
+    return Tracker(job.tracking, about, last_step)
+
+
 def steps_to_keep(history: list[dict[str, float]], stopping: StoppingSection, metric: str) -> list[int]:
     """Steps of the best evaluations, or of the last ones, first those; of equally good ones the earlier."""
     if stopping.keep == "last":
@@ -599,6 +624,9 @@ def publish(fit: Fit, valid: FloatArray, test: FloatArray | None) -> None:
         (Path(folder) / "report.html").write_text(training_report(card, metrics), encoding="utf-8")
         (Path(folder) / "README.md").write_text(model_card(card, metrics), encoding="utf-8")
         commit(job.output, folder, card)
+    if fit.tracker is not None:
+        tested = {f"{name}_test" if name else "test": one["test"] for name, one in found.items()}
+        fit.tracker.end({"best": best, **tested}, progress.step)
     steps = f"step {progress.kept[0]}" if len(progress.kept) == 1 else f"steps {progress.kept}, averaged,"
     print(f"committed the weights of {steps} to {job.output.url}", flush=True)
 
@@ -730,5 +758,6 @@ def find_committed(output: Store, config: TrainConfig, run_id: str) -> dict[str,
 
 
 def deciding(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain JSON, without `resources`: a run may go on with another number of workers."""
-    return config.model_dump(mode="json", exclude={"resources"})
+    """The configuration as plain JSON, without credentials, and what decides no result: a run may go on with other workers."""
+    found: dict[str, Any] = json.loads(masked(config.model_dump_json(exclude={"resources", "tracking"})))
+    return found

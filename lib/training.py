@@ -36,6 +36,7 @@ from lib.runtime import Cluster
 from lib.schema import Task
 from lib.storage import Store, explained, open_store
 from lib.tokenization import load_tokenizer
+from lib.tracking import find_places
 from lib.tuning import check_tuning
 
 RUNS_FOLDER = "_train"
@@ -79,6 +80,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
     several = {name: (one, find_labelled(name, one)) for name, one in configs_of(config).items()}
     metric = check_tasks(config, [sources[0].task for _, sources in several.values()])
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
+    tracking = find_places(config, output, is_fresh=folder.info("run.json") is None)
     claim(folder, config, run_id)
     tasks = tuple(
         prepare_task(name, one, sources, base, max_length, folder.at("data"))
@@ -95,6 +97,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
         output=output,
         folder=folder,
         cpus_per_worker=cpus_per_worker,
+        tracking=tracking,
     )
     run_workers(job, use_gpu)
     metrics = find_committed(output, config, run_id)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 
-# Before the imports, because Ray and huggingface_hub read them when they are imported: nothing is downloaded, no profile
+# Before the imports, because Ray, MLflow and huggingface_hub read them when they are imported: nothing is downloaded, no profile
 # and no cluster of this machine is used, and Ray's processes find `lib` and `tests`.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_FILE_STORE": "true",
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

@@ -38,6 +38,7 @@ from lib.training_report import training_report
 from lib.windows import Windows
 from tests import fakes
 from tests.labelled import LABELS, Weights, difference, make_rows
+from tests.tracked import assert_same_numbers, assert_tracked, scalars, vanishing_server
 
 TRAIN_ROWS, VALID_ROWS, TEST_ROWS = 81, 40, 101
 BATCH_ROWS = 16
@@ -128,14 +129,17 @@ def one(
     data: dict[str, str], base: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TrainConfig, dict[str, Any]]:
     """One worker, to a local folder."""
-    config = configure(data, base, str(tmp_path_factory.mktemp("one") / "checkpoint"))
+    tracking = {"to": ["mlflow", "tensorboard"]}
+    config = configure(data, base, str(tmp_path_factory.mktemp("one") / "checkpoint"), tracking=tracking)
     return config, train(config, "night-1", cluster_facts())
 
 
 @pytest.fixture(scope="module")
 def two(data: dict[str, str], base: str, ray_session: None, s3: LoopbackS3) -> tuple[TrainConfig, dict[str, Any]]:
     """Two workers and the same global batch, to S3."""
-    config = configure(data, base, f"{s3.bucket()}/models/two", resources={"num_workers": 2})
+    config = configure(
+        data, base, f"{s3.bucket()}/models/two", resources={"num_workers": 2}, tracking={"to": "tensorboard"}
+    )
     return config, train(config, "night-1", cluster_facts())
 
 
@@ -157,8 +161,11 @@ def test_two_workers_learn_what_one_learns(
 def test_accumulation_changes_nothing(
     one: tuple[TrainConfig, dict[str, Any]], data: dict[str, str], base: str, tmp_path: Path
 ) -> None:
-    config = configure(data, base, str(tmp_path / "checkpoint"), optim={"accumulation_steps": 3})
-    found = train(config, "night-1", cluster_facts())
+    """Nor does a tracking server that is gone after the first look at it."""
+    with vanishing_server() as uri:
+        tracking = {"to": "mlflow", "uri": uri}
+        config = configure(data, base, str(tmp_path / "checkpoint"), optim={"accumulation_steps": 3}, tracking=tracking)
+        found = train(config, "night-1", cluster_facts())
     assert_same_learning(one[1], found)
     assert difference(weights_of(one[0].output.path), weights_of(config.output.path)) < 1e-5
 
@@ -190,7 +197,7 @@ def test_a_checkpoint_is_plain_transformers_and_says_what_it_was_made_from(
     assert loaded.facts.labels == loaded.card.labels == LABELS
     trained = loaded.card.trained
     assert trained["run_id"] == "night-1"
-    assert trained["config"] == config.model_dump(mode="json", exclude={"resources"})
+    assert trained["config"] == config.model_dump(mode="json", exclude={"resources", "tracking"})
     assert trained["label_counts"]["train"].keys() == set(LABELS)
     assert set(trained["versions"]) == {"python", "torch", "transformers", "ray"}
     card = (open_store(config.output.path).read("README.md") or b"").decode()
@@ -282,6 +289,22 @@ def test_a_run_leaves_nothing_but_its_checkpoint(
         }
         assert json.loads(store.read("metrics.json") or b"") == result
     assert not (Path(one[0].output.path) / "_train").exists()
+
+
+def test_a_run_is_shown_in_mlflow_and_tensorboard(
+    one: tuple[TrainConfig, dict[str, Any]], two: tuple[TrainConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    config, found = one
+    run = assert_tracked(config, "night-1", found)
+    assert run.data.params["optim.learning_rate"] == "0.0005"
+    assert run.data.params["train.path"] == config.train.path
+    assert not Path("mlruns").exists()
+    events = open_store(f"{two[0].output.path.rpartition('/')[0]}/tensorboard/two/night-1")
+    for name in events.list()["path"].to_pylist():
+        (tmp_path / name).write_bytes(events.read(name) or b"")
+    assert_same_numbers(scalars(tmp_path), two[1])
+    train(config, "night-1", cluster_facts())  # is committed
+    assert assert_tracked(config, "night-1", found).info.end_time == run.info.end_time
 
 
 def test_a_finished_run_returns_at_once_and_another_is_refused(
@@ -479,7 +502,8 @@ def test_a_killed_worker_resumes_to_the_same_weights(
     Weights in parts learn and resume as whole ones do.
     """
     resources = {"num_workers": 2, "strategy": strategy}
-    config = configure(data, base, str(tmp_path / "killed"), **INTERRUPTED, resources=resources)
+    tracking = {"to": ["mlflow", "tensorboard"]}
+    config = configure(data, base, str(tmp_path / "killed"), **INTERRUPTED, resources=resources, tracking=tracking)
     weights, expected = uninterrupted
     found = train(config, "night-1", cluster_facts())
 
@@ -496,6 +520,7 @@ def test_a_killed_worker_resumes_to_the_same_weights(
     for left, right in zip(expected["history"], found["history"], strict=True):
         for name in ("train_loss", "grad_norm", "loss"):
             assert left[name] == pytest.approx(right[name], abs=1e-5)
+    assert_tracked(config, "night-1", found)
 
 
 def test_an_unfinished_run_goes_on_only_as_it_was_started(

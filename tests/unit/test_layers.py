@@ -11,7 +11,7 @@ ORDER = (
     # what everything speaks of
     *("errors", "schema", "windows"),
     # the world outside
-    *("config", "listing", "storage", "atomicity"),
+    *("config", "listing", "storage", "atomicity", "tracking"),
     # one thing each
     *(
         "planning",
@@ -62,6 +62,7 @@ MAY_IMPORT_RAY = {
     "pipeline",
 }
 MAY_IMPORT_TORCH = {
+    "tracking",
     "heads",
     "prompts",
     "model",
