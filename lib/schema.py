@@ -175,6 +175,10 @@ def to_results(
 
     Rows with an error get nulls and the error's name.
     """
+    num_classes = sum(len(head.labels) for head in schema.heads)
+    assert probabilities.shape[1] == num_classes, (
+        f"{probabilities.shape[1]} outputs, the heads have {num_classes} labels"
+    )
     finite = np.isfinite(probabilities).all(axis=1)
     stored = None
     if schema.embedding is not None:
