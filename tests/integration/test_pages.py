@@ -86,7 +86,11 @@ def training_page() -> str:
         "precision": "float32",
         "workers": 2,
         "versions": {"python": "3.11"},
-        "config": {"model": {"base": "s3://bucket/" + "long/" * 30}, "output": {"report_text": True}},
+        "config": {
+            "model": {"base": "s3://bucket/" + "long/" * 30},
+            "valid": {"path": None, "fraction": 0.1},
+            "output": {"report_text": True},
+        },
     }
     return training_report(Card(labels=LABELS, task=Task.MULTI_CLASS, max_length=128, trained=trained), metrics)
 
