@@ -164,7 +164,7 @@ def save_masked_prompt(config: ZeroShotConfig, base: str, tokenizer: Tokenizer, 
     if missing:
         raise UsageError(
             f"model.base {config.model.base}: has no masked-language head ({', '.join(missing[:3])}), which prompt.template reads;"
-            " take a base that has one, or train one on your texts: python -m jobs.pretrain"
+            " take a base that has one, as most encoders have before they are fine-tuned"
         )
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {label: index for index, label in enumerate(labels)}

@@ -148,7 +148,7 @@ def test_another_description_is_another_version(model: str, tmp_path: Path) -> N
         (["model.base=/nowhere"], r"/nowhere: there is no such model folder"),
         (["test.path=UNKNOWN"], r"label 'refunds' is not in labels.file, did you mean 'refund'"),
         (["test.path=LISTS"], r"column 'label' is multi_label, expected one label a row"),
-        (["prompt.template={text} It was [MASK]."], r"no masked-language head .* python -m jobs.pretrain"),
+        (["prompt.template={text} It was [MASK]."], r"no masked-language head .* take a base that has one"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

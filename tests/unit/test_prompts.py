@@ -130,7 +130,7 @@ def test_what_cannot_be_a_prompt_is_refused(
 def test_a_base_without_a_language_head_or_a_mask_is_refused(tmp_path: Path) -> None:
     fakes.make_encoder(tmp_path / "base", "bert")
     config = configure(tmp_path / "base", "{text} It was [MASK].")
-    with pytest.raises(UsageError, match=r"no masked-language head \(cls\..* python -m jobs\.pretrain"):
+    with pytest.raises(UsageError, match=r"no masked-language head \(cls\..* take a base that has one"):
         make_zero_shot(config, "night-1")
     tokenizer = fakes.bert_tokenizer()
     tokenizer.mask_token = None
