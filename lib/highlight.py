@@ -30,14 +30,17 @@ REORDERING = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u
 """Characters that change in which direction others are written."""
 
 
+def clear_words(words: Sequence[Word]) -> list[tuple[Word, float]]:
+    """The words that are marked, in their order, each with its value as a part of the largest one, whatever their signs."""
+    largest = max((abs(one.value) for one in words), default=0.0)
+    return [(one, abs(one.value) / largest) for one in words if one.value and abs(one.value) >= LEAST * largest]
+
+
 def marked_html(text: str, words: Sequence[Word]) -> Markup:
     """A text as HTML, its words marked; on a word its value is shown."""
-    largest = max((abs(one.value) for one in words), default=0.0)
     parts, last = [], 0
-    for word in words:
-        if abs(word.value) < LEAST * largest or not word.value:
-            continue
-        strength = 0.12 + 0.5 * abs(word.value) / largest
+    for word, part in clear_words(words):
+        strength = 0.12 + 0.5 * part
         kind = "for" if word.value > 0 else "against"
         color = f"rgba({COLORS[word.value > 0]},{strength:.2f})"
         mark = Markup('<mark class="{}" style="background:{}" title="{:+.3g}">{}</mark>')
@@ -85,12 +88,9 @@ def heading(one: Explanation) -> str:
 
 def colored_text(text: str, words: Sequence[Word]) -> str:
     """A text for a terminal: on blue what speaks for the answer, underlined on orange what speaks against it."""
-    largest = max((abs(one.value) for one in words), default=0.0)
     parts, last = [], 0
-    for word in words:
-        if abs(word.value) < LEAST * largest or not word.value:
-            continue
-        shade = SHADES[word.value > 0][min(2, int(3 * abs(word.value) / largest))]
+    for word, part in clear_words(words):
+        shade = SHADES[word.value > 0][min(2, int(3 * part))]
         line = "" if word.value > 0 else "4;"
         shown = printable(text[word.start : word.end])
         parts += [printable(text[last : word.start]), f"\x1b[{line}38;5;16;48;5;{shade}m{shown}\x1b[0m"]

@@ -49,9 +49,9 @@ class Located:
 
 
 def locate(tokenizer: Tokenizer, text: str) -> Located:
-    """Find the tokens of a text in it; where the tokenizer cannot say, in the text as the model reads it."""
+    """Find the tokens of a text in it; where the tokenizer cannot say, or puts a template around it, in the text as the model reads it."""
     ids = tokenizer.encode([text]).ids
-    if tokenizer.backend is not None:
+    if tokenizer.backend is not None and tokenizer.prompt is None:
         found = tokenizer.backend.encode(text)
         whole = Tokens(np.arange(len(found)), np.array([len(found)], np.int32), np.zeros(1, np.bool_), None)
         kept = keep_ends(whole, tokenizer.max_length) if tokenizer.truncation == "head_tail" else whole

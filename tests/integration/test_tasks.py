@@ -194,6 +194,7 @@ def test_heads_learn_what_they_are_given(settings: dict[str, Any], tmp_path: Pat
     [
         ({"data": {"label_noise": True}}, r"task 'flags': data\.label_noise looks at rows with one label each"),
         ({"decision": {"abstain": 0.9}}, r"task 'flags': decision\.abstain"),
+        ({"valid": {"fraction": 0.0}, "decision": {}}, r"valid\.fraction = 0 with tasks \(tone, flags\)"),
         ({"stopping": {"metric": "pearson"}}, r"stopping\.metric = pearson: this data is multi-class"),
         ({"loss": {"class_weights": "balanced"}}, r"task 'flags': loss\.class_weights"),
         ({"tasks": {"a": {"path": "/none"}, "b": {"path": "/none"}}}, r"task 'a': .*/none"),

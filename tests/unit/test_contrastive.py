@@ -124,6 +124,10 @@ def configure(**sections: dict[str, Any]) -> TrainConfig:
         ({"model": {"window_stride": 8}}, r"model\.window_stride with .* not of their windows"),
         ({"model": {"compile": True}}, r"model\.compile with"),
         ({"head": {"hidden_sizes": (8,)}}, r"head\.hidden_sizes with .* logistic regression"),
+        (
+            {"train": {"path": None}, "tasks": {"a": {"path": "x"}, "b": {"path": "y"}}},
+            r"tasks with .* pairs are of one labelled set",
+        ),
         ({"train": {"weight_column": "w"}}, r"train\.weight_column with .* pairs have no weights"),
         ({"train": {"text_column": ["a", "b"]}}, r"train\.text_column of two with .* two single texts"),
     ],

@@ -9,9 +9,11 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib import checkpoint
-from lib.config import Truncation, ZeroShotConfig, validate
+from lib.attribution import explain_texts
+from lib.config import ScoreConfig, Truncation, ZeroShotConfig, validate
 from lib.errors import UsageError
 from lib.predictor import Predictor
+from lib.scoring import vector_type
 from lib.tokenization import Tokenizer
 from lib.zero_shot import make_zero_shot
 from tests import fakes
@@ -146,3 +148,17 @@ def test_a_template_goes_around_single_texts_alone(base: Path) -> None:
     tokenizer = checkpoint.tokenizer_of(checkpoint.load(str(base.parent / "checkpoint")))
     with pytest.raises(ValueError, match="around a pair of texts"):
         tokenizer.encode(["a"], ["b"])
+
+
+@pytest.mark.parametrize("base", ["bert"], indirect=True)
+def test_an_answer_at_a_mask_is_explained_and_no_vector_is_made_of_the_template(base: Path) -> None:
+    make_zero_shot(configure(base, "{text} It was [MASK]."), "night-1")
+    loaded = checkpoint.load(str(base.parent / "checkpoint"))
+    tokens = checkpoint.tokenizer_of(loaded).encode(TEXTS[:1])
+    scores = Predictor(loaded, "fp32", "torch").probabilities(tokens.ids, tokens.offsets)
+    ((found,),) = explain_texts(loaded, TEXTS[:1], scores)
+    assert found.converged
+    assert found.value == pytest.approx(float(np.log(scores.max() / scores.min())), abs=1e-4)
+    values = {"input": {"path": "/x"}, "model": {"path": loaded.url}, "output": {"path": "/y", "embedding": "float16"}}
+    with pytest.raises(UsageError, match=r"output\.embedding: .* has a template around each text"):
+        vector_type(validate(ScoreConfig, values), loaded)
