@@ -1,13 +1,16 @@
 """Training on a real Ray against independent oracles: plain torch, plain transformers one row at a time, scikit-learn."""
 
+import contextlib
 import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from jobs.demo_store import LoopbackS3
 from jobs.train import main
 from lib import checkpoint
 from lib.config import TrainConfig, validate
-from lib.errors import UsageError
+from lib.errors import IncompleteError, UsageError
 from lib.model import load_classifier
 from lib.predictor import Predictor
 from lib.runtime import Cluster, Node, cluster_facts
@@ -521,6 +524,60 @@ def test_a_killed_worker_resumes_to_the_same_weights(
         for name in ("train_loss", "grad_norm", "loss"):
             assert left[name] == pytest.approx(right[name], abs=1e-5)
     assert_tracked(config, "night-1", found)
+
+
+KILLS = 10
+
+
+@pytest.mark.trial
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_killed_at_ten_random_moments_give_the_same_weights_to_the_last_bit(
+    num_workers: int, data: dict[str, str], base: str, ray_session: None, tmp_path: Path
+) -> None:
+    """Any worker, at any moment: while it starts, in the middle of an epoch or of an accumulation, while it saves."""
+    chance, killed, done = random.Random(num_workers), list[float](), threading.Event()
+    settings = {
+        **INTERRUPTED,
+        "optim": {**INTERRUPTED["optim"], "epochs": 20},
+        "stopping": {**INTERRUPTED["stopping"], "average": 3},
+    }
+    runs = {}
+
+    def kill() -> None:
+        begun = time.monotonic()
+        while len(killed) < KILLS:
+            wait, working = chance.uniform(0, 6), None
+            while working is None or time.monotonic() - working < wait:
+                if done.wait(0.01):
+                    return
+                found = train_workers()
+                working = (working or time.monotonic()) if len(found) == num_workers else None
+            os.kill(chance.choice(found), signal.SIGKILL)
+            killed.append(time.monotonic() - begun)
+
+    for name in ("whole", "killed"):
+        config = configure(
+            data, base, str(tmp_path / name), **settings, resources={"num_workers": num_workers}, tracking={}
+        )
+        killer = threading.Thread(target=kill)
+        if name == "killed":
+            killer.start()
+        while name not in runs:  # a run gives up after a few restarts; the same command goes on
+            with contextlib.suppress(IncompleteError):
+                runs[name] = train(config, "night-1", cluster_facts())
+    done.set()
+    killer.join()
+    assert len(killed) == KILLS, f"only {len(killed)} workers died before the run ended: {killed}"
+    assert runs["killed"]["resumed_after"], "no attempt went on from a checkpoint"
+    whole, after = (weights_of(str(tmp_path / name)) for name in runs)
+    assert whole.keys() == after.keys()
+    assert max(float((whole[name] - after[name]).abs().max()) for name in whole) == 0.0
+    for left, right in zip(runs["whole"]["history"], runs["killed"]["history"], strict=True):
+        timed = {"seconds", "rows_per_second"}
+        assert {name: left[name] for name in left if name not in timed} == {
+            name: right[name] for name in right if name not in timed
+        }
+    print(f"{num_workers} workers: killed at {[round(one, 1) for one in killed]} s, {runs['killed']['resumed_after']}")
 
 
 def test_an_unfinished_run_goes_on_only_as_it_was_started(
