@@ -1,4 +1,4 @@
-"""Fitting: what every worker of a training run does, from mapped rows to the best checkpoint, committed.
+"""Fitting: what every worker of a training run does, whatever is learned: steps, evaluations, what is kept, where it goes on.
 
 Which rows a step sees and in which order is decided by (seed, step) alone, so a run that was killed goes on exactly where
 its last evaluation left it. Knows Ray Train's worker side, not the cluster.
@@ -8,45 +8,32 @@ import json
 import logging
 import math
 import os
-import platform
-import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from lib.attribution import check_captum, explain_rows, new_explainer
-from lib.batching import IntArray, epoch_batches, sample_rows
-from lib.calibration import Decision, FloatArray, decide
-from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, commit, fetch
+from lib.batching import IntArray
+from lib.calibration import FloatArray
+from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card
 from lib.config import StoppingSection, TrainConfig, masked
-from lib.contrastive import head_of, tune
-from lib.errors import UsageError, say
-from lib.label_noise import LISTED, find_suspects, rows_to_look_at
-from lib.labelled import LabelledIndex
-from lib.learning import Learner, Team, features_of_rows
-from lib.loss import Objective, SeveralObjectives
-from lib.mapped import LabelledSet, Subset, known_rows, local_copy, map_set, split_rows, without_known
-from lib.metrics import describe, is_better, shown, summarize, worst_errors
-from lib.model import choose_dtype, load_classifier, new_classifier
-from lib.model_card import model_card
-from lib.schema import Head, label_name, slices_of, task_of
+from lib.errors import UsageError
+from lib.learning import Learner, Team
+from lib.mapped import Subset
+from lib.metrics import is_better, shown
+from lib.model import choose_dtype
 from lib.sharding import broadcast_weights, load_optimizer, load_weights, whole, whole_state
 from lib.storage import Store
-from lib.tokenization import load_tokenizer
 from lib.tracking import About, Places, Tracker, params_of
-from lib.training_report import training_report
-from lib.tuning import add_adapters, compile_passes, freeze, merge_adapters, recompute_layers
 
 METRICS_NAME = "metrics.json"
 
@@ -57,31 +44,8 @@ PROGRESS_SECONDS = 5.0
 
 STATE_NAME = "state.pt"
 
-SUSPECTS_NAME = "label_noise.json"
-
 SHOWN_ROWS = 8
 """Of a batch, in a message."""
-
-EXPLAINED_STEPS = 64
-"""At most, for each of the worst errors."""
-
-EXPLAINED_SECONDS = 60.0
-"""For all of the worst errors together."""
-
-MAX_KNOWN = 0.001
-"""The part of a set that may be known from training if duplicates are refused."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskJob:
-    """What a worker is told of one labelled set with its head."""
-
-    name: str
-    """empty if there are no others"""
-    index: LabelledIndex
-    objective: Objective
-    data: Store
-    """its tokenized rows"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +58,6 @@ class Job:
     """model.base, made absolute: Ray Train moves workers to another working directory"""
     max_length: int
     pad_token_id: int
-    tasks: tuple[TaskJob, ...]
-    """one, or one for each head"""
     metric: str
     """which chooses the checkpoint"""
     output: Store
@@ -103,26 +65,6 @@ class Job:
     """of this run: tokenized data and Ray Train's checkpoints; removed at the end"""
     cpus_per_worker: int
     tracking: Places | None = None
-
-    @property
-    def heads(self) -> tuple[Head, ...]:
-        """What the model's outputs answer."""
-        return tuple(Head(name=one.name, task=one.index.task, labels=one.index.labels) for one in self.tasks)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Of all heads."""
-        return tuple(label_name(head, label) for head in self.heads for label in head.labels)
-
-    @property
-    def objective(self) -> Objective | SeveralObjectives:
-        """What training makes small."""
-        parts = tuple(one.objective for one in self.tasks)
-        return (
-            parts[0]
-            if len(parts) == 1
-            else SeveralObjectives(parts=parts, places=tuple(place for _, place in slices_of(self.heads)))
-        )
 
 
 @dataclass
@@ -164,102 +106,16 @@ def join_team(job: Job) -> Team:
     )
 
 
-def open_sets(job: Job, task: TaskJob) -> dict[str, Subset]:
-    """Map all sets of a task; without one for validation a part of the training rows is set aside, the same on every worker.
+class Fit(ABC):
+    """One attempt at a run, on one worker. What is learned, and what evaluations mean, a subclass says."""
 
-    With `valid.fraction = 0` the training rows are the validation rows, too.
-    """
-    index, windows = task.index, job.config.model.windows
-    mapped = {
-        name: map_set(task.data, files, index.labels, index.task, job.pad_token_id, job.max_length, windows)
-        for name, files in index.files.items()
-    }
-    sets = {name: Subset(one, np.arange(len(one))) for name, one in mapped.items()}
-    if "valid" not in sets and not job.config.valid.fraction:
-        sets["valid"] = sets["train"]
-    elif "valid" not in sets:
-        train = mapped["train"]
-        parts = split_rows(train.targets, job.config.valid.fraction, job.config.optim.seed)
-        sets["train"], sets["valid"] = (Subset(train, part) for part in parts)
-    return sets
-
-
-def mix_sets(several: Sequence[dict[str, Subset]]) -> dict[str, Subset]:
-    """The sets of all tasks as one of each kind: the rows of one task after those of the other. A task without one has no rows in it."""
-    if len(several) == 1:
-        return several[0]
-    found = {}
-    for name in ("train", "valid", "test"):
-        parts = [sets[name] for sets in several if name in sets]
-        if parts:
-            starts = np.cumsum([0, *(len(part.data) for part in parts)])
-            chosen = [start + part.chosen for start, part in zip(starts[:-1], parts, strict=True)]
-            found[name] = Subset(LabelledSet.mix([part.data for part in parts]), np.concatenate(chosen))
-    return found
-
-
-def check_duplicates(
-    sets: dict[str, Subset], config: TrainConfig, rank: int
-) -> tuple[dict[str, Subset], dict[str, int]]:
-    """Count the rows of other sets that are known from training, and do what `data.duplicates` says; the sets, and the counts.
-
-    Raises `UsageError` if they are to be refused.
-    """
-    known = known_rows({name: one for name, one in sets.items() if name == "train" or one is not sets["train"]})
-    shown = ", ".join(f"{count:,} of {len(sets[name]):,} {name} rows" for name, count in known.items() if count)
-    if config.data.duplicates == "refuse":
-        for name, count in known.items():
-            if count > MAX_KNOWN * len(sets[name]):
-                raise UsageError(
-                    f'data.duplicates = "refuse": {shown} have the text of a training row, expected at most {MAX_KNOWN:.1%};'
-                    ' remove them, or set data.duplicates = "drop" to leave them out of training'
-                )
-    before = len(sets["train"])
-    if config.data.duplicates == "drop":
-        without = without_known(
-            {name: one for name, one in sets.items() if name == "train" or one is not sets["train"]}
-        )
-        sets = {name: without.get(name, without["train"]) for name in sets}
-    if shown and rank == 0:
-        left_out = before - len(sets["train"])
-        what = f": {left_out:,} of those are left out" if left_out else ", and may be known by heart (data.duplicates)"
-        say(f"{'' if left_out else 'WARNING: '}{shown} have the text of a training row{what}")
-    return sets, known
-
-
-def new_model(job: Job) -> PreTrainedModel:
-    """The model as it is before training, the same on every worker."""
-    config, trust = job.config, job.config.model.trust
-    base = fetch(job.base, trust)
-    model = new_classifier(
-        base, job.labels, task_of(job.heads), config.model.dropout, config.optim.seed, trust, head_of(config)
-    )
-    freeze(model, config)
-    add_adapters(model, config.lora)
-    return model
-
-
-class Fit:
-    """One attempt at a run, on one worker."""
-
-    def __init__(self, job: Job, team: Team) -> None:
+    def __init__(self, job: Job, team: Team, sets: dict[str, Subset], learner: Learner, steps_per_epoch: int) -> None:
+        """Of the sets `train` and `valid` are looked at."""
         self.job = job
         self.team = team
-        checked = [check_duplicates(open_sets(job, task), job.config, team.rank) for task in job.tasks]
-        self.sets_of = [sets for sets, _ in checked]
-        """each task's own rows"""
-        self.known = [known for _, known in checked]
-        self.sets = mix_sets(self.sets_of)
-        self.steps_per_epoch = math.ceil(len(self.sets["train"]) / job.config.optim.batch_size)
-        optim = job.config.optim
-        model: Any = new_model(job)
-        if job.config.model.gradient_checkpointing:
-            recompute_layers(model)
-        if job.config.model.compile:
-            compile_passes(model)
-        self.suspects = look_for_label_noise(job, model.to(team.device), self.sets["train"], team)
-        epochs = optim.epochs if job.config.contrastive.iterations is None else 0
-        self.learner = Learner(model.to(team.device), optim, job.objective, team, self.steps_per_epoch * epochs)
+        self.sets = sets
+        self.learner = learner
+        self.steps_per_epoch = steps_per_epoch
         self.progress = Progress()
         self.kept: dict[int, Weights] = {}
         """by step, on rank 0"""
@@ -268,12 +124,22 @@ class Fit:
         self.begun = time.monotonic() - self.progress.seconds
         self.printed = (time.monotonic(), self.progress.step)
 
+    @abstractmethod
+    def batches_of(self, epoch: int) -> list[IntArray]:
+        """The places in the training set of each batch of an epoch."""
+
+    @abstractmethod
+    def summary(self, found: FloatArray) -> dict[str, float]:
+        """The few numbers that validation gives, from what `Learner.evaluate` found."""
+
+    @abstractmethod
+    def new_model(self) -> PreTrainedModel:
+        """The model as it is before training, the same on every worker."""
+
     def run(self) -> None:
         """Train to the end or until stopping is due, and leave the best weights in the model of every worker."""
         config, learner, progress, train = self.job.config, self.learner, self.progress, self.sets["train"]
         places = evaluation_places(self.steps_per_epoch, config.stopping.evaluations_per_epoch)
-        if config.contrastive.iterations is not None and not progress.history:
-            self.tune_on_pairs()
         loaded, batches = -1, []
         while progress.step < learner.total_steps and not progress.stopped:
             epoch, place = divmod(progress.step, self.steps_per_epoch)
@@ -288,43 +154,6 @@ class Fit:
                 self.save()
         if progress.failure is None:
             self.restore_kept()
-
-    def batches_of(self, epoch: int) -> list[IntArray]:
-        """The places in the training set of each batch of an epoch."""
-        optim, sizes = self.job.config.optim, [len(sets["train"]) for sets in self.sets_of]
-        rows = sample_rows(sizes, self.job.config.sampling.temperature, optim.seed, epoch)
-        lengths = self.sets["train"].lengths[rows]
-        return [rows[places] for places in epoch_batches(lengths, optim.batch_size, optim.seed, epoch)]
-
-    def parts_of(self, name: str, logits: FloatArray) -> list[tuple[int, FloatArray]]:
-        """The logits of a set, task by task: the task's number, and its head's logits of its own rows."""
-        found, start = [], 0
-        for number, (sets, (_, place)) in enumerate(zip(self.sets_of, slices_of(self.job.heads), strict=True)):
-            if name in sets:
-                found.append((number, logits[start : start + len(sets[name]), place]))
-                start += len(sets[name])
-        return found
-
-    def summary(self, logits: FloatArray) -> dict[str, float]:
-        """The few numbers that validation gives; of several tasks the means, and each one's behind its name."""
-        found = {}
-        for number, own in self.parts_of("valid", logits):
-            head = self.job.heads[number]
-            found[head.prefix] = summarize(self.sets_of[number]["valid"].targets, own, Decision(task=head.task))
-        if len(found) == 1:
-            return found[""]
-        shared = [key for key in next(iter(found.values())) if all(key in one for one in found.values())]
-        means = {key: float(np.mean([one[key] for one in found.values()])) for key in shared}
-        return means | {prefix + key: value for prefix, one in found.items() for key, value in one.items()}
-
-    def tune_on_pairs(self) -> None:
-        """Contrastive tuning in place of the ordinary steps, from its beginning if it was killed; with the one evaluation at its end."""
-        config, model = self.job.config, cast(Any, self.learner.model)
-        steps, loss = tune(model, self.sets["train"], config.contrastive, config.optim.seed, self.team)
-        self.learner.loss_sum += loss
-        self.progress.step, self.steps_per_epoch = steps, max(1, steps // config.contrastive.epochs)
-        self.assess()
-        self.save()
 
     def assess(self) -> None:
         """Evaluate on the validation rows, and decide what is best and whether to stop: on rank 0, for all."""
@@ -489,7 +318,7 @@ class Fit:
         """On rank 0, at the end: the model that is committed, whole and on its own."""
         if not self.team.sharded:
             return self.learner.candidate
-        model = new_model(self.job)
+        model = self.new_model()
         load_weights(model, mean_of(list(self.kept.values())))
         return model
 
@@ -536,206 +365,6 @@ def copy_weights(model: torch.nn.Module) -> Weights:
 def evaluation_places(steps_per_epoch: int, evaluations: int) -> set[int]:
     """After which steps of an epoch (1 is the first) validation runs; always after the last one."""
     return {math.ceil(steps_per_epoch * part / evaluations) for part in range(1, evaluations + 1)}
-
-
-def work(settings: dict[str, Any]) -> str | None:
-    """What each worker runs: train, evaluate on the test rows, commit. Returns why the run is hopeless, if it is."""
-    job: Job = settings["job"]
-    team = join_team(job)
-    done = team.rank == 0 and find_committed(job.output, job.config, job.run_id) is not None
-    if team.broadcast(done):  # killed between the commit and the end
-        return None
-    fit = Fit(job, team)
-    fit.run()
-    if fit.progress.failure is None:
-        valid, test = fit.learner.evaluate(fit.sets["valid"]), fit.sets.get("test")
-        found = None if test is None else fit.learner.evaluate(test)
-        if valid is not None:
-            publish(fit, valid, found)
-    dist.barrier(group=team.control)
-    if not job.folder.is_local and ray.train.get_context().get_local_rank() == 0:
-        for task in job.tasks:
-            shutil.rmtree(local_copy(task.data), ignore_errors=True)
-    return fit.progress.failure
-
-
-def publish(fit: Fit, valid: FloatArray, test: FloatArray | None) -> None:
-    """Write the model's folder with its metrics, given the logits of validation and test rows, and commit it."""
-    job, progress, best = fit.job, fit.progress, fit.validation(valid)
-    heads, found = [], {}
-    tests = {} if test is None else dict(fit.parts_of("test", test))
-    for number, logits in fit.parts_of("valid", valid):
-        head, sets = job.heads[number], fit.sets_of[number]
-        decision = decide(job.config.decision, logits, sets["valid"].targets, head.task)
-        heads.append(replace(head, temperature=decision.temperature, thresholds=decision.thresholds))
-        found[head.name] = task_metrics(fit, number, decision, logits, tests.get(number))
-    rows = {name: len(one) for name, one in fit.sets.items()}
-    trained = {
-        "run_id": job.run_id,
-        "config": deciding(job.config),
-        "seed": job.config.optim.seed,
-        "data": "|".join(task.index.fingerprint for task in job.tasks),
-        "rows": rows,
-        "label_counts": {task.name: task.index.label_counts for task in job.tasks}
-        if len(found) > 1
-        else job.tasks[0].index.label_counts,
-        "precision": str(fit.team.dtype).removeprefix("torch."),
-        "workers": fit.team.size,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "ray")},
-        },
-    }
-    briefly = {name: brief(one["test"]) for name, one in found.items()}
-    card = Card(
-        labels=job.labels,
-        task=task_of(heads),
-        max_length=job.max_length,
-        truncation=job.config.model.truncation,
-        windows=job.config.model.windows,
-        temperature=heads[0].temperature if len(heads) == 1 else 1.0,
-        thresholds=heads[0].thresholds if len(heads) == 1 else None,
-        several=tuple(heads) if len(heads) > 1 else (),
-        metrics={"valid": best, "test": briefly[""] if len(found) == 1 else briefly},
-        trained=trained,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        model = fit.trained_model()
-        merge_adapters(model)
-        model.save_pretrained(folder)
-        for number, head in enumerate(heads):
-            found[head.name]["unexplained"] = explain_errors(fit, number, found[head.name], card, folder)
-        metrics: dict[str, Any] = {
-            "run_id": job.run_id,
-            "seconds": progress.seconds,
-            "rows": rows,
-            "metric": job.metric,
-            "best": best,
-            "averaged_steps": progress.kept if len(progress.kept) > 1 else None,
-            "resumed_after": progress.resumed_after,
-            "history": progress.history,
-            "label_noise": fit.suspects,
-            **(found[""] if len(found) == 1 else {"tasks": found}),
-        }
-        trust = job.config.model.trust
-        tokenizer = load_tokenizer(fetch(job.base, trust), job.max_length, trust.code, job.config.model.truncation)
-        tokenizer.reference.save_pretrained(folder)
-        (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-        (Path(folder) / "report.html").write_text(training_report(card, metrics), encoding="utf-8")
-        (Path(folder) / "README.md").write_text(model_card(card, metrics), encoding="utf-8")
-        commit(job.output, folder, card)
-    if fit.tracker is not None:
-        tested = {f"{name}_test" if name else "test": one["test"] for name, one in found.items()}
-        fit.tracker.end({"best": best, **tested}, progress.step)
-    steps = f"step {progress.kept[0]}" if len(progress.kept) == 1 else f"steps {progress.kept}, averaged,"
-    print(f"committed the weights of {steps} to {job.output.url}", flush=True)
-
-
-def task_metrics(
-    fit: Fit, number: int, decision: Decision, valid: FloatArray, test: FloatArray | None
-) -> dict[str, Any]:
-    """What is known of one task at the end, given the logits of its validation and test rows."""
-    index, sets = fit.job.tasks[number].index, fit.sets_of[number]
-    described = {
-        name: describe(sets[name].targets, logits, decision, index.labels)
-        for name, logits in (("valid", valid), ("test", test))
-        if logits is not None
-    }
-    return {
-        "rows": {name: len(one) for name, one in sets.items()},
-        "dropped": index.dropped,
-        "known_from_training": fit.known[number],
-        "labels": list(index.labels),
-        "temperature": decision.temperature,
-        "thresholds": decision.thresholds,
-        "valid": described["valid"],
-        "test": described.get("test"),
-        "errors": find_errors(
-            fit, number, decision, "valid" if test is None else "test", valid if test is None else test
-        ),
-        "label_counts": index.label_counts,
-        "lengths": {"rows": index.sampled["train"], "longer_than": index.longer["train"]},
-    }
-
-
-def brief(metrics: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The single numbers of a set's metrics."""
-    return {key: value for key, value in (metrics or {}).items() if not isinstance(value, (list, dict))} or None
-
-
-def look_for_label_noise(job: Job, model: PreTrainedModel, rows: Subset, team: Team) -> dict[str, Any] | None:
-    """Training rows whose label looks wrong, if that is asked for: the clearest ones, and how many there are. On rank 0.
-
-    An attempt that goes on takes what the first one found.
-    """
-    if not job.config.data.label_noise:
-        return None
-    kept = job.folder.read(SUSPECTS_NAME)
-    if team.broadcast(kept is not None):
-        return json.loads(kept) if kept and team.rank == 0 else None
-    seed = job.config.optim.seed
-    looked_at = Subset(rows.data, rows.chosen[rows_to_look_at(len(rows), seed)])
-    features = features_of_rows(model, looked_at, team)
-    if features is None:
-        return None
-    suspects = find_suspects(features, looked_at.targets, looked_at.chosen, job.labels, seed)
-    listed = [asdict(one) for one in suspects[:LISTED]]
-    if job.config.output.report_text:
-        add_texts(job, listed, rows.data)
-    found = {"rows": len(looked_at), "found": len(suspects), "listed": listed}
-    job.folder.replace(SUSPECTS_NAME, json.dumps(found).encode())
-    say(
-        f"label noise: {len(suspects):,} of {len(looked_at):,} training rows look mislabelled; report.html lists the clearest"
-    )
-    return found
-
-
-def add_texts(job: Job, listed: list[dict[str, Any]], data: LabelledSet) -> None:
-    """Add the text of each `row` that is listed, as the model reads it."""
-    model, trust = job.config.model, job.config.model.trust
-    tokenizer = load_tokenizer(fetch(job.base, trust), job.max_length, trust.code, model.truncation, model.windows)
-    for one in listed:
-        one["text"] = tokenizer.text_of(data.ids_of(one["row"]))
-
-
-def find_errors(fit: Fit, number: int, decision: Decision, name: str, logits: FloatArray) -> list[dict[str, Any]]:
-    """The worst errors on the rows of a task's set, with their texts, as the model reads them, if the configuration allows it."""
-    job, rows = fit.job, fit.sets_of[number][name]
-    errors = worst_errors(rows.targets, logits, decision, job.tasks[number].index.labels)
-    for one in errors:
-        one["row"] = int(rows.chosen[one["row"]])
-    if job.config.output.report_text:
-        add_texts(job, errors, rows.data)
-    return errors
-
-
-def explain_errors(fit: Fit, number: int, metrics: dict[str, Any], card: Card, folder: str) -> str | None:
-    """Add to a task's worst errors whose texts are shown where their answers come from, by the model in `folder`.
-
-    Returns why that was not done for all of them, if so, and warns: nothing of it ends a run that has been trained.
-    """
-    job, model, errors = fit.job, fit.job.config.model, metrics["errors"]
-    rows = fit.sets_of[number]["valid" if metrics["test"] is None else "test"]
-    head, place = slices_of(job.heads)[number]
-    if not job.config.output.report_text or not errors:
-        return None
-    try:
-        check_captum("marking the words that the worst errors come from")
-        base, trust = fetch(job.base, model.trust), model.trust
-        tokenizer = load_tokenizer(base, job.max_length, trust.code, model.truncation, model.windows)
-        own, classifier = card.alone(head.name) if card.several else card, load_classifier(folder, trust)
-        explainer = new_explainer(classifier, tokenizer, own, job.pad_token_id, fit.team.device, place)
-        done = explain_rows(explainer, rows.data, errors, EXPLAINED_STEPS, EXPLAINED_SECONDS)
-    except UsageError as error:
-        failure = str(error)
-    except Exception as error:  # noqa: BLE001 - a report is no reason to lose what was learned
-        failure = f"{type(error).__name__}: {error}"
-    else:
-        if done == len(errors):
-            return None
-        failure = f"{done} of {len(errors)} were explained in {EXPLAINED_SECONDS:.0f} s"
-    say(f"WARNING: the words that the worst errors come from are not all marked in the report: {failure}")
-    return failure
 
 
 def find_committed(output: Store, config: TrainConfig, run_id: str) -> dict[str, Any] | None:

@@ -36,9 +36,10 @@ from lib.predictor import Predictor
 from lib.runtime import Cluster, Node, cluster_facts
 from lib.schema import Task
 from lib.storage import open_store
-from lib.training import place_workers, train
+from lib.training import train
 from lib.training_report import training_report
 from lib.windows import Windows
+from lib.workers import place_workers
 from tests import fakes
 from tests.labelled import LABELS, Weights, difference, make_rows
 from tests.tracked import assert_same_numbers, assert_tracked, scalars, vanishing_server

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import checkpoint, fitting
+from lib import checkpoint, finetuning
 from lib.attribution import Explainer, Explanation, explain, explain_rows, explain_texts, new_explainer, row_of
 from lib.checkpoint import Card
 from lib.config import HeadSection, TrainConfig, validate
@@ -261,7 +261,7 @@ def test_no_explanation_ends_a_run_that_has_been_trained(
     fit: Any = SimpleNamespace(job=job, sets_of=sets_of, team=SimpleNamespace(device=torch.device("cpu")))
     card = Card(labels=("bad", "fair", "good"), task=Task.MULTI_CLASS, max_length=64)
     whole: list[dict[str, Any]] = [{"row": 1, "answered": "bad", "text": "a text"}]
-    assert fitting.explain_errors(fit, 0, {"test": {}, "errors": whole}, card, str(tmp_path)) is None
+    assert finetuning.explain_errors(fit, 0, {"test": {}, "errors": whole}, card, str(tmp_path)) is None
     assert whole[0]["explained"]["label"] == "bad"
 
     def fail(*_arguments: Any) -> None:
@@ -273,11 +273,11 @@ def test_no_explanation_ends_a_run_that_has_been_trained(
     elif broken == "model":
         (folder := tmp_path / "empty").mkdir()
     elif broken == "memory":
-        monkeypatch.setattr(fitting, "explain_rows", fail)
+        monkeypatch.setattr(finetuning, "explain_rows", fail)
     else:
-        monkeypatch.setattr(fitting, "EXPLAINED_SECONDS", -1.0)
+        monkeypatch.setattr(finetuning, "EXPLAINED_SECONDS", -1.0)
     errors: list[dict[str, Any]] = [{"row": 1, "answered": "bad", "text": "a text"}]
-    failure = fitting.explain_errors(fit, 0, {"test": {}, "errors": errors}, card, str(folder))
+    failure = finetuning.explain_errors(fit, 0, {"test": {}, "errors": errors}, card, str(folder))
     assert failure and re.search(said, failure)
     assert f"WARNING: the words that the worst errors come from are not all marked in the report: {failure}" in (
         capsys.readouterr().err

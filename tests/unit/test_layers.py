@@ -43,9 +43,19 @@ ORDER = (
     *("checkpoint", "attribution", "plots", "highlight", "model_card", "training_report"),
     *("packing", "engine", "budget"),
     # the work of one process
-    *("labelled", "blocks", "predictor", "learning", "contrastive", "fitting", "zero_shot"),
+    *(
+        "labelled",
+        "blocks",
+        "predictor",
+        "learning",
+        "contrastive",
+        "fitting",
+        "classifying",
+        "finetuning",
+        "zero_shot",
+    ),
     # the work of a cluster
-    *("training", "outcome", "watch", "tasks", "actors", "suspects", "pipeline", "report", "scoring"),
+    *("workers", "training", "outcome", "watch", "tasks", "actors", "suspects", "pipeline", "report", "scoring"),
 )
 """From the lowest to the highest; each may import those before it."""
 
@@ -54,7 +64,8 @@ MAY_IMPORT_RAY = {
     "progress",
     "labelled",
     "fitting",
-    "training",
+    "finetuning",
+    "workers",
     "watch",
     "tasks",
     "actors",
@@ -77,8 +88,9 @@ MAY_IMPORT_TORCH = {
     "learning",
     "contrastive",
     "fitting",
+    "finetuning",
     "zero_shot",
-    "training",
+    "workers",
 }
 
 MODULES = sorted(path.stem for path in (REPOSITORY / "lib").glob("*.py") if path.stem != "__init__")

@@ -18,7 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 from lib.batching import share_of
 from lib.calibration import Decision
 from lib.config import OptimSection, StoppingSection
-from lib.fitting import copy_weights, find_errors, mean_of, steps_to_keep
+from lib.finetuning import find_errors
+from lib.fitting import copy_weights, mean_of, steps_to_keep
 from lib.learning import Learner, Team, accumulate, features_of_rows, logits_of_rows, new_optimizer, together
 from lib.loss import Objective, rdrop_losses
 from lib.mapped import LabelledSet, Subset

@@ -1,0 +1,197 @@
+"""The workers of a training run on the cluster: room for them, the run's claim, restarts, and what their errors mean."""
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray.train
+from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
+
+from lib.config import TrainConfig
+from lib.errors import IncompleteError, TextsweepError, UsageError
+from lib.fitting import Job, deciding
+from lib.runtime import Cluster
+from lib.storage import Store, explained
+
+RUNS_FOLDER = "_train"
+
+MAX_FAILURES = 3
+"""Restarts of the workers in one execution of the job."""
+
+RESIZE_SECONDS = 30.0
+"""Between looks for room for more workers, if there may be more: taking them costs what was trained since the last evaluation."""
+
+RAY_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for one look of the controller: 2 s as Ray ships
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it shows every line that a worker prints twice
+}
+
+
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait sleep instead of spinning: on shared cores spinning ones take the time that other processes need."""
+
+
+def place_workers(config: TrainConfig, cluster: Cluster) -> tuple[bool, int]:
+    """Whether workers use GPUs, and how many CPUs each gets. Raises `UsageError` if the cluster cannot hold them."""
+    wanted = config.resources.num_workers
+    least = config.resources.min_workers or wanted
+    if least > wanted:
+        raise UsageError(
+            f"resources.min_workers = {least} is more than resources.num_workers = {wanted}; give at most that"
+        )
+    asked = f"resources.num_workers = {wanted}" if least == wanted else f"resources.min_workers = {least}"
+    use_gpu = cluster.gpus >= 1 if config.resources.use_gpu is None else config.resources.use_gpu
+    if use_gpu:
+        room = sum(int(min(node.gpus, node.cpus)) for node in cluster.nodes)
+        if least > room:
+            raise UsageError(
+                f"{asked} with a GPU and a CPU each, the cluster has room for {room} ({cluster});"
+                f" lower {asked.split()[0]}, set resources.use_gpu = false, or add GPU nodes"
+            )
+        return True, 1
+    most = int(max((node.cpus for node in cluster.nodes), default=0))
+    for count, cpus in itertools.product(range(wanted, least - 1, -1), range(most, 0, -1)):
+        if sum(int(node.cpus // cpus) for node in cluster.nodes) >= count:
+            return False, cpus
+    raise UsageError(
+        f"{asked} with a CPU each, the cluster has {cluster};"
+        f" lower {asked.split()[0]} to at most {int(cluster.cpus)}, or add nodes"
+    )
+
+
+def claim(folder: Store, config: TrainConfig, run_id: str) -> None:
+    """Start this run, or go on with it. Raises `UsageError` if an unfinished run of this name has another configuration."""
+    mine = deciding(config)
+    if folder.create("run.json", json.dumps(mine).encode()):
+        return
+    theirs = json.loads(folder.read("run.json") or b"{}")
+    differing = [
+        f"{section}.{key} = {mine[section].get(key)!r}, it was {values.get(key)!r}"
+        for section, values in theirs.items()
+        for key in values
+        if mine.get(section, {}).get(key) != values[key]
+    ]
+    if theirs != mine:
+        raise UsageError(
+            f"{folder.url}: run {run_id!r} was started with another configuration ({'; '.join(differing)}); give this one"
+            " another --run-id, or the old configuration to go on"
+        )
+    print(f"going on with run {run_id}", flush=True)
+
+
+class QuietTrainer(TorchTrainer):
+    """Without the actor that waits for the controller's death to free its placement group: the job's end frees it, too.
+
+    Ray 2.60: without a dashboard, as in a local Ray, that actor prints a warning every second.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        found: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        return [one for one in found if type(one).__name__ != "PlacementGroupCleanerCallback"]
+
+
+def run_workers(work: Callable[[dict[str, Any]], str | None], job: Job, use_gpu: bool) -> None:
+    """Run `work` on all workers, restarting them from their last checkpoint if some die.
+
+    It is given the job, and returns why the run is hopeless, if it is.
+    """
+    for name, value in RAY_TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    where: dict[str, Any] = {"storage_path": job.folder.root}
+    if not job.folder.is_local:
+        where["storage_filesystem"] = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(job.folder.fs))
+    resources = job.config.resources
+    least, most = resources.min_workers, resources.num_workers
+    trainer = QuietTrainer(
+        work,  # type: ignore[arg-type]
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=most if least is None else (least, most),
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": job.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name="checkpoints",
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]
+            **where,
+        ),
+    )
+    try:
+        result = run_interruptibly(trainer.fit)
+    except TrainingFailedError as error:
+        explain(error, job)
+        raise
+    except (RayActorError, WorkerCrashedError, OutOfMemoryError) as error:
+        raise IncompleteError(
+            f"Ray Train's controller died: {str(error).splitlines()[0]}; run the same command again to go on after the last"
+            " evaluation"
+        ) from error
+    failure = getattr(result, "return_value", None)
+    if failure:
+        raise UsageError(f"{failure}; lower optim.learning_rate or raise optim.warmup_fraction, under another --run-id")
+
+
+def run_interruptibly(function: Callable[[], Any]) -> Any:
+    """Call a function that waits inside Ray so that SIGTERM ends the wait.
+
+    Ray 2.60 waits in C++, where the exception of a signal handler is lost, and `fit` puts its own handler on Ctrl-C: seen
+    as a driver that trained on for minutes after SIGTERM. A thread of its own leaves the main one to the signals.
+    """
+    executor = ThreadPoolExecutor(max_workers=1)
+    try:
+        return executor.submit(function).result()
+    finally:
+        executor.shutdown(wait=False)
+
+
+def explain(error: TrainingFailedError, job: Job) -> None:
+    """Raise what a person can act on, if that is what ended the workers; return if it looks like a bug."""
+    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+    causes = [cause for failure in failures for cause in chain_of(failure)]
+    for cause in causes:
+        if isinstance(cause, GpuOutOfMemoryError):
+            raise UsageError(
+                f"a worker ran out of GPU memory with {job.config.optim.batch_size} rows a step on"
+                f" {job.config.resources.num_workers} workers and model.max_length = {job.max_length}; raise"
+                " optim.accumulation_steps (the result is the same), under another --run-id"
+            ) from error
+        if isinstance(cause, TextsweepError):
+            raise cause from error
+    if any(isinstance(cause, (RayActorError, WorkerCrashedError, OutOfMemoryError)) for cause in causes):
+        raise IncompleteError(
+            f"workers died more than {MAX_FAILURES} times: {failures[0]}; run the same command again to go on after the"
+            " last evaluation"
+        ) from error
+
+
+def chain_of(error: BaseException | None) -> list[BaseException]:
+    """An exception and its causes."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = getattr(error, "cause", None) or error.__cause__
+    return chain
+
+
+def remove_run(output: Store, folder: Store) -> None:
+    """Remove tokenized data and training states of a committed run."""
+    with contextlib.suppress(FileNotFoundError), explained(folder.url, "remove"):
+        folder.fs.rm(folder.root, recursive=True)
+    if output.is_local:
+        with contextlib.suppress(OSError):
+            Path(output.full(RUNS_FOLDER)).rmdir()
