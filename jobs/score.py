@@ -12,7 +12,8 @@ As a Ray job:
     ray job submit --working-dir . -- python -m jobs.score --config jobs/configs/score.toml --run-id 2026-11-20
 
 Exit codes: 0 done; 2 the command or configuration is wrong; 3 done, but over a limit of bad rows or shards, not published;
-4 incomplete, run the same command again; 5 stopped on request; 1 a bug.
+4 incomplete, run the same command again; 5 stopped on request; 6 limits.budget is spent, the same command goes on with a new one;
+1 a bug.
 """
 
 import os
@@ -22,6 +23,7 @@ from contextlib import nullcontext
 
 from lib import pipeline, scoring
 from lib.config import ScoreConfig, parse_command
+from lib.cost import Meter
 from lib.errors import at_work, run_job
 from lib.outcome import Outcome
 from lib.report import ProgressLine
@@ -44,22 +46,24 @@ def score(config: ScoreConfig, run_id: str) -> None:
         print(run.nothing_to_do())
         return
 
-    outcome, where = Outcome(), "not needed"
+    outcome, where, meter = Outcome(), "not needed", None
     if run.unfinished.num_rows:
         with ray_session() as cluster:
             layout, where = plan_layout(cluster, config.resources), str(cluster)
             print(f"cluster: {cluster}; {layout.num_actors} predictor actors", flush=True)
+            meter = Meter(config.forecast, config.limits.budget, run.begun, cluster)
             run.start()
             selected = run.selection.rows if run.selection else None
             with at_work():
-                outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, ProgressLine(), selected)
+                line = ProgressLine(meter=meter)
+                outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, line, selected, meter)
     else:
         run.start()
 
     # Every planned row is accounted for, or the run is no success.
     with at_work():
         manifest = scoring.reconcile(run, outcome)
-        scoring.conclude(run, outcome, manifest, where)
+        scoring.conclude(run, outcome, manifest, where, meter)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from lib import blocks as work
@@ -35,13 +36,14 @@ class PredictBlock:
                     " give every node the same folder, and do not change a model in place"
                 )
             self.predictor = Predictor(loaded, job.precision, job.engine, job.token_budget, threads, vector)
+        self.report.device = self.predictor.describe()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Score a block: key columns and the columns that scoring adds, rows in the order they came."""
         with reported(self.progress):
             self.report.begin([record["shard"] for record in json.loads(table.schema.metadata[CHUNKS_KEY])])
             scored = self.score(table)
-            self.report.end()
+            self.report.end(pc.sum(pc.list_value_length(table[IDS])).as_py() or 0)
         return scored
 
     def score(self, table: pa.Table) -> pa.Table:

@@ -148,6 +148,9 @@ class LimitsSection(Section):
     """an actor that finishes no micro-batch for so long while it has work is ended, and its work tried again"""
     max_probes: int = Field(default=400, ge=0)
     """attempts to find the rows of one chunk that kill the process that scores them"""
+    budget: float | None = Field(default=None, gt=0)
+    """what one run may cost, in the currency of the prices in [forecast]: when it is spent the run ends, what is finished is kept, and
+    nothing is published; with forecast.gpu_hour=1 it is GPU hours"""
 
 
 class ScoreResources(Section):
@@ -159,8 +162,27 @@ class ScoreResources(Section):
     """tokens, padding included, in one forward pass; default: on a GPU found by timing; on CPUs 512 with openvino, 4,096 with torch"""
 
 
+Price = Annotated[float, Field(ge=0)]
+
+
+class ForecastSection(Section):
+    """What computing costs, for jobs.score and jobs.plan, and what jobs.plan forecasts for. Nothing of it decides a score."""
+
+    gpu_hour: Price | None = None
+    """price of one GPU for an hour, in any currency"""
+    cpu_hour: Price | None = None
+    """price of one CPU for an hour"""
+    node_hour: Price | None = None
+    """price of one node for an hour, beside that of its CPUs and GPUs, if these have one of their own"""
+
+    @property
+    def has_price(self) -> bool:
+        """Whether anything costs something."""
+        return any(price is not None for price in (self.gpu_hour, self.cpu_hour, self.node_hour))
+
+
 class ScoreConfig(Section):
-    """Everything `jobs.score` can be told."""
+    """Everything `jobs.score` and `jobs.plan` can be told."""
 
     input: InputSection
     model: ModelSection
@@ -168,6 +190,17 @@ class ScoreConfig(Section):
     planning: PlanningSection = PlanningSection()
     limits: LimitsSection = LimitsSection()
     resources: ScoreResources = ScoreResources()
+    forecast: ForecastSection = ForecastSection()
+
+    @model_validator(mode="after")
+    def check_budget(self) -> "ScoreConfig":
+        """A budget needs a price."""
+        if self.limits.budget is not None and not self.forecast.has_price:
+            raise ValueError(
+                f"limits.budget = {self.limits.budget:g}, but nothing has a price: set forecast.gpu_hour (1 makes it GPU hours),"
+                " forecast.cpu_hour or forecast.node_hour"
+            )
+        return self
 
 
 class LabelledSection(Section):

@@ -27,6 +27,9 @@ class ExitCode(enum.IntEnum):
     """Infrastructure failed; what is finished stays finished, run the same command again."""
     STOPPED = 5
     """Stopped on request (SIGTERM or Ctrl-C); run the same command again to go on."""
+    OVER_BUDGET = 6
+    """`limits.budget` is spent; what is finished stays finished. Not 4: what runs a job again by itself on 4 would spend the budget
+    again each time. Not 5: nobody asked for it just now, and somebody has to decide whether the rest is worth another budget."""
 
 
 class TextsweepError(Exception):
@@ -55,6 +58,12 @@ class IncompleteError(TextsweepError):
     """Infrastructure failed; the same command can be run again."""
 
     exit_code = ExitCode.INCOMPLETE
+
+
+class BudgetError(TextsweepError):
+    """The budget of a run is spent."""
+
+    exit_code = ExitCode.OVER_BUDGET
 
 
 class StoppedError(TextsweepError):

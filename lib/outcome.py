@@ -1,5 +1,6 @@
 """What a run planned and did, added up wave by wave, so that a run over a million shards stays small in memory."""
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from lib.blocks import SCORE_BINS
+from lib.errors import BudgetError
 from lib.planning import Chunk
 from lib.progress import Counts
 
@@ -50,11 +52,19 @@ class Outcome:
     guilty: dict[str, list[int]] = field(default_factory=dict)
     """rows that killed the process that scored them, by shard"""
     counts: Counts = field(default_factory=Counts)
+    over_budget: BudgetError | None = None
+    """why the run ended before its work did"""
+    marks: dict[str, float] = field(default_factory=dict)
+    """when what first happened, by `time.monotonic`: planned (the first wave), begun (the first block), ended"""
     finished: set[str] = field(default_factory=set)
     """names of this wave's objects that are there"""
     records: list[pa.Table] = field(default_factory=list)
     """what earlier waves' objects say, as `RECORD_SCHEMA`"""
     _rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def mark(self, event: str) -> None:
+        """Note that something happened, if it is the first time."""
+        self.marks.setdefault(event, time.monotonic())
 
     def plan(self, chunk: Chunk) -> None:
         """Note a chunk that this run sets out to do."""

@@ -25,7 +25,8 @@ from lib.actors import PredictBlock
 from lib.blocks import Footer, ScoreJob
 from lib.checkpoint import fetch
 from lib.config import LimitsSection
-from lib.errors import UsageError
+from lib.cost import Meter
+from lib.errors import BudgetError, UsageError
 from lib.outcome import Outcome
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity, select_rows
 from lib.progress import Counts, end_actors, read_progress, start_progress
@@ -161,11 +162,18 @@ def consume(dataset: Dataset, inbox: "queue.Queue[dict[str, Any] | Exception | N
 
 
 def score(
-    job: ScoreJob, shards: pa.Table, layout: Layout, limits: LimitsSection, show: Show, selected: Selected | None = None
+    job: ScoreJob,
+    shards: pa.Table,
+    layout: Layout,
+    limits: LimitsSection,
+    show: Show,
+    selected: Selected | None = None,
+    meter: Meter | None = None,
 ) -> Outcome:
     """Score all chunks of unfinished shards (columns path, identity), wave by wave; returns what came of it.
 
-    With `selected`, only those rows of each shard.
+    With `selected`, only those rows of each shard. With a `meter` whose budget is spent before the work is done, what is in
+    flight is dropped, and the outcome says so.
 
     Raises `IncompleteError` when the cluster or the storage fails for good; whatever was finished by then stays finished.
     """
@@ -180,16 +188,31 @@ def score(
         progress=start_progress(),
         outcome=Outcome(),
         show=show,
+        meter=meter,
     )
-    blocks = bundle(plan_chunks(run, shards, selected), job.chunk_bytes)
-    while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
-        run_wave(run, wave)
-        run.outcome.close_wave()
+    blocks = bundle(with_rows(run, plan_chunks(run, shards, selected)), job.chunk_bytes)
+    try:
+        while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
+            run.outcome.mark("planned")
+            run_wave(run, wave)
+            run.outcome.close_wave()
+    except BudgetError as error:
+        run.outcome.over_budget = error
+    run.outcome.mark("ended")
     return run.outcome
 
 
+def with_rows(run: Running, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yield the chunks that have rows; the objects of the others are written here."""
+    for chunk in chunks:
+        if chunk.rows:
+            yield chunk
+        else:
+            run.outcome.add(work.write_empty(run.job, chunk))
+
+
 def plan_chunks(run: Running, shards: pa.Table, selected: Selected | None) -> Iterator[Chunk]:
-    """Read footers and yield the chunks that have rows; empty ones are written here, bad shards noted."""
+    """Read footers and yield every chunk; bad shards are noted."""
     job, outcome = run.job, run.outcome
     identities = (value.as_py() for value in shards["identity"])
     for footer, shard_identity in zip(read_footers(run, shards["path"]), identities, strict=True):
@@ -199,10 +222,7 @@ def plan_chunks(run: Running, shards: pa.Table, selected: Selected | None) -> It
         chunks = chunks_of(footer.shard, shard_identity, footer.row_groups, job.chunk_bytes)
         for chunk in select_rows(chunks, selected[footer.shard]) if selected else chunks:
             outcome.plan(chunk)
-            if chunk.rows:
-                yield chunk
-            else:
-                outcome.add(work.write_empty(job, chunk))
+            yield chunk
 
 
 def run_wave(run: Running, blocks: Sequence[Block]) -> None:

@@ -22,6 +22,7 @@ from lib.engine import Engine, EngineError, PackedEngine, TorchEngine, openvino_
 from lib.errors import UsageError, say
 from lib.model import choose_dtype, leave_out_the_unread, load_classifier, load_with_vector, logits_of, pool_windows
 from lib.schema import Task, slices_of
+from lib.throughput import Device, processor_name
 from lib.tokenization import Tokens
 from lib.windows import split
 
@@ -86,6 +87,18 @@ class Predictor:
         if token_budget is None and self.device.type == "cuda":
             self.calibrate()
 
+    def describe(self) -> Device:
+        """What computes here."""
+        is_gpu = self.device.type == "cuda"
+        return Device(
+            name=torch.cuda.get_device_name(self.device) if is_gpu else processor_name(),
+            is_gpu=is_gpu,
+            engine=self.engine.name,
+            precision={torch.float32: "fp32", torch.bfloat16: "bf16"}[self.engine.dtype],
+            threads=1 if is_gpu else torch.get_num_threads(),
+            parameters=self.num_parameters,
+        )
+
     def _choose(self, wanted: EngineChoice, dtypes: tuple[torch.dtype, ...], token_budget: int | None) -> Engine:
         """The first engine and precision that score the fixed texts as plain fp32 transformers does.
 
@@ -97,6 +110,7 @@ class Predictor:
             if self.vector is None
             else load_with_vector(folder, trust, self.vector.pooling)
         )
+        self.num_parameters = sum(weight.numel() for weight in model.parameters())
         checks = [(tokens, self._score_singly(model, tokens)) for tokens in self._check_tokens()]
         if self.vector is None:
             leave_out_the_unread(model)

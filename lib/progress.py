@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lib.errors import DeniedError, TextsweepError, UsageError
+from lib.throughput import Device, Throughput, add_up
 
 SHOWN_FAILURES = 3
 
@@ -34,6 +36,8 @@ class Counts:
     """whether a task failed with an error that is not one of ours"""
     busy: tuple[str, ...] = ()
     """shards that actors are at"""
+    throughput: tuple[Throughput, ...] = ()
+    """what actors did, by what they compute with; blocks that are not done yet are left out"""
 
 
 @dataclass
@@ -59,6 +63,7 @@ class Progress:
         self.actors: dict[str, Any] = {}
         self.busy: dict[str, Busy] = {}
         self.reads: Counter[str] = Counter()
+        self.done: dict[str, Throughput] = {}
 
     def enlist(self, actor: str, handle: Any) -> None:
         """Note an actor that predicts, so that the run can end it; one that restarted has nothing to do yet."""
@@ -76,8 +81,11 @@ class Progress:
         self.actors[actor] = handle
         self.busy[actor] = Busy(shards, time.monotonic())
 
-    def end(self, actor: str) -> None:
+    def end(self, actor: str, life: str, done: Throughput | None) -> None:
+        """A block is done; `done` is all that the actor did in this life, one that restarts has several."""
         self.busy.pop(actor, None)
+        if done is not None:
+            self.done[life] = done
 
     def add(self, actor: str, rows: int, tokens: int, batches: int) -> None:
         self.counts.rows += rows
@@ -111,6 +119,7 @@ class Progress:
         self.counts.busy = tuple(sorted({shard for busy in self.busy.values() for shard in busy.shards}))[
             :SHOWN_FAILURES
         ]
+        self.counts.throughput = add_up(list(self.done.values()))
         return self.counts
 
     def take_hung(self, seconds: float) -> list[tuple[Any, list[str]]]:
@@ -128,15 +137,28 @@ class Reporter:
         ray.get(progress.enlist.remote(self.actor, self.handle))
         self.rows = self.tokens = self.batches = 0
         self.sent_at = time.monotonic()
+        self.life = secrets.token_hex(8)
+        self.device: Device | None = None
+        """what the actor computes with, once its model is loaded"""
+        self.first_at = self.begun_at = self.busy_seconds = 0.0
+        self.done_tokens = 0
 
     def begin(self, shards: list[str]) -> None:
         """A block is begun."""
         self.progress.begin.remote(self.actor, self.handle, shards)
+        self.begun_at = time.monotonic()
+        self.first_at = self.first_at or self.begun_at
 
-    def end(self) -> None:
-        """The block is done."""
+    def end(self, tokens: int) -> None:
+        """The block is done; it had so many tokens."""
         self.flush()
-        self.progress.end.remote(self.actor)
+        now = time.monotonic()
+        self.done_tokens, self.busy_seconds = self.done_tokens + tokens, self.busy_seconds + now - self.begun_at
+        done = None
+        if self.device is not None:
+            seconds = {"seconds": now - self.first_at, "busy_seconds": self.busy_seconds}
+            done = Throughput(device=self.device, actors=1, tokens=self.done_tokens, **seconds)
+        self.progress.end.remote(self.actor, self.life, done)
 
     def __call__(self, rows: int, tokens: int) -> None:
         self.rows, self.tokens, self.batches = self.rows + rows, self.tokens + tokens, self.batches + 1

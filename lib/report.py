@@ -6,7 +6,7 @@ The report is one file without scripts or outside links: it opens from a bucket,
 import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lib.config import ScoreConfig
+from lib.cost import Meter, Usage
 from lib.errors import ExitCode
 from lib.outcome import Outcome
 from lib.plots import COLOR, bar_plot, render_page, to_svg
@@ -34,6 +35,8 @@ class ProgressLine:
     shown_at: float = 0
     first: tuple[float, int, int] | None = None
     """when the first micro-batch was seen, and the rows and tokens done by then: start-up is left out of the rates"""
+    meter: Meter | None = None
+    """says what the run has cost so far"""
 
     def __call__(self, outcome: Outcome) -> None:
         """Show how far the run is, if it is time to."""
@@ -62,9 +65,10 @@ class ProgressLine:
             rate = (done - rows_before) / seconds
             left = duration((planned - done) / rate)
             speed = f", {rate:,.0f} rows/s, {(counts.tokens - tokens_before) / seconds:,.0f} tokens/s, {left} left"
-        bad = outcome.errors.total()
+        bad, spent = outcome.errors.total(), str(self.meter or "")
         return (
             f"scoring: {done:,} of {planned:,} rows ({done / planned:.1%}), {bad:,} bad rows, {elapsed} so far{speed}"
+            f"{spent and ', '}{spent}"
         )
 
     def close(self) -> None:
@@ -91,6 +95,11 @@ class RunFacts:
     message: str
     published: bool
     started_at: datetime
+    begun: float
+    """the same moment, by `time.monotonic`"""
+    model_digest: str
+    usage: Usage
+    """what the run held of the cluster; nothing if it needed none"""
     outcome: Outcome
     totals: dict[str, int]
     """of the manifest: shards, objects, rows, errors, bytes"""
@@ -112,6 +121,7 @@ def run_record(facts: RunFacts) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "input": facts.config.input.path,
         "model": facts.config.model.path,
+        "model_digest": facts.model_digest,
         "output": facts.config.output.path,
         "cluster": facts.cluster,
         "this_run": {
@@ -127,6 +137,9 @@ def run_record(facts: RunFacts) -> dict[str, Any]:
             "abstained": outcome.abstained,
             "score_bins": outcome.score_bins.tolist(),
         },
+        "cost": cost_record(facts),
+        "phases": phases(outcome.marks, facts.begun),
+        "throughput": [one.record() for one in outcome.counts.throughput],
         "published_total": facts.totals,
         "bad_shards": outcome.bad_shards,
         "changed_shards": sorted(outcome.changed),
@@ -136,6 +149,27 @@ def run_record(facts: RunFacts) -> dict[str, Any]:
         "config": facts.config.model_dump(mode="json"),
         "packages": {name: package_version(name) for name in PACKAGES},
     }
+
+
+def cost_record(facts: RunFacts) -> dict[str, float | None]:
+    """What the run held, in seconds, and what that costs; actors work for a part of it."""
+    held = {name: round(seconds, 1) for name, seconds in asdict(facts.usage).items()}
+    actors = {
+        "actor_seconds": round(sum(one.seconds for one in facts.outcome.counts.throughput), 1),
+        "busy_seconds": round(sum(one.busy_seconds for one in facts.outcome.counts.throughput), 1),
+    }
+    cost = facts.usage.cost(facts.config.forecast)
+    return {**held, **actors, "cost": None if cost is None else round(cost, 4), "budget": facts.config.limits.budget}
+
+
+def phases(marks: dict[str, float], begun: float) -> dict[str, float]:
+    """Seconds of each part of a run, as far as it came: planning its first wave, starting actors, scoring, and what came after."""
+    moments = [("planning", "planned"), ("starting", "begun"), ("scoring", "ended")]
+    found, last = {}, begun
+    for name, event in moments:
+        if event in marks:
+            found[name], last = round(marks[event] - last, 1), marks[event]
+    return {**found, "finishing": round(time.monotonic() - last, 1)}
 
 
 def write_report(run: Store, record: dict[str, Any]) -> None:
@@ -182,7 +216,8 @@ PAGE = """<!doctype html>
 <div class="tile"><b>{{ "{:,}".format(run.errors.values() | sum) }}</b><span>of them with an error</span></div>
 <div class="tile"><b>{{ duration(record.seconds) }}</b><span>start to end</span></div>
 <div class="tile"><b>{{ "{:,}".format(run.tokens_per_second) }}</b><span>tokens/s, start-up included</span></div>
-<div class="tile"><b>{{ "{:,}".format(record.published_total.rows) }}</b><span>rows in the manifest, {{ "{:,}".format(record.published_total.shards) }} shards</span></div>
+{% if record.cost.cost is not none %}<div class="tile"><b>{{ "{:,.2f}".format(record.cost.cost) }}</b><span>cost{% if record.cost.budget %}, of a budget of {{ "{:,g}".format(record.cost.budget) }}{% endif %}</span></div>
+{% endif %}<div class="tile"><b>{{ "{:,}".format(record.published_total.rows) }}</b><span>rows in the manifest, {{ "{:,}".format(record.published_total.shards) }} shards</span></div>
 </div>
 {% for title, plot in plots.items() %}<h2>{{ title }}</h2>{{ plot | safe }}{% endfor %}
 {% if run.errors %}<h2>Rows with an error</h2><table><tr><th>reason</th><th>rows</th></tr>
@@ -197,7 +232,9 @@ PAGE = """<!doctype html>
 {% for name in ("input", "model", "output", "version", "started_at", "cluster", "published") %}<tr><th>{{ name }}</th><td>{{ record[name] }}</td></tr>{% endfor %}
 <tr><th>chunks</th><td>{{ run.chunks_finished }} of {{ run.chunks_planned }} planned</td></tr>
 <tr><th>tokens</th><td>{{ "{:,}".format(run.tokens) }}; {{ "{:,}".format(run.truncated) }} texts were cut at the length limit</td></tr>
-{% if run.abstained %}<tr><th>no label</th><td>{{ "{:,}".format(run.abstained) }} rows: the model is not sure enough of any</td></tr>
+<tr><th>held</th><td>{{ duration(record.cost.gpu_seconds) }} of GPUs, {{ duration(record.cost.cpu_seconds) }} of CPUs, {{ duration(record.cost.node_seconds) }} of nodes</td></tr>
+{% for one in record.throughput %}<tr><th>actors</th><td>{{ one.actors }} on {{ one.device.name }} ({{ one.device.engine }}, {{ one.device.precision }}): {{ "{:,.0f}".format(one.tokens_per_second) }} tokens/s each, busy for {{ "{:.0%}".format(one.busy_seconds / one.seconds if one.seconds else 0) }} of {{ duration(one.seconds) }}</td></tr>
+{% endfor %}{% if run.abstained %}<tr><th>no label</th><td>{{ "{:,}".format(run.abstained) }} rows: the model is not sure enough of any</td></tr>
 {% endif %}<tr><th>packages</th><td>{% for name, number in record.packages.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}</td></tr></table>
 <h2>Configuration</h2><pre>{{ record.config | tojson(indent=2) }}</pre>
 </body></html>

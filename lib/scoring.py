@@ -14,7 +14,8 @@ from lib.archive import Columns, find_root, list_shards, refuse_output_inside, r
 from lib.atomicity import check_output
 from lib.blocks import ScoreJob
 from lib.config import ScoreConfig
-from lib.errors import ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
+from lib.cost import Meter, Usage
+from lib.errors import BudgetError, ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
 from lib.outcome import Outcome
 from lib.planning import (
     find_kept,
@@ -233,6 +234,10 @@ def reconcile(run: Run, outcome: Outcome) -> pa.Table:
 
 def judge(run: Run, outcome: Outcome, manifest: pa.Table) -> TextsweepError | None:
     """Whether the run may be published: every planned row accounted for, and bad rows and shards within the limits."""
+    if outcome.over_budget is not None:
+        left = find_left(run, outcome, manifest)
+        if left.num_rows or outcome.finished_rows != outcome.planned_rows:
+            return describe_budget(run, outcome, left)
     problems = []
     if outcome.missing:
         problems.append(
@@ -277,6 +282,26 @@ def judge(run: Run, outcome: Outcome, manifest: pa.Table) -> TextsweepError | No
     return None
 
 
+def find_left(run: Run, outcome: Outcome, manifest: pa.Table) -> pa.Table:
+    """The shards that were to do and still miss an object; bad ones, which never get any, are left out."""
+    bad = pa.array(outcome.bad_shards, pa.string())
+    made = manifest.select(["shard", "identity"])
+    left = run.unfinished.join(made, ["path", "identity"], ["shard", "identity"], join_type="left anti")
+    return left.filter(pc.invert(pc.is_in(left["path"], bad)))
+
+
+def describe_budget(run: Run, outcome: Outcome, left: pa.Table) -> BudgetError:
+    """What a budget that is spent has brought, and what is left."""
+    todo, size = run.unfinished.num_rows, int(pc.sum(left["size"]).as_py() or 0) / 1e6
+    too_small = (
+        "" if outcome.finished_chunks else "; not one chunk was finished: raise it, jobs.plan says what is needed"
+    )
+    return BudgetError(
+        f"{outcome.over_budget}; of {todo:,} shards to do {left.num_rows:,} ({size:,.1f} MB) are left; what is finished is kept,"
+        f" nothing is published{too_small}; run the same command again, and it goes on with a new budget"
+    )
+
+
 def find_bad(run: Run, outcome: Outcome) -> list[dict[str, str]]:
     """The bad shards of a run, sorted: shard, identity, error."""
     names = pa.array(sorted(outcome.bad_shards), pa.string())
@@ -287,7 +312,7 @@ def find_bad(run: Run, outcome: Outcome) -> list[dict[str, str]]:
     ]
 
 
-def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> None:
+def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str, meter: Meter | None = None) -> None:
     """Write the run's report and manifest, publish it if it may be, and say where everything is. Raises what `judge` found."""
     problem = judge(run, outcome, manifest)
     folder = run.job.output.at(f"_runs/{run.run_id}")
@@ -319,6 +344,9 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> No
         message=message,
         published=published,
         started_at=run.planned_at,
+        begun=run.begun,
+        model_digest=run.job.model_digest,
+        usage=meter.count() if meter else Usage(),
         outcome=outcome,
         totals=totals,
         cluster=cluster,

@@ -37,13 +37,16 @@ READERS = 16
 DELETE_BATCH = 10_000
 """Files deleted between two lines of progress."""
 
-State = Literal["published", "success", "over_limit", "incomplete", "stopped", "failed", "no_record", "deleting"]
+State = Literal[
+    "published", "success", "over_limit", "incomplete", "stopped", "over_budget", "failed", "no_record", "deleting"
+]
 
 STATES: dict[int, State] = {
     ExitCode.DONE: "success",
     ExitCode.OVER_LIMIT: "over_limit",
     ExitCode.INCOMPLETE: "incomplete",
     ExitCode.STOPPED: "stopped",
+    ExitCode.OVER_BUDGET: "over_budget",
 }
 
 OnProgress = Callable[[int, int], None]

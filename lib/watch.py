@@ -9,6 +9,7 @@ import ray
 
 from lib.blocks import ScoreJob
 from lib.config import LimitsSection
+from lib.cost import Meter
 from lib.errors import IncompleteError, UsageError, raise_if_stopped
 from lib.outcome import Outcome
 from lib.progress import Counts, read_progress, take_hung
@@ -33,6 +34,8 @@ class Running:
     """handle of the `Progress` actor"""
     outcome: Outcome
     show: Show
+    meter: Meter | None = None
+    """what the run costs; none: nobody counts"""
 
 
 class Watch:
@@ -64,11 +67,15 @@ class Watch:
         return counts
 
     def show(self) -> Counts | None:
-        """Show the progress line. Raises `StoppedError` if the process was asked to stop."""
+        """Show the progress line. Raises `StoppedError` if the process was asked to stop, `BudgetError` if the budget is spent."""
         raise_if_stopped()
         counts = read_progress(self.run.progress)
+        if counts and (counts.busy or counts.batches):
+            self.run.outcome.mark("begun")
         self.run.outcome.counts = counts or self.run.outcome.counts
         self.run.show(self.run.outcome)
+        if self.run.meter is not None:
+            self.run.meter.look()
         return counts
 
 

@@ -6,8 +6,6 @@ Letters: N texts, H hidden size, I inner size, S tokens of a text.
 import functools
 import importlib.metadata
 import os
-import platform
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from lib.checkpoint import fetch
 from lib.config import TRUST_NOTHING
 from lib.model import new_classifier
 from lib.schema import Task
+from lib.throughput import processor_name
 from lib.tokenization import load_tokenizer
 
 MAX_LENGTH = 512
@@ -137,9 +136,7 @@ def hardware() -> str:
     """What computes: the GPU's name, or the processor's and how many cores there are."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return f"{os.cpu_count()} cores of {found.group(1).strip() if found else platform.machine()}"
+    return f"{os.cpu_count()} cores of {processor_name()}"
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,81 @@
+"""How fast actors were, by what they compute with: kept in the record of every run, for the forecasts of later ones."""
+
+import platform
+import re
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Device(BaseModel):
+    """What an actor computes with."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    """as its maker calls it"""
+    is_gpu: bool
+    engine: str
+    precision: str
+    threads: int
+    """of one forward pass on a processor; 1 on a GPU"""
+    parameters: int
+    """weights of the model"""
+
+    def __str__(self) -> str:
+        threads = "" if self.is_gpu else f", {self.threads} threads"
+        return f"{self.name}{threads}, {self.engine}, {self.precision}"
+
+
+class Throughput(BaseModel):
+    """What actors of one kind did."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    device: Device
+    actors: int
+    tokens: int
+    seconds: float
+    """from the beginning of each actor's first block to the end of its last, added up: waiting for blocks is part of it"""
+    busy_seconds: float
+    """of these, at a block"""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one actor."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def per_unit(self) -> float:
+        """Tokens a second of one GPU, or of one thread of a processor."""
+        return self.tokens_per_second / (1 if self.device.is_gpu else self.device.threads)
+
+    def record(self) -> dict[str, object]:
+        """Plain JSON values."""
+        rounded = {name: round(getattr(self, name), 1) for name in ("seconds", "busy_seconds", "tokens_per_second")}
+        return self.model_dump() | rounded
+
+
+def processor_name() -> str:
+    """What the processor is called, or its architecture where the system does not say."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return found.group(1).strip() if found else platform.machine()
+
+
+def add_up(parts: list[Throughput]) -> tuple[Throughput, ...]:
+    """Put together what actors with equal devices did, the most tokens first."""
+    by_device: dict[Device, list[Throughput]] = {}
+    for part in parts:
+        by_device.setdefault(part.device, []).append(part)
+    whole = [
+        Throughput(
+            device=device,
+            actors=sum(one.actors for one in same),
+            tokens=sum(one.tokens for one in same),
+            seconds=sum(one.seconds for one in same),
+            busy_seconds=sum(one.busy_seconds for one in same),
+        )
+        for device, same in by_device.items()
+    ]
+    return tuple(sorted(whole, key=lambda one: -one.tokens))
