@@ -52,7 +52,9 @@ def score(config: ScoreConfig, run_id: str) -> None:
             run.start()
             selected = run.selection.rows if run.selection else None
             with at_work():
-                outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, ProgressLine(), selected)
+                outcome = pipeline.score(
+                    run.job, run.unfinished, layout, config.limits, ProgressLine(), selected, run_id
+                )
     else:
         run.start()
 

@@ -161,7 +161,13 @@ def consume(dataset: Dataset, inbox: "queue.Queue[dict[str, Any] | Exception | N
 
 
 def score(
-    job: ScoreJob, shards: pa.Table, layout: Layout, limits: LimitsSection, show: Show, selected: Selected | None = None
+    job: ScoreJob,
+    shards: pa.Table,
+    layout: Layout,
+    limits: LimitsSection,
+    show: Show,
+    selected: Selected | None = None,
+    run_id: str = "",
 ) -> Outcome:
     """Score all chunks of unfinished shards (columns path, identity), wave by wave; returns what came of it.
 
@@ -177,9 +183,10 @@ def score(
         layout=layout,
         limits=limits,
         tokenizer=share_tokenizer(tokenizer),
-        progress=start_progress(),
+        progress=start_progress(job.version),
         outcome=Outcome(),
         show=show,
+        run_id=run_id,
     )
     blocks = bundle(plan_chunks(run, shards, selected), job.chunk_bytes)
     while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
@@ -202,7 +209,7 @@ def plan_chunks(run: Running, shards: pa.Table, selected: Selected | None) -> It
             if chunk.rows:
                 yield chunk
             else:
-                outcome.add(work.write_empty(job, chunk))
+                run.add(work.write_empty(job, chunk))
 
 
 def run_wave(run: Running, blocks: Sequence[Block]) -> None:
@@ -212,14 +219,19 @@ def run_wave(run: Running, blocks: Sequence[Block]) -> None:
     either it raises what is wrong, or the trouble is over and the rest is a wave again.
     """
     for _ in range(MAX_WAVE_REPEATS):
+        run.outcome.course.begin_wave()
         cut_short = run_blocks(run, blocks)
+        run.outcome.course.end_wave()
         missing = unsettled(run, blocks)
         if not cut_short or not missing:
             break
+        run.outcome.course.begin("missing chunks")
         settle(run, missing[:1])
         blocks = list(bundle(missing[1:], run.job.chunk_bytes))
         if not blocks:
             return
+    if missing:
+        run.outcome.course.begin("missing chunks")
     settle(run, missing)
     run.outcome.missing.extend(chunk.name for chunk in unsettled(run, [tuple(missing)]))
 
@@ -261,7 +273,7 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
                 return False
             if isinstance(item, Exception):
                 raise item
-            run.outcome.add(item)
+            run.add(item)
             watch.moved()
     except ray.exceptions.RayError as error:
         run.outcome.counts = read_progress(run.progress) or run.outcome.counts
@@ -279,7 +291,7 @@ def unsettled(run: Running, blocks: Sequence[Block]) -> list[Chunk]:
         if chunk.shard in outcome.bad_shards:
             continue
         if job.output.info(chunk.name) is not None:
-            outcome.add(work.read_result(job, chunk.name))
+            run.add(work.read_result(job, chunk.name))
             continue
         now = job.archive.info(chunk.shard)
         if now is None or identity(now.size, now.etag, now.mtime_ns, job.chunk_bytes) != chunk.identity:

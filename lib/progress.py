@@ -1,16 +1,20 @@
-"""Progress of a run across its actors: rows and tokens of finished micro-batches, and what tasks report as failing."""
+"""Progress of a run across its actors: rows and tokens of finished micro-batches, and what tasks report as failing.
+
+The progress actor also keeps the metrics of all that (`lib.telemetry`): one process, whose time series are one each.
+"""
 
 import contextlib
 import gc
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lib import telemetry
 from lib.errors import DeniedError, TextsweepError, UsageError
 
 SHOWN_FAILURES = 3
@@ -34,6 +38,12 @@ class Counts:
     """whether a task failed with an error that is not one of ours"""
     busy: tuple[str, ...] = ()
     """shards that actors are at"""
+    num_busy: int = 0
+    """actors that have a block"""
+    actor_seconds: dict[str, float] = field(default_factory=dict)
+    """of all actors together, by state: starting, idle, busy"""
+    padding: int = 0
+    """tokens computed for nothing"""
 
 
 @dataclass
@@ -53,38 +63,79 @@ class Progress:
     rests on what it holds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, version: str = "") -> None:
+        self.version = version
         self.counts = Counts()
         self.failures: Counter[str] = Counter()
         self.actors: dict[str, Any] = {}
+        self.starting: set[str] = set()
         self.busy: dict[str, Busy] = {}
+        self.budgets: dict[str, int] = {}
         self.reads: Counter[str] = Counter()
+        self.waiting: set[str] = set()
+        self.seen_at = time.monotonic()
 
     def enlist(self, actor: str, handle: Any) -> None:
         """Note an actor that predicts, so that the run can end it; one that restarted has nothing to do yet."""
+        self.measure()
         self.actors[actor] = handle
+        self.starting.add(actor)
         self.busy.pop(actor, None)
         self.counts.num_actors += 1
 
+    def ready(self, actor: str, budget: int) -> None:
+        """Its model is loaded."""
+        self.measure()
+        self.starting.discard(actor)
+        self.budgets[actor] = budget
+
     def dismiss(self) -> list[Any]:
         """All actors enlisted since the last call."""
+        self.measure()
         dismissed = list(self.actors.values())
-        self.actors, self.busy = {}, {}
+        self.actors, self.busy, self.budgets = {}, {}, {}
+        self.starting, self.waiting = set(), set()
         return dismissed
 
-    def begin(self, actor: str, handle: Any, shards: list[str]) -> None:
+    def queue(self, block: str) -> None:
+        """A block is tokenized and waits for an actor."""
+        self.waiting.add(block)
+
+    def begin(self, actor: str, handle: Any, shards: list[str], block: str = "") -> None:
+        self.measure()
         self.actors[actor] = handle
+        self.starting.discard(actor)
+        self.waiting.discard(block)
         self.busy[actor] = Busy(shards, time.monotonic())
 
-    def end(self, actor: str) -> None:
+    def end(self, actor: str, padding: int = 0, budget: int = 0) -> None:
+        self.measure()
         self.busy.pop(actor, None)
+        self.counts.padding += padding
+        telemetry.PADDING.record(padding, version=self.version)
+        if budget:
+            self.budgets[actor] = budget
 
     def add(self, actor: str, rows: int, tokens: int, batches: int) -> None:
         self.counts.rows += rows
         self.counts.tokens += tokens
         self.counts.batches += batches
+        telemetry.SCORED_ROWS.record(rows, version=self.version)
+        telemetry.TOKENS.record(tokens, version=self.version)
         if actor in self.busy:
             self.busy[actor].heard_at = time.monotonic()
+
+    def measure(self) -> None:
+        """Give the time since the last call to the states that actors were in, before one of them changes."""
+        now = time.monotonic()
+        states = {"starting": len(self.starting), "busy": len(self.busy)}
+        states["idle"] = max(0, len(self.actors) - sum(states.values()))
+        for state, number in states.items():
+            seconds = number * (now - self.seen_at)
+            self.counts.actor_seconds[state] = self.counts.actor_seconds.get(state, 0.0) + seconds
+            telemetry.ACTOR_SECONDS.record(seconds, version=self.version, state=state)
+            telemetry.ACTORS.record(number, version=self.version, state=state)
+        self.seen_at = now
 
     def count_read(self, block: str) -> int:
         """How often a block's reading has begun, this time included."""
@@ -94,6 +145,8 @@ class Progress:
     def fail(self, reason: str, is_mistake: bool, is_bug: bool) -> None:
         """A task ended with an error."""
         self.failures[reason] += 1
+        kind = "mistake" if is_mistake else "bug" if is_bug else "trouble"
+        telemetry.FAILURES.record(1, version=self.version, kind=kind)
         self.counts.num_failures += 1
         self.counts.has_bug |= is_bug
         if is_mistake and self.counts.mistake is None:
@@ -104,6 +157,12 @@ class Progress:
         self.failures[reason] += 1
 
     def read(self) -> Counts:
+        """What there is to know; asked about once a second, which keeps the gauges fresh."""
+        self.measure()
+        telemetry.WAITING.record(len(self.waiting), version=self.version)
+        if self.budgets:
+            telemetry.BUDGET.record(min(self.budgets.values()), version=self.version)
+        self.counts.num_busy = len(self.busy)
         self.counts.failures = tuple(
             f"{reason} ({times}x)" if times > 1 else reason
             for reason, times in self.failures.most_common(SHOWN_FAILURES)
@@ -129,14 +188,18 @@ class Reporter:
         self.rows = self.tokens = self.batches = 0
         self.sent_at = time.monotonic()
 
-    def begin(self, shards: list[str]) -> None:
-        """A block is begun."""
-        self.progress.begin.remote(self.actor, self.handle, shards)
+    def ready(self, budget: int) -> None:
+        """The model is loaded; `budget`: tokens of one forward pass."""
+        self.progress.ready.remote(self.actor, budget)
 
-    def end(self) -> None:
-        """The block is done."""
+    def begin(self, shards: list[str], block: str = "") -> None:
+        """A block is begun; it is called by its first chunk's name."""
+        self.progress.begin.remote(self.actor, self.handle, shards, block)
+
+    def end(self, padding: int = 0, budget: int = 0) -> None:
+        """The block is done, with so many tokens of padding."""
         self.flush()
-        self.progress.end.remote(self.actor)
+        self.progress.end.remote(self.actor, padding, budget)
 
     def __call__(self, rows: int, tokens: int) -> None:
         self.rows, self.tokens, self.batches = self.rows + rows, self.tokens + tokens, self.batches + 1
@@ -162,10 +225,10 @@ def reported(progress: Any) -> Iterator[None]:
         raise
 
 
-def start_progress() -> Any:
-    """Start the progress actor beside the driver, so that no other node's end takes it along."""
+def start_progress(version: str = "") -> Any:
+    """Start the progress actor of a run that scores a version beside the driver, so that no other node's end takes it along."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return Progress.options(scheduling_strategy=here).remote(version)  # type: ignore[attr-defined]
 
 
 SILENT = (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from lib import telemetry
 from lib.blocks import ScoreJob
 from lib.config import LimitsSection
 from lib.errors import IncompleteError, UsageError, raise_if_stopped
@@ -33,6 +34,12 @@ class Running:
     """handle of the `Progress` actor"""
     outcome: Outcome
     show: Show
+    run_id: str = ""
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Note and count a chunk's object, given what it says of itself."""
+        if self.outcome.add(result):
+            telemetry.count_chunk(self.job.version, result)
 
 
 class Watch:
@@ -67,8 +74,14 @@ class Watch:
         """Show the progress line. Raises `StoppedError` if the process was asked to stop."""
         raise_if_stopped()
         counts = read_progress(self.run.progress)
-        self.run.outcome.counts = counts or self.run.outcome.counts
-        self.run.show(self.run.outcome)
+        outcome = self.run.outcome
+        outcome.counts = counts or outcome.counts
+        outcome.course.note(outcome.counts)
+        version = self.run.job.version
+        telemetry.RUN_INFO.record(1, version=version, run=self.run.run_id)
+        telemetry.PLANNED_ROWS.record(outcome.planned_rows, version=version)
+        telemetry.BAD_SHARDS.record(len(outcome.bad_shards), version=version)
+        self.run.show(outcome)
         return counts
 
 

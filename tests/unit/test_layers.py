@@ -35,6 +35,7 @@ ORDER = (
         "tuning",
         "sharding",
         "runtime",
+        "telemetry",
         "progress",
         "mapped",
         "publishing",
@@ -45,12 +46,26 @@ ORDER = (
     # the work of one process
     *("labelled", "blocks", "predictor", "learning", "contrastive", "fitting", "zero_shot"),
     # the work of a cluster
-    *("training", "outcome", "watch", "tasks", "actors", "suspects", "pipeline", "report", "scoring"),
+    *(
+        "training",
+        "course",
+        "outcome",
+        "history",
+        "drift",
+        "watch",
+        "tasks",
+        "actors",
+        "suspects",
+        "pipeline",
+        "report",
+        "scoring",
+    ),
 )
 """From the lowest to the highest; each may import those before it."""
 
 MAY_IMPORT_RAY = {
     "runtime",
+    "telemetry",
     "progress",
     "labelled",
     "fitting",
