@@ -56,7 +56,7 @@ def score(config: ScoreConfig, run_id: str) -> None:
             selected = run.selection.rows if run.selection else None
             with at_work():
                 line = ProgressLine(meter=meter)
-                outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, line, selected, meter)
+                outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, line, selected, meter, run_id)
     else:
         run.start()
 

@@ -1,6 +1,7 @@
 """The actors of a scoring run: one predicts blocks in the pipeline, one does a whole chunk alone when something is wrong with it."""
 
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -36,15 +37,18 @@ class PredictBlock:
                     " give every node the same folder, and do not change a model in place"
                 )
             self.predictor = Predictor(loaded, job.precision, job.engine, job.token_budget, threads, vector)
-        self.report.device = self.predictor.describe()
+        self.report.ready(self.predictor.token_budget, self.predictor.describe())
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Score a block: key columns and the columns that scoring adds, rows in the order they came."""
         with reported(self.progress):
-            self.report.begin([record["shard"] for record in json.loads(table.schema.metadata[CHUNKS_KEY])])
+            chunks = json.loads(table.schema.metadata[CHUNKS_KEY])
+            self.report.begin([record["shard"] for record in chunks], Chunk(**chunks[0]).name)
+            begun, padding = time.perf_counter(), self.predictor.padding
             scored = self.score(table)
-            self.report.end(pc.sum(pc.list_value_length(table[IDS])).as_py() or 0)
-        return scored
+            tokens = pc.sum(pc.list_value_length(table[IDS])).as_py() or 0
+            self.report.end(tokens, self.predictor.padding - padding, self.predictor.token_budget)
+        return work.timed(scored, "predict", time.perf_counter() - begun)
 
     def score(self, table: pa.Table) -> pa.Table:
         """Predict a block's rows."""

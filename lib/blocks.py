@@ -6,6 +6,7 @@ A block is one or more whole chunks; which ones travels as its Arrow schema meta
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -32,8 +33,17 @@ IDS, TYPE_IDS, ERROR, TRUNCATED = "__ids", "__type_ids", "__error", "__truncated
 
 CHUNKS_KEY = b"textsweep.chunks"
 
+SECONDS_KEY = b"textsweep.seconds"
+"""How long a block has taken so far, by stage, as JSON. It travels with the block and stands in no object."""
+
 SCORE_BINS = 20
 """Equal bins of the score from 0 to 1 that every object counts in its footer."""
+
+LENGTH_EDGES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+"""The most tokens of a text in each bin of lengths; one more bin holds what is longer."""
+
+SHOWN_ERROR_ROWS = 3
+"""Rows of a chunk that are named for each reason of an error; the dead letters name all."""
 
 OnFailure = Callable[[str], None]
 """Told why something could not be read or written, for the one line that the person on call sees."""
@@ -77,6 +87,7 @@ class Footer:
 
 def read_block(job: ScoreJob, block: Block, tokenizer: Tokenizer, on_failure: OnFailure) -> list[pa.Table]:
     """Read and tokenize a block's chunks, leaving out those whose objects are there and those whose shards changed."""
+    begun = time.perf_counter()
     todo = [chunk for chunk in block if job.output.info(chunk.name) is None]
     parts: list[pa.Table] = []
     for _, members in groupby(todo, key=lambda chunk: chunk.shard):
@@ -88,7 +99,20 @@ def read_block(job: ScoreJob, block: Block, tokenizer: Tokenizer, on_failure: On
         return []
     chunks = [record for part in parts for record in json.loads(part.schema.metadata[CHUNKS_KEY])]
     table = pa.concat_tables([part.replace_schema_metadata() for part in parts]).combine_chunks()
-    return [table.replace_schema_metadata({CHUNKS_KEY: json.dumps(chunks).encode()})]
+    named = table.replace_schema_metadata({CHUNKS_KEY: json.dumps(chunks).encode()})
+    return [timed(named, "read", time.perf_counter() - begun)]
+
+
+def name_of(table: pa.Table) -> str:
+    """What a block is called: the name of its first chunk's object."""
+    return Chunk(**json.loads(table.schema.metadata[CHUNKS_KEY])[0]).name
+
+
+def timed(table: pa.Table, stage: str, seconds: float) -> pa.Table:
+    """Write onto a block how long a stage took."""
+    metadata = table.schema.metadata or {}
+    known = json.loads(metadata.get(SECONDS_KEY, b"{}"))
+    return table.replace_schema_metadata({**metadata, SECONDS_KEY: json.dumps({**known, stage: seconds}).encode()})
 
 
 def read_chunks(job: ScoreJob, chunks: list[Chunk], tokenizer: Tokenizer) -> list[pa.Table]:
@@ -149,8 +173,10 @@ def tokenize(tokenizer: Tokenizer, rows: Rows) -> pa.Table:
 def write_block(job: ScoreJob, table: pa.Table) -> pa.Table:
     """Cut a block back into its chunks and create one object for each, after checking every count.
 
-    Returns one row a chunk, as JSON: what the object's footer says, and its size.
+    Returns one row a chunk, as JSON: what the object's footer says, its size, and how long it took by stage: the block's seconds
+    are shared out by tokens.
     """
+    spent: dict[str, float] = json.loads(table.schema.metadata.get(SECONDS_KEY, b"{}"))
     chunks = [Chunk(**record) for record in json.loads(table.schema.metadata[CHUNKS_KEY])]
     planned = sum(chunk.num_scored for chunk in chunks)
     assert table.num_rows == planned, (
@@ -158,13 +184,22 @@ def write_block(job: ScoreJob, table: pa.Table) -> pa.Table:
     )
     written, start = [], 0
     for chunk in chunks:
+        begun = time.perf_counter()
         written.append(write_chunk(job, chunk, table.slice(start, chunk.num_scored)))
+        written[-1]["seconds"] = {"write": time.perf_counter() - begun}
         start += chunk.num_scored
+    total = sum(one["tokens"] + 1 for one in written)  # a chunk without a token has taken some time, too
+    for one in written:
+        share = (one["tokens"] + 1) / total
+        one["seconds"] = {stage: seconds * share for stage, seconds in spent.items()} | one["seconds"]
     return pa.table({"result": [json.dumps(one) for one in written]})
 
 
 def write_chunk(job: ScoreJob, chunk: Chunk, rows: pa.Table) -> dict[str, Any]:
-    """Create a chunk's object, its dead letters first; returns what its footer says and its size in bytes."""
+    """Create a chunk's object, its dead letters first.
+
+    Returns what its footer says, its size in bytes, and a few rows (counted in the shard) for each reason of an error.
+    """
     every = np.arange(chunk.start, chunk.start + chunk.rows)
     numbers = pa.array(every if chunk.only is None else chunk.only, pa.int64())
     texts = [rows[BAD_TEXT].combine_chunks()] if BAD_TEXT in rows.column_names else []
@@ -175,11 +210,16 @@ def write_chunk(job: ScoreJob, chunk: Chunk, rows: pa.Table) -> dict[str, Any]:
         rows = pa.table([shards, numbers, *rows.columns], names=["shard", "row", *rows.column_names])
     error = rows[job.schema.prefix + "error"]
     bad = pc.is_valid(error)
+    examples: dict[str, list[int]] = {}
     if pc.any(bad).as_py():
         shards = pa.repeat(pa.scalar(chunk.shard, pa.string()), chunk.num_scored)
         schema = DEAD_LETTER_SCHEMA.append(DEAD_LETTER_TEXT) if texts else DEAD_LETTER_SCHEMA
         letters = pa.table([shards, numbers, error.combine_chunks(), *texts], schema=schema)
-        create(job, f"_dead_letter/{chunk.name}", letters.filter(bad))
+        letters = letters.filter(bad)
+        create(job, f"_dead_letter/{chunk.name}", letters)
+        for reason in pc.unique(letters["error"]).to_pylist():
+            of_it = letters.filter(pc.equal(letters["error"], reason))["row"]
+            examples[reason] = of_it.slice(0, SHOWN_ERROR_ROWS).to_pylist()
     record = {
         "version": job.version,
         "shard": chunk.shard,
@@ -193,7 +233,7 @@ def write_chunk(job: ScoreJob, chunk: Chunk, rows: pa.Table) -> dict[str, Any]:
     }
     footer = {FOOTER_KEY: json.dumps({**record, "label_order": label_order(job.schema)}).encode()}
     size = create(job, chunk.name, rows.cast(job.schema.columns.with_metadata(footer)))
-    return {**record, "name": chunk.name, "bytes": size}
+    return {**record, "name": chunk.name, "bytes": size, "error_rows": examples}
 
 
 def create(job: ScoreJob, name: str, table: pa.Table) -> int:
@@ -206,7 +246,7 @@ def create(job: ScoreJob, name: str, table: pa.Table) -> int:
 
 
 def summarise(schema: PredictionSchema, rows: pa.Table) -> dict[str, Any]:
-    """Count what a chunk holds: errors by reason, labels, rows without one, tokens, truncated rows, a histogram of scores."""
+    """Count what a chunk holds: errors by reason, labels, rows without one, tokens, truncated rows, histograms of scores and lengths."""
     prefix = schema.prefix
     errors = rows[f"{prefix}error"]
     labels: dict[str, int] = {}
@@ -227,6 +267,10 @@ def summarise(schema: PredictionSchema, rows: pa.Table) -> dict[str, Any]:
         "tokens": int(pc.sum(rows[f"{prefix}num_tokens"]).as_py() or 0),
         "truncated": int(pc.sum(rows[f"{prefix}truncated"]).as_py() or 0),
         "score_bins": bins.tolist(),
+        "length_bins": np.bincount(
+            np.searchsorted(LENGTH_EDGES, rows[f"{prefix}num_tokens"].drop_null().to_numpy()),
+            minlength=len(LENGTH_EDGES) + 1,
+        ).tolist(),
     }
 
 

@@ -153,6 +153,16 @@ class LimitsSection(Section):
     nothing is published; with forecast.gpu_hour=1 it is GPU hours"""
 
 
+class DriftSection(Section):
+    """Whether new rows look like those of an earlier run."""
+
+    baseline: str = "last"
+    """last: the published run of this version; or the id of one of its runs, or a path to a run.json of any version"""
+    max_psi: float | None = Field(default=None, gt=0)
+    """a population stability index over it, of labels, scores, text lengths or errors, keeps the run from being published; 0.1 is a
+    small shift, 0.25 a large one; default: only reported"""
+
+
 class ScoreResources(Section):
     """What the cluster gives."""
 
@@ -189,6 +199,7 @@ class ScoreConfig(Section):
     output: ScoreOutputSection
     planning: PlanningSection = PlanningSection()
     limits: LimitsSection = LimitsSection()
+    drift: DriftSection = DriftSection()
     resources: ScoreResources = ScoreResources()
     forecast: ForecastSection = ForecastSection()
 

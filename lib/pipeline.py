@@ -169,6 +169,7 @@ def score(
     show: Show,
     selected: Selected | None = None,
     meter: Meter | None = None,
+    run_id: str = "",
 ) -> Outcome:
     """Score all chunks of unfinished shards (columns path, identity), wave by wave; returns what came of it.
 
@@ -185,10 +186,11 @@ def score(
         layout=layout,
         limits=limits,
         tokenizer=share_tokenizer(tokenizer),
-        progress=start_progress(),
+        progress=start_progress(job.version),
         outcome=Outcome(),
         show=show,
         meter=meter,
+        run_id=run_id,
     )
     blocks = bundle(with_rows(run, plan_chunks(run, shards, selected)), job.chunk_bytes)
     try:
@@ -208,7 +210,7 @@ def with_rows(run: Running, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         if chunk.rows:
             yield chunk
         else:
-            run.outcome.add(work.write_empty(run.job, chunk))
+            run.add(work.write_empty(run.job, chunk))
 
 
 def plan_chunks(run: Running, shards: pa.Table, selected: Selected | None) -> Iterator[Chunk]:
@@ -232,14 +234,19 @@ def run_wave(run: Running, blocks: Sequence[Block]) -> None:
     either it raises what is wrong, or the trouble is over and the rest is a wave again.
     """
     for _ in range(MAX_WAVE_REPEATS):
+        run.outcome.course.begin_wave()
         cut_short = run_blocks(run, blocks)
+        run.outcome.course.end_wave()
         missing = unsettled(run, blocks)
         if not cut_short or not missing:
             break
+        run.outcome.course.begin("missing chunks")
         settle(run, missing[:1])
         blocks = list(bundle(missing[1:], run.job.chunk_bytes))
         if not blocks:
             return
+    if missing:
+        run.outcome.course.begin("missing chunks")
     settle(run, missing)
     run.outcome.missing.extend(chunk.name for chunk in unsettled(run, [tuple(missing)]))
 
@@ -281,7 +288,7 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
                 return False
             if isinstance(item, Exception):
                 raise item
-            run.outcome.add(item)
+            run.add(item)
             watch.moved()
     except ray.exceptions.RayError as error:
         run.outcome.counts = read_progress(run.progress) or run.outcome.counts
@@ -299,7 +306,7 @@ def unsettled(run: Running, blocks: Sequence[Block]) -> list[Chunk]:
         if chunk.shard in outcome.bad_shards:
             continue
         if job.output.info(chunk.name) is not None:
-            outcome.add(work.read_result(job, chunk.name))
+            run.add(work.read_result(job, chunk.name))
             continue
         now = job.archive.info(chunk.shard)
         if now is None or identity(now.size, now.etag, now.mtime_ns, job.chunk_bytes) != chunk.identity:

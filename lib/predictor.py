@@ -81,6 +81,8 @@ class Predictor:
             )
         if threads is not None and self.device.type == "cpu":
             torch.set_num_threads(threads)
+        self.padding = 0
+        """tokens that were computed for nothing so far"""
         self.budget_key: str | None = None
         """under which the token budget is remembered on this node, if it was found there"""
         self.engine = self._choose(engine, choose_dtypes(precision, self.device), token_budget)
@@ -258,6 +260,8 @@ class Predictor:
         rows: npt.NDArray[np.int64],
     ) -> torch.Tensor:
         padded, mask = pad(ids, offsets, rows, self.checkpoint.facts.pad_token_id)
+        if self.engine.name != "packed":
+            self.padding += mask.size - int(mask.sum())
         segments = None if type_ids is None else pad(type_ids, offsets, rows, 0)[0]
         return self.engine.launch(padded, mask, segments)
 

@@ -1,4 +1,7 @@
-"""Progress of a run across its actors: rows and tokens of finished micro-batches, and what tasks report as failing."""
+"""Progress of a run across its actors: rows and tokens of finished micro-batches, and what tasks report as failing.
+
+The progress actor also keeps the metrics of all that (`lib.telemetry`): one process, whose time series are one each.
+"""
 
 import contextlib
 import gc
@@ -6,12 +9,13 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lib import telemetry
 from lib.errors import DeniedError, TextsweepError, UsageError
 from lib.throughput import Device, Throughput, add_up
 
@@ -38,6 +42,12 @@ class Counts:
     """shards that actors are at"""
     throughput: tuple[Throughput, ...] = ()
     """what actors did, by what they compute with; blocks that are not done yet are left out"""
+    num_busy: int = 0
+    """actors that have a block"""
+    actor_seconds: dict[str, float] = field(default_factory=dict)
+    """of all actors together, by state: starting, idle, busy"""
+    padding: int = 0
+    """tokens computed for nothing"""
 
 
 @dataclass
@@ -57,42 +67,85 @@ class Progress:
     rests on what it holds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, version: str = "") -> None:
+        self.version = version
         self.counts = Counts()
         self.failures: Counter[str] = Counter()
         self.actors: dict[str, Any] = {}
+        self.starting: set[str] = set()
         self.busy: dict[str, Busy] = {}
+        self.budgets: dict[str, int] = {}
         self.reads: Counter[str] = Counter()
         self.done: dict[str, Throughput] = {}
+        self.waiting: set[str] = set()
+        self.seen_at = time.monotonic()
 
     def enlist(self, actor: str, handle: Any) -> None:
         """Note an actor that predicts, so that the run can end it; one that restarted has nothing to do yet."""
+        self.measure()
         self.actors[actor] = handle
+        self.starting.add(actor)
         self.busy.pop(actor, None)
         self.counts.num_actors += 1
 
+    def ready(self, actor: str, budget: int) -> None:
+        """Its model is loaded."""
+        self.measure()
+        self.starting.discard(actor)
+        self.budgets[actor] = budget
+
     def dismiss(self) -> list[Any]:
         """All actors enlisted since the last call."""
+        self.measure()
         dismissed = list(self.actors.values())
-        self.actors, self.busy = {}, {}
+        self.actors, self.busy, self.budgets = {}, {}, {}
+        self.starting, self.waiting = set(), set()
         return dismissed
 
-    def begin(self, actor: str, handle: Any, shards: list[str]) -> None:
+    def queue(self, block: str) -> None:
+        """A block is tokenized and waits for an actor."""
+        self.waiting.add(block)
+
+    def begin(self, actor: str, handle: Any, shards: list[str], block: str = "") -> None:
+        self.measure()
         self.actors[actor] = handle
+        self.starting.discard(actor)
+        self.waiting.discard(block)
         self.busy[actor] = Busy(shards, time.monotonic())
 
-    def end(self, actor: str, life: str, done: Throughput | None) -> None:
+    def end(
+        self, actor: str, life: str = "", done: Throughput | None = None, padding: int = 0, budget: int = 0
+    ) -> None:
         """A block is done; `done` is all that the actor did in this life, one that restarts has several."""
+        self.measure()
         self.busy.pop(actor, None)
         if done is not None:
             self.done[life] = done
+        self.counts.padding += padding
+        telemetry.PADDING.record(padding, version=self.version)
+        if budget:
+            self.budgets[actor] = budget
 
     def add(self, actor: str, rows: int, tokens: int, batches: int) -> None:
         self.counts.rows += rows
         self.counts.tokens += tokens
         self.counts.batches += batches
+        telemetry.SCORED_ROWS.record(rows, version=self.version)
+        telemetry.TOKENS.record(tokens, version=self.version)
         if actor in self.busy:
             self.busy[actor].heard_at = time.monotonic()
+
+    def measure(self) -> None:
+        """Give the time since the last call to the states that actors were in, before one of them changes."""
+        now = time.monotonic()
+        states = {"starting": len(self.starting), "busy": len(self.busy)}
+        states["idle"] = max(0, len(self.actors) - sum(states.values()))
+        for state, number in states.items():
+            seconds = number * (now - self.seen_at)
+            self.counts.actor_seconds[state] = self.counts.actor_seconds.get(state, 0.0) + seconds
+            telemetry.ACTOR_SECONDS.record(seconds, version=self.version, state=state)
+            telemetry.ACTORS.record(number, version=self.version, state=state)
+        self.seen_at = now
 
     def count_read(self, block: str) -> int:
         """How often a block's reading has begun, this time included."""
@@ -102,6 +155,8 @@ class Progress:
     def fail(self, reason: str, is_mistake: bool, is_bug: bool) -> None:
         """A task ended with an error."""
         self.failures[reason] += 1
+        kind = "mistake" if is_mistake else "bug" if is_bug else "trouble"
+        telemetry.FAILURES.record(1, version=self.version, kind=kind)
         self.counts.num_failures += 1
         self.counts.has_bug |= is_bug
         if is_mistake and self.counts.mistake is None:
@@ -112,6 +167,12 @@ class Progress:
         self.failures[reason] += 1
 
     def read(self) -> Counts:
+        """What there is to know; asked about once a second, which keeps the gauges fresh."""
+        self.measure()
+        telemetry.WAITING.record(len(self.waiting), version=self.version)
+        if self.budgets:
+            telemetry.BUDGET.record(min(self.budgets.values()), version=self.version)
+        self.counts.num_busy = len(self.busy)
         self.counts.failures = tuple(
             f"{reason} ({times}x)" if times > 1 else reason
             for reason, times in self.failures.most_common(SHOWN_FAILURES)
@@ -143,14 +204,19 @@ class Reporter:
         self.first_at = self.begun_at = self.busy_seconds = 0.0
         self.done_tokens = 0
 
-    def begin(self, shards: list[str]) -> None:
-        """A block is begun."""
-        self.progress.begin.remote(self.actor, self.handle, shards)
+    def ready(self, budget: int, device: Device) -> None:
+        """The model is loaded; `budget`: tokens of one forward pass."""
+        self.device = device
+        self.progress.ready.remote(self.actor, budget)
+
+    def begin(self, shards: list[str], block: str = "") -> None:
+        """A block is begun; it is called by its first chunk's name."""
+        self.progress.begin.remote(self.actor, self.handle, shards, block)
         self.begun_at = time.monotonic()
         self.first_at = self.first_at or self.begun_at
 
-    def end(self, tokens: int) -> None:
-        """The block is done; it had so many tokens."""
+    def end(self, tokens: int, padding: int = 0, budget: int = 0) -> None:
+        """The block is done; it had so many tokens, and so many of padding."""
         self.flush()
         now = time.monotonic()
         self.done_tokens, self.busy_seconds = self.done_tokens + tokens, self.busy_seconds + now - self.begun_at
@@ -158,7 +224,7 @@ class Reporter:
         if self.device is not None:
             seconds = {"seconds": now - self.first_at, "busy_seconds": self.busy_seconds}
             done = Throughput(device=self.device, actors=1, tokens=self.done_tokens, **seconds)
-        self.progress.end.remote(self.actor, self.life, done)
+        self.progress.end.remote(self.actor, self.life, done, padding, budget)
 
     def __call__(self, rows: int, tokens: int) -> None:
         self.rows, self.tokens, self.batches = self.rows + rows, self.tokens + tokens, self.batches + 1
@@ -184,10 +250,10 @@ def reported(progress: Any) -> Iterator[None]:
         raise
 
 
-def start_progress() -> Any:
-    """Start the progress actor beside the driver, so that no other node's end takes it along."""
+def start_progress(version: str = "") -> Any:
+    """Start the progress actor of a run that scores a version beside the driver, so that no other node's end takes it along."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return Progress.options(scheduling_strategy=here).remote(version)  # type: ignore[attr-defined]
 
 
 SILENT = (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)

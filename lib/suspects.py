@@ -101,7 +101,7 @@ def attempt(bench: Bench, chunk: Chunk) -> bool:
     for _ in range(KILLS):
         if bench.survives("score", chunk):
             if bench.answer is not None:
-                bench.run.outcome.add(bench.answer)
+                bench.run.add(bench.answer)
             return True
         print(f"WARNING: {chunk.name}: the process that scored it died ({bench.why})", flush=True)
     return False

@@ -61,7 +61,10 @@ def read_counted(job: ScoreJob, block: Block, tokenizer: Any, progress: Any) -> 
         progress.note.remote(f"{block[0].shard}: reading it killed its worker {MAX_ATTEMPTS} times")
         return []
     with reported(progress):
-        return work.read_block(job, block, get_tokenizer(tokenizer, job), progress.note.remote)
+        tables = work.read_block(job, block, get_tokenizer(tokenizer, job), progress.note.remote)
+    for table in tables:
+        progress.queue.remote(work.name_of(table))
+    return tables
 
 
 def write_counted(job: ScoreJob, table: pa.Table, progress: Any) -> pa.Table:

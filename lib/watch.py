@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from lib import telemetry
 from lib.blocks import ScoreJob
 from lib.config import LimitsSection
 from lib.cost import Meter
@@ -36,6 +37,12 @@ class Running:
     show: Show
     meter: Meter | None = None
     """what the run costs; none: nobody counts"""
+    run_id: str = ""
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Note and count a chunk's object, given what it says of itself."""
+        if self.outcome.add(result):
+            telemetry.count_chunk(self.job.version, result)
 
 
 class Watch:
@@ -70,10 +77,16 @@ class Watch:
         """Show the progress line. Raises `StoppedError` if the process was asked to stop, `BudgetError` if the budget is spent."""
         raise_if_stopped()
         counts = read_progress(self.run.progress)
+        outcome = self.run.outcome
         if counts and (counts.busy or counts.batches):
-            self.run.outcome.mark("begun")
-        self.run.outcome.counts = counts or self.run.outcome.counts
-        self.run.show(self.run.outcome)
+            outcome.mark("begun")
+        outcome.counts = counts or outcome.counts
+        outcome.course.note(outcome.counts)
+        version = self.run.job.version
+        telemetry.RUN_INFO.record(1, version=version, run=self.run.run_id)
+        telemetry.PLANNED_ROWS.record(outcome.planned_rows, version=version)
+        telemetry.BAD_SHARDS.record(len(outcome.bad_shards), version=version)
+        self.run.show(outcome)
         if self.run.meter is not None:
             self.run.meter.look()
         return counts

@@ -35,6 +35,9 @@ ORDER = (
         "tuning",
         "sharding",
         "runtime",
+        "cost",
+        "throughput",
+        "telemetry",
         "progress",
         "mapped",
         "publishing",
@@ -55,12 +58,25 @@ ORDER = (
         "zero_shot",
     ),
     # the work of a cluster
-    *("workers", "training", "outcome", "watch", "tasks", "actors", "suspects", "pipeline", "report", "scoring"),
+    *(
+        "workers",
+        "training",
+        "course",
+        "outcome",
+        "watch",
+        "tasks",
+        "actors",
+        "suspects",
+        "pipeline",
+        "report",
+        "scoring",
+    ),
 )
 """From the lowest to the highest; each may import those before it."""
 
 MAY_IMPORT_RAY = {
     "runtime",
+    "telemetry",
     "progress",
     "labelled",
     "fitting",
