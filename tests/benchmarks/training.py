@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,11 @@ class Clock:
     def __init__(self) -> None:
         self.wall = self.processor = 0.0
 
-    def run(self, turn: Callable[[], None]) -> None:
-        """Run a turn and add what it took."""
+    def run(self, step: Callable[[int], None], numbers: Iterable[int]) -> None:
+        """Make some steps and add what they took."""
         wall, processor = time.perf_counter(), time.process_time()
-        turn()
+        for number in numbers:
+            step(number)
         self.wall += time.perf_counter() - wall
         self.processor += time.process_time() - processor
 
@@ -137,15 +138,14 @@ def compare(data: Path, optim: OptimSection, most: int | None, folder: Path) -> 
     steps = -(-len(texts) // optim.batch_size) * optim.epochs
     rows = map_rows(folder / "train.arrow", texts, targets, len(names))
     test = map_rows(folder / "test.arrow", test_texts, test_targets, len(names))
-    loops = {
+    loops: dict[str, Padded | Grouped] = {
         "padded": Padded(texts, targets, optim, steps, len(names)),
         "grouped": Grouped(rows, optim, steps, len(names)),
     }
     clocks = {name: Clock() for name in loops}
     for start in range(0, steps, TURN_STEPS):
         for name, loop in loops.items():
-            numbers = range(start, min(start + TURN_STEPS, steps))
-            clocks[name].run(lambda loop=loop, numbers=numbers: [loop.step(number) for number in numbers])  # type: ignore[misc]
+            clocks[name].run(loop.step, range(start, min(start + TURN_STEPS, steps)))
     team = Team(rank=0, size=1, device=CPU, dtype=torch.float32)
     found: dict[str, Any] = {"seed": optim.seed, "rows": len(texts), "steps": steps}
     for name, loop in loops.items():
