@@ -57,6 +57,7 @@ ORDER = (
         "actors",
         "suspects",
         "pipeline",
+        "run_page",
         "report",
         "scoring",
     ),
