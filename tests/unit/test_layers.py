@@ -44,7 +44,7 @@ ORDER = (
     *("checkpoint", "attribution", "plots", "highlight", "model_card", "training_report"),
     *("packing", "engine", "budget"),
     # the work of one process
-    *("labelled", "blocks", "predictor", "learning", "contrastive", "fitting", "zero_shot"),
+    *("gate", "labelled", "blocks", "predictor", "answers", "learning", "contrastive", "fitting", "zero_shot"),
     # the work of a cluster
     *(
         "training",
