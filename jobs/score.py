@@ -11,7 +11,7 @@ On this machine or inside a Ray job:
 As a Ray job:
     ray job submit --working-dir . -- python -m jobs.score --config jobs/configs/score.toml --run-id 2026-11-20
 
-Exit codes: 0 done; 2 the command or configuration is wrong; 3 done, but over a limit of bad rows or shards, not published;
+Exit codes: 0 done; 2 the command or configuration is wrong; 3 done, but over a limit of bad rows, shards or drift, not published;
 4 incomplete, run the same command again; 5 stopped on request; 6 limits.budget is spent, the same command goes on with a new one;
 1 a bug.
 """

@@ -628,6 +628,39 @@ class PublishConfig(Section):
     output: PublishOutputSection
 
 
+class FrozenTestSection(Section):
+    """The labelled rows on which two checkpoints are compared."""
+
+    path: str
+    """labelled Parquet that neither has learned from: a folder, a glob or one file, on any fsspec URL"""
+    text_column: str | tuple[str, str] = "text"
+    """the text's column; ["first", "second"] for sentence pairs"""
+    label_column: str = "label"
+    """the label's column"""
+
+
+class GateSection(Section):
+    """When a challenger is accepted."""
+
+    metric: Literal["macro_f1", "accuracy"] = "macro_f1"
+    """what must not get worse"""
+    margin: float = Field(default=0.002, ge=0, lt=1)
+    """a loss of the metric that would not matter; 0.002 is 0.2 points"""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """with which a loss of the margin or more must be ruled out"""
+    resamples: int = Field(default=2_000, ge=200)
+    """of the bootstrap"""
+    seed: int = 0
+    """of the bootstrap"""
+
+
+class CompareConfig(Section):
+    """Everything `jobs.compare` can be told besides the two checkpoints."""
+
+    test: FrozenTestSection
+    gate: GateSection = GateSection()
+
+
 class PredictConfig(Section):
     """Everything `jobs.predict` can be told besides its texts."""
 

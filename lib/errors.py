@@ -22,7 +22,7 @@ class ExitCode(enum.IntEnum):
     USAGE = 2
     """The command or the configuration is wrong: running it again changes nothing."""
     OVER_LIMIT = 3
-    """All work is done, but bad rows or shards are over the configured limit; nothing was published."""
+    """All work is done, but what came of it is not accepted: bad rows, bad shards or drift over a limit, a new model that may be worse."""
     INCOMPLETE = 4
     """Infrastructure failed; what is finished stays finished, run the same command again."""
     STOPPED = 5
@@ -49,7 +49,7 @@ class DeniedError(UsageError):
 
 
 class OverLimitError(TextsweepError):
-    """More bad rows or shards than `limits` allows."""
+    """All work is done, and what came of it is beyond what is allowed: bad rows and shards, drift, the loss of a new model."""
 
     exit_code = ExitCode.OVER_LIMIT
 

@@ -128,6 +128,8 @@ class Outcome(Tally):
     """shards of earlier waves, the slowest ones"""
     finished: set[str] = field(default_factory=set)
     """names of this wave's objects that are there"""
+    found: Tally = field(default_factory=Tally)
+    """what objects hold that an earlier run left, and none has published"""
     records: list[pa.Table] = field(default_factory=list)
     """what earlier waves' objects say, as `RECORD_SCHEMA`"""
     _rows: list[dict[str, Any]] = field(default_factory=list)

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import secrets
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -143,31 +144,37 @@ def read_archive(version: Store, root: str, keys: pa.Schema) -> pa.Schema | None
     return kept
 
 
-def latest_manifest(output: Store, version: str, published: Published | None) -> pa.Table:
-    """The manifest of a version's latest successful run, without rows if there is none.
+def latest_success(output: Store, version: str, published: Published | None) -> Published | None:
+    """A version's latest successful run with its manifest, if there is one.
 
     The pointer names it, unless it names another version (after a rollback, or when two models take turns): then the
     marks of this version's successful runs are read.
     """
     if published and published.pointer.version == version:
-        return published.manifest
+        return published
     names = [path for path in output.list(f"{version}/_runs")["path"].to_pylist() if path.endswith("/_SUCCESS")]
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         marks = [Pointer.model_validate_json(raw) for raw in pool.map(output.read, names) if raw]
     for mark in sorted(marks, key=lambda mark: mark.planned_at, reverse=True):
         raw = output.read(mark.manifest)
         if raw is not None:
-            return pq.read_table(io.BytesIO(raw))
-    return MANIFEST_SCHEMA.empty_table()
+            return Published(pointer=mark, manifest=pq.read_table(io.BytesIO(raw)))
+    return None
 
 
 def build_manifest(
-    version: str, run_id: str, current: pa.Table, written: pa.Table, before: pa.Table, output: Store
+    version: str,
+    run_id: str,
+    current: pa.Table,
+    written: pa.Table,
+    before: pa.Table,
+    output: Store,
+    on_footer: Callable[[dict[str, Any]], None],
 ) -> pa.Table:
     """Make the manifest of the current objects (columns shard, identity, chunk, chunks, path in the version's folder).
 
     Counts come from the manifest `before`, from what this run wrote (`outcome.RECORD_SCHEMA`), and from the footers of
-    objects that neither holds.
+    objects that neither holds; `on_footer` is told what stands in those.
     """
     strip = len(version) + 1
     counts = ["path", "start", "rows", "errors", "bytes", "run"]
@@ -176,6 +183,8 @@ def build_manifest(
     unknown = current.join(known, "path", join_type="left anti")["path"].to_pylist()
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
         found = list(pool.map(lambda name: read_record(output.at(version), name), unknown))
+    for record in found:
+        on_footer(record)
     footers = [
         {
             "path": name,

@@ -9,13 +9,14 @@ from hashlib import sha256
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib import checkpoint, publishing
+from lib import checkpoint, drift, publishing
 from lib.archive import Columns, find_root, list_shards, refuse_output_inside, resolve_columns
 from lib.atomicity import check_output
 from lib.blocks import ScoreJob
 from lib.config import ScoreConfig
 from lib.cost import Meter, Usage
 from lib.errors import BudgetError, ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
+from lib.history import Baseline, find_baseline, recent_runs
 from lib.outcome import Outcome
 from lib.planning import (
     find_kept,
@@ -57,6 +58,8 @@ class Run:
     published: publishing.Published | None
     before: pa.Table
     """the manifest of this version's latest successful run"""
+    baseline: Baseline
+    """what new rows are compared with"""
     selection: Selection | None
     """the rows to score, if not all"""
 
@@ -156,6 +159,8 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
     objects = parse_objects((listed.result() if listed else output.at(version).list())["path"])
     finished, unfinished = split_finished(shards, objects)
     published = publishing.read_published(output)
+    last = publishing.latest_success(output, version, published)
+    baseline = find_baseline(output.at(version), config.drift.baseline, last and last.pointer)
     job = ScoreJob(
         archive=archive,
         output=output.at(version),
@@ -186,7 +191,8 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         finished=finished,
         objects=objects,
         published=published,
-        before=publishing.latest_manifest(output, version, published),
+        before=last.manifest if last else publishing.MANIFEST_SCHEMA.empty_table(),
+        baseline=baseline,
         selection=selection,
     )
 
@@ -228,7 +234,7 @@ def reconcile(run: Run, outcome: Outcome) -> pa.Table:
     finished, _ = split_finished(run.shards, objects)
     current = find_current(run, objects, finished)
     return publishing.build_manifest(
-        run.job.version, run.run_id, with_names(current), outcome.written(), run.before, run.output
+        run.job.version, run.run_id, with_names(current), outcome.written(), run.before, run.output, outcome.found.count
     )
 
 
@@ -312,16 +318,24 @@ def find_bad(run: Run, outcome: Outcome) -> list[dict[str, str]]:
     ]
 
 
-def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str, meter: Meter | None = None) -> None:
-    """Write the run's report and manifest, publish it if it may be, and say where everything is. Raises what `judge` found."""
-    problem = judge(run, outcome, manifest)
-    folder = run.job.output.at(f"_runs/{run.run_id}")
-    published = False
+def write_letters(run: Run, outcome: Outcome) -> None:
+    """Write the dead letters of bad shards, one file each."""
     for one in find_bad(run, outcome):
         letter = pa.Table.from_pylist([{**one, "row": None}], schema=DEAD_LETTER_SCHEMA)
         # Never by its own name: a bad shard may be one because no file can be called so, or because it leads elsewhere.
         letter_name = f"_dead_letter/shard-{sha256(one['shard'].encode()).hexdigest()[:12]}-{one['identity']}.parquet"
         publishing.write_table(run.job.output, letter_name, letter)
+
+
+def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str, meter: Meter | None = None) -> None:
+    """Write the run's report and manifest, publish it if it may be, and say where everything is. Raises what `judge` found."""
+    new = outcome.plus(outcome.found)
+    shifts = drift.compare(new.record(), run.baseline.counts, run.job.schema.heads)
+    allowed = run.config.drift.max_psi
+    problem = judge(run, outcome, manifest) or drift.judge(shifts, allowed, run.baseline.name, run.run_id)
+    folder = run.job.output.at(f"_runs/{run.run_id}")
+    published = False
+    write_letters(run, outcome)
     if problem is None:
         name = publishing.write_manifest(folder, manifest)
         single = run.config.output.single_writer
@@ -350,10 +364,15 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str, meter
         outcome=outcome,
         totals=totals,
         cluster=cluster,
+        heads=run.job.schema.heads,
+        seconds_planning=outcome.course.began - run.begun,
+        new_rows=new,
+        baseline=run.baseline,
+        shifts=shifts,
     )
-    record = run_record(facts)
-    write_report(folder, record)
+    write_report(folder, run_record(facts), recent_runs(run.job.output, run.run_id))
     print(f"report: {folder.url}/report.html", flush=True)
+    print(drift.remarks(shifts, allowed, run.baseline.why_not), end="", flush=True)
     for shard, why in sorted(outcome.bad_shards.items())[:SHOWN_BAD_SHARDS]:
         print(f"bad shard {shard!r}: {why}; the next run tries it again", flush=True)
     if len(outcome.bad_shards) > SHOWN_BAD_SHARDS:

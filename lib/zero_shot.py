@@ -9,7 +9,6 @@ import platform
 import tempfile
 import time
 import tomllib
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from lib.answers import answers_of, find_test_set
 from lib.batching import cut_by_tokens, pad
 from lib.calibration import Decision
-from lib.checkpoint import COMMIT_NAME, Card, Checkpoint, commit, deciding_files, digest_of, fetch, tokenizer_of
-from lib.config import HeadSection, TrainConfig, ZeroShotConfig, validate
-from lib.errors import UsageError, nearest, say
+from lib.checkpoint import COMMIT_NAME, Card, Checkpoint, commit, deciding_files, digest_of, fetch
+from lib.config import HeadSection, ZeroShotConfig
+from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config, read_facts
 from lib.heads import PooledClassifier
-from lib.labelled import find_source, read_block, usable_rows
 from lib.metrics import describe, shown
 from lib.model import new_classifier, pretrained
-from lib.predictor import Predictor
 from lib.prompts import find_verbalizers, save_prompted
 from lib.schema import Task
 from lib.storage import open_store
@@ -175,41 +173,10 @@ def save_masked_prompt(config: ZeroShotConfig, base: str, tokenizer: Tokenizer, 
 
 def try_on(config: ZeroShotConfig, path: str, model: Checkpoint) -> dict[str, Any]:
     """All metrics on the labelled rows of `test.path`. Raises `UsageError` if these do not fit the labels."""
-    train = {"path": path, "text_column": config.test.text_column, "label_column": config.test.label_column}
-    source = find_source(
-        "test",
-        path,
-        validate(TrainConfig, {"train": train, "model": {"base": config.model.base}, "output": {"path": "-"}}),
-    )
-    if source.task is not Task.MULTI_CLASS:
-        raise UsageError(
-            f"test.path {path}: column {config.test.label_column!r} is {source.task.value}, expected one label a row"
-        )
-    predictor, tokenizer = Predictor(model), tokenizer_of(model)
-    dropped: Counter[str] = Counter()
-    truth: list[str] = []
-    probabilities = [np.zeros((0, len(model.card.labels)), np.float32)]
-    for block in source.blocks:
-        for rows in read_block(source, list(block)):
-            texts, names, _ = usable_rows(rows, dropped)
-            tokens = tokenizer.encode(texts[0])
-            probabilities.append(predictor.probabilities(tokens.ids, tokens.offsets))
-            truth += names.to_pylist()
-    unknown = sorted(set(truth) - set(model.card.labels))
-    if unknown or not truth:
-        what = (
-            f"label {unknown[0]!r} is not in labels.file{nearest(unknown[0], model.card.labels)}"
-            if unknown
-            else "no usable row"
-        )
-        raise UsageError(f"test.path {path}: {what}")
-    if dropped:
-        say(
-            f"test: left out {sum(dropped.values())} rows ({', '.join(f'{n} {why}' for why, n in sorted(dropped.items()))})"
-        )
-    numbers = np.array([model.card.labels.index(one) for one in truth])
-    logits = np.log(np.concatenate(probabilities).clip(min=np.finfo(np.float32).tiny))
-    return describe(numbers, logits, Decision(task=Task.MULTI_CLASS), model.card.labels)
+    source = find_test_set(path, config.test.text_column, config.test.label_column)
+    found = answers_of([model], source, path, "labels.file")
+    logits = np.log(found.probabilities[0].clip(min=np.finfo(np.float32).tiny))
+    return describe(found.truth, logits, Decision(task=Task.MULTI_CLASS), found.labels)
 
 
 def made_from(config: ZeroShotConfig, run_id: str, labels: Labels) -> dict[str, Any]:

@@ -3,15 +3,26 @@
 import json
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from lib import drift
 from lib.attribution import Explanation
 from lib.checkpoint import Card
+from lib.config import ScoreConfig, validate
+from lib.errors import ExitCode
 from lib.highlight import explanation_page
-from lib.schema import Task
+from lib.history import Baseline
+from lib.outcome import Outcome
+from lib.planning import Chunk
+from lib.progress import Counts
+from lib.report import RunFacts, run_record
+from lib.run_page import render
+from lib.schema import Head, Task
 from lib.training_report import training_report
 from lib.words import Word
 
@@ -103,9 +114,121 @@ def explained_page() -> str:
     return explanation_page("s3://bucket/" + "long/" * 30, [[one, one], []], [LONG, LONG])
 
 
+SCORED_LABELS = ("$ign", "_hidden", "<b>bold</b>", *(f"topic number {number}" for number in range(9)), "x" * 60)
+
+
+def scoring_record(number: int, last: dict[str, Any] | None) -> dict[str, Any]:
+    """The record of a run of two waves with everything in it that can be."""
+    chance = np.random.default_rng(number)
+    outcome = Outcome()
+    outcome.course.began = 0.0
+    outcome.course.begin_wave()
+    for chunk in range(120):
+        shard = f"2026/{'a-folder-with-a-long-name/' * 3}part-{chunk // 3:05d}.parquet"
+        outcome.plan(Chunk(shard, "0" * 12, chunk % 3, 3, 0, 1_000, 1))
+        outcome.add(
+            {
+                "name": f"{shard}-{chunk}",
+                "shard": shard,
+                "start": 0,
+                "rows": 1_000,
+                "bytes": 50_000,
+                "truncated": 70,
+                "tokens": 80_000,
+                "abstained": 12,
+                "errors": {"null": 7, "undecodable": 1} if chunk % 7 == 0 else {},
+                "error_rows": {"null": [3, 17, 240]} if chunk % 7 == 0 else {},
+                "labels": dict(
+                    zip(SCORED_LABELS, (chance.dirichlet(np.arange(13, 0, -1)) * 980).astype(int).tolist(), strict=True)
+                ),
+                "score_bins": np.histogram(chance.beta(6, 2 + number / 2, 1_000), bins=20, range=(0, 1))[0].tolist(),
+                "length_bins": np.bincount(chance.binomial(11, 0.6 - number / 50, 1_000), minlength=18).tolist(),
+                "seconds": {"read": 0.4, "predict": chance.gamma(4, 0.6), "write": 0.1},
+            }
+        )
+        moment = 14 + 3.1 * chunk
+        outcome.course.note(Counts(rows=1_000 * chunk, tokens=80_000 * chunk, num_busy=4 if chunk < 110 else 2), moment)
+        if chunk == 60:
+            outcome.course.begin("wave 2", moment)
+    outcome.course.end_wave(moment)
+    outcome.counts = Counts(
+        num_actors=4, failures=("s3://bucket/archive/part: storage failed to read: 503 SlowDown (3x)",), padding=150_000,
+        actor_seconds={"starting": 40.2, "idle": 61.0, "busy": 1_400.5},
+    )  # fmt: skip
+    outcome.bad_shards = {"broken.parquet": "its footer is not Parquet's"}
+    outcome.close_wave()
+    heads = (Head(task=Task.MULTI_CLASS, labels=SCORED_LABELS, thresholds=(0.1,) * len(SCORED_LABELS)),)
+    settings = {
+        "input": {"path": "s3://key:hidden-secret@bucket/archive"},
+        "model": {"path": "/models/" + "long-name-" * 12},
+        "output": {"path": "s3://bucket/scores"},
+    }
+    record = run_record(
+        RunFacts(
+            run_id=f"2026-11-{20 + number}T02:00:00",
+            version="0123456789abcdef",
+            config=validate(ScoreConfig, settings),
+            exit_code=ExitCode.DONE,
+            message="120,000 rows of 40 shards are scored, 144 of them with an error",
+            published=True,
+            started_at=datetime.now(UTC),
+            outcome=outcome,
+            totals={"shards": 1_234_567, "objects": 2_000_000, "rows": 123_456_789, "errors": 12_345, "bytes": 1},
+            cluster="2 nodes, 32 CPUs, 4 GPUs",
+            model_digest="ab" * 32,
+            heads=heads,
+            seconds_planning=6.2,
+            new_rows=outcome.plus(outcome.found),
+            baseline=Baseline(name="2026-11-20T02:00:00", counts=last and last["new_rows"]),
+            shifts=drift.compare(outcome.record(), last and last["new_rows"], heads),
+        )
+    )
+    record["course"]["stages"][-1]["end"] = record["course"]["points"]["seconds"][-1] + 2.5  # that clock began at 0
+    return record | {"seconds": 391.2}
+
+
+def scoring_page() -> str:
+    """The report of a run beside five earlier ones."""
+    records = [scoring_record(0, None)]
+    for number in range(1, 6):
+        records.append(scoring_record(number, records[-1]))
+    return render(records[-1], records[-2::-1])
+
+
+def first_scoring_page() -> str:
+    """The report of a run that failed before anything was scored, and has nothing before it."""
+    record = scoring_record(0, None)
+    nothing = Outcome().record()
+    record |= {"this_run": record["this_run"] | nothing, "new_rows": nothing, "slowest_shards": [], "exit_code": 4}
+    return render(record | {"course": Outcome().course.record()}, [])
+
+
+def test_a_scoring_page_shows_all_of_a_run_and_no_credentials() -> None:
+    page = scoring_page()
+    plots = ("Throughput", "Labels", "Label mix, beside earlier runs", "Scores", "Text lengths")
+    for title in plots:
+        assert "<svg" in page.partition(f"<h2>{title}</h2>")[2][:200], title
+    assert page.count("<svg") == len(plots)
+    assert "hidden-secret" not in page
+    assert "s3://***@bucket/archive" in page
+    assert "part-00000.parquet, 17" in page, "errors are named by shard and row"
+    assert "<b>bold</b>" not in page
+    for name in ("$ign", "_hidden"):
+        assert page.count(name) >= 2, "in the bars and in the mix"
+    for name in ("config digest", "model digest", "python 3.", "actor-hours", "tail", "wave 2", "2026-11-24T02:00:00"):
+        assert name in page, name
+    assert "<script" not in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    nothing = first_scoring_page()
+    assert "<svg" not in nothing
+    assert "Not compared" in nothing
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
 @pytest.mark.parametrize("width", [390, 1200])
-@pytest.mark.parametrize("page", [training_page, explained_page])
+@pytest.mark.parametrize("page", [training_page, explained_page, scoring_page, first_scoring_page])
 def test_nothing_is_wider_than_the_page_and_no_number_is_broken(page: Any, width: int, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(page().replace("</body>", MEASURE), encoding="utf-8")
     frame = f'<iframe id="f" src="page.html" width="{width}" height="800"></iframe>'

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -21,6 +22,8 @@ from tests.integration.test_scoring import read_json, run_score, texts_table
 from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
+
+PROMTOOL = shutil.which("promtool")
 
 DASHBOARD = REPOSITORY / "cluster" / "grafana" / "textsweep.json"
 
@@ -135,6 +138,21 @@ def test_the_dashboard_is_one_that_grafana_takes() -> None:
             assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
             refs = [target["refId"] for target in panel["targets"]]
             assert len(set(refs)) == len(refs)
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (apt-get install prometheus)")
+def test_prometheus_understands_every_query(tmp_path: Path) -> None:
+    board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    queries = [target["expr"] for panel in panels_of(board) for target in panel.get("targets", [])]
+    for name, value in (("$__rate_interval", "1m"), ("$__range", "1h"), ("$version", ".*")):
+        queries = [query.replace(name, value) for query in queries]
+    rules = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(queries)]
+    (tmp_path / "rules.json").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    checked = subprocess.run(
+        [str(PROMTOOL), "check", "rules", str(tmp_path / "rules.json")], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert f"{len(rules)} rules found" in checked.stdout
 
 
 def test_the_dashboard_asks_for_what_there_is_and_shows_all_of_it() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from lib.config import (
     Command,
+    CompareConfig,
     PredictConfig,
     PublishConfig,
     ScoreConfig,
@@ -27,6 +28,7 @@ SCHEMAS: dict[str, type[Section]] = {
     "predict": PredictConfig,
     "publish": PublishConfig,
     "zero_shot": ZeroShotConfig,
+    "compare": CompareConfig,
 }
 REQUIRED = ["--set", "input.path=s3://b/archive", "--set", "model.path=/m", "--set", "output.path=/o"]
 

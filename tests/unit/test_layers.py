@@ -47,9 +47,11 @@ ORDER = (
     *("packing", "engine", "budget"),
     # the work of one process
     *(
+        "gate",
         "labelled",
         "blocks",
         "predictor",
+        "answers",
         "learning",
         "contrastive",
         "fitting",
@@ -58,19 +60,8 @@ ORDER = (
         "zero_shot",
     ),
     # the work of a cluster
-    *(
-        "workers",
-        "training",
-        "course",
-        "outcome",
-        "watch",
-        "tasks",
-        "actors",
-        "suspects",
-        "pipeline",
-        "report",
-        "scoring",
-    ),
+    *("workers", "training", "course", "outcome", "history", "drift"),
+    *("watch", "tasks", "actors", "suspects", "pipeline", "run_page", "report", "scoring"),
 )
 """From the lowest to the highest; each may import those before it."""
 

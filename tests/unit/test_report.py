@@ -4,7 +4,8 @@ import pytest
 
 from lib.outcome import Outcome
 from lib.progress import Counts
-from lib.report import ProgressLine, duration
+from lib.report import ProgressLine
+from lib.run_page import duration
 
 
 def test_the_line_says_what_the_run_is_at() -> None:
