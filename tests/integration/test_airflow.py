@@ -64,31 +64,43 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 @pytest.mark.trial
 @pytest.mark.timeout(1800)
-def test_a_night_is_scored_and_told_of(head: Head, tmp_path: Path) -> None:
-    """`airflow dags test`, twice the same night: real jobs, real files; the second finds nothing to do."""
-    fakes.make_classifier(tmp_path / "model", "bert", ["no", "yes"])
-    texts = pa.table({"text": [f"the harbour was quiet on day {day}" for day in range(50)]})
-    fakes.write_archive(str(tmp_path / "archive"), {"a.parquet": texts, "b.parquet": texts.slice(0, 20)})
+def test_a_model_is_trained_and_promoted_and_scores_a_night(head: Head, tmp_path: Path) -> None:
+    """`airflow dags test` with real jobs and real files; the same night twice, the second finds nothing to do."""
+    fakes.make_encoder(tmp_path / "base", "bert")
+    texts = [f"the harbour was {'quiet' if day % 2 else 'loud'} on day {day}" for day in range(60)]
+    labelled = pa.table({"text": texts, "label": ["no", "yes"] * 30})
+    fakes.write_archive(
+        str(tmp_path / "labelled"), {"train/a.parquet": labelled, "test/a.parquet": labelled.slice(0, 20)}
+    )
+    archive = labelled.select(["text"])
+    fakes.write_archive(str(tmp_path / "archive"), {"a.parquet": archive, "b.parquet": archive.slice(0, 10)})
+    paths = {name: str(tmp_path / name) for name in ("archive", "scores", "labelled", "base", "models")}
     variables = {
-        "textsweep_archive": str(tmp_path / "archive"),
-        "textsweep_scores": str(tmp_path / "scores"),
-        "textsweep_model": str(tmp_path / "model"),
+        **{f"textsweep_{name}": path for name, path in paths.items()},
         "textsweep_root": str(REPOSITORY),
-        "textsweep_options": "--set planning.chunk_mb=2 --set limits.stall_seconds=900",
+        "textsweep_score_options": "--set planning.chunk_mb=2 --set limits.stall_seconds=900",
+        "textsweep_train_options": "--set optim.epochs=1 --set model.max_length=16",
     }
     airflow = Airflow(tmp_path, head, DAGS, variables)
+    airflow.command("dags", "test", "textsweep_weekly", "2026-11-21T12:00:00+00:00")
+    model = tmp_path / "models" / "2026-11-21T120000"
+    assert str(model) in airflow.command("variables", "get", "textsweep_model")
+    (trained,) = head.named("train")
+    assert (trained["submission_id"], trained["status"]) == ("textsweep_weekly.train.20261121T120000-1", "SUCCEEDED")
+
     for night in range(2):
         airflow.command("dags", "test", "textsweep_nightly", "2026-11-26T01:00:00+00:00")
         jobs = head.named("score")
         assert [job["submission_id"] for job in jobs][-1] == f"textsweep_nightly.score.20261126T010000-{night + 1}"
         assert jobs[-1]["status"] == "SUCCEEDED"
+        assert f"model.path='{model}'" in jobs[-1]["entrypoint"]
         assert "--run-id 2026-11-26T010000" in jobs[-1]["entrypoint"]
     pointer = json.loads((tmp_path / "scores" / "_published.json").read_text())
     assert pointer["run"] == "2026-11-26T010000"
     manifest = pq.read_table(tmp_path / "scores" / pointer["manifest"])
     assert sum(manifest["rows"].to_pylist()) == 70
-    token = head.token
-    told = [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    token = head.token.encode()
+    told = [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_bytes()]
     assert not told, "the token stands where Airflow keeps what it did"
 
 
@@ -138,11 +150,20 @@ def test_whatever_is_killed_there_is_one_job_and_its_end_is_seen(head: Head, tmp
         assert found["ended_by_a_person"]["state"] == "failed"
         assert len(head.named("ended_by_a_person")) == 1
 
-        wait_until(lambda: airflow.knows("every_night"), "the DAG of every night", 300)
-        airflow.api("dags/every_night", "PATCH", {"is_paused": False})
-        airflow.command("backfill", "create", "--dag-id", "every_night", "--from-date", "2026-06-01", "--to-date", "2026-06-30", "--max-active-runs", "4")  # fmt: skip
-        nights = tmp_path / "nights"
-        june = {f"2026-06-{day:02d}" for day in range(1, 31)}
-        wait_until(lambda: nights.exists() and june <= set(nights.read_text().split()), "30 nights", 1800)
-        noted = [night for night in nights.read_text().split() if night in june]
-        assert sorted(noted) == sorted(june), "each night once"
+
+@pytest.mark.trial
+@pytest.mark.timeout(3600)
+def test_thirty_nights_are_filled_in_each_once(head: Head, tmp_path: Path) -> None:
+    """A backfill, four nights at a time: a job for each logical date, and no date twice."""
+    airflow = Airflow(tmp_path, head, Path(__file__).parent / "dags", {"trial_folder": str(tmp_path)})
+    airflow.command("dags", "reserialize")
+    airflow.command("dags", "unpause", "every_night")
+    airflow.command("backfill", "create", "--dag-id", "every_night", "--from-date", "2026-06-01", "--to-date", "2026-06-30", "--max-active-runs", "4")  # fmt: skip
+    june = [f"2026-06-{day:02d}" for day in range(1, 31)]
+    nights = tmp_path / "nights"
+    with airflow:
+        wait_until(lambda: nights.exists() and set(june) <= set(nights.read_text().split()), "30 nights", 2400)
+    assert sorted(night for night in nights.read_text().split() if night in june) == june
+    names = [job["submission_id"] for job in head.named("note")]
+    assert {f"every_night.note.{night.replace('-', '')}T010000-1" for night in june} <= set(names)
+    assert not [name for name in names if not name.endswith("-1")]

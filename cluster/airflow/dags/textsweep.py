@@ -8,8 +8,9 @@ Nothing of the project is imported: the jobs are commands on the cluster. What t
     textsweep_labelled   a folder with train/ and test/ of labelled Parquet
     textsweep_base       the pretrained encoder's folder
     textsweep_models     checkpoints go to a folder of their run here
-    textsweep_options    further arguments of both jobs, for example --set resources.num_workers=4; default none
     textsweep_root       where the project is on the cluster's nodes; default /opt/textsweep, as in the images
+    textsweep_score_options, textsweep_train_options
+                         further arguments, for example --set resources.num_workers=4; default none
 """
 
 import json
@@ -22,7 +23,6 @@ from ray_jobs import SubmitRayJobOperator
 
 RUN_ID = "{{ (dag_run.logical_date or dag_run.run_after).strftime('%Y-%m-%dT%H%M%S') }}"
 """The same for every try and every clearing of one DAG run; a manual run has no logical date."""
-OPTIONS = "{{ var.value.get('textsweep_options', '') }}"
 MAY_BE_WORSE = 0.01
 """By how much a new model's macro F1 on the test rows may be below that of the one in use: chance, on a few thousand rows."""
 
@@ -52,7 +52,7 @@ with DAG(
         task_id="score",
         entrypoint="python -m jobs.score --config {{ var.value.get('textsweep_root', '/opt/textsweep') }}/jobs/configs/score.toml"
         " --set input.path='{{ var.value.textsweep_archive }}' --set model.path='{{ var.value.textsweep_model }}'"
-        f" --set output.path='{{{{ var.value.textsweep_scores }}}}' --run-id {RUN_ID} {OPTIONS}",
+        f" --set output.path='{{{{ var.value.textsweep_scores }}}}' --run-id {RUN_ID} {{{{ var.value.get('textsweep_score_options', '') }}}}",
         job_timeout_seconds=20 * 3600,
     )
 
@@ -88,7 +88,7 @@ with DAG(
         task_id="train",
         entrypoint="python -m jobs.train --set train.path='{{ var.value.textsweep_labelled }}/train'"
         " --set test.path='{{ var.value.textsweep_labelled }}/test' --set model.base='{{ var.value.textsweep_base }}'"
-        f" --set output.path='{checkpoint}' --run-id {RUN_ID} {OPTIONS}",
+        f" --set output.path='{checkpoint}' --run-id {RUN_ID} {{{{ var.value.get('textsweep_train_options', '') }}}}",
         job_timeout_seconds=20 * 3600,
     )
 
