@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check audit trials faults bench clean
+.PHONY: help install demo test check audit trials faults bench airflow-test clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
 
 install: $(STAMP)  ## create .venv and install everything the project and its tests need
 
@@ -48,5 +48,10 @@ faults: install  ## everything that can go wrong, SEEDS times each (default 1), 
 bench: install  ## how fast it is on this machine, beside what else one could run: under 20 minutes; written to bench.json
 	@$(BIN)/python -m tests.benchmarks.ladder --seconds 1.5 --peers --json bench.json
 
+# Airflow in an environment of its own: its packages and ours could not agree.
+airflow-test: install  ## run the DAGs in a real Airflow on a real Ray head: .venv-airflow, some 20 minutes
+	@test -x .venv-airflow/bin/airflow || { $(PYTHON) -m venv .venv-airflow && .venv-airflow/bin/pip install --quiet --disable-pip-version-check -c cluster/airflow/constraints.txt apache-airflow==3.3.2; }
+	@$(BIN)/python -m pytest -m 'trial or not trial' -s tests/integration/test_airflow.py
+
 clean:  ## remove the environment and the demo's files
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-airflow demo

@@ -1,0 +1,109 @@
+"""Train every week, score every night, on a Ray cluster that is kept.
+
+Nothing of the project is imported: the jobs are commands on the cluster. What they work on are Airflow variables, all without secrets:
+
+    textsweep_archive    the archive, for example s3://bucket/archive
+    textsweep_scores     where predictions go
+    textsweep_model      the checkpoint that scores; set by the training below, by hand for the first night
+    textsweep_labelled   a folder with train/ and test/ of labelled Parquet
+    textsweep_base       the pretrained encoder's folder
+    textsweep_models     checkpoints go to a folder of their run here
+    textsweep_root       where the project is on the cluster's nodes; default /opt/textsweep, as in the images
+    textsweep_score_options, textsweep_train_options
+                         further arguments, for example --set resources.num_workers=4; default none
+"""
+
+import json
+from datetime import timedelta
+
+import pendulum
+from airflow.sdk import DAG, Asset, ObjectStoragePath, Variable, get_current_context, task
+from airflow.sdk.exceptions import AirflowFailException
+from ray_jobs import SubmitRayJobOperator
+
+RUN_ID = "{{ (dag_run.logical_date or dag_run.run_after).strftime('%Y-%m-%dT%H%M%S') }}"
+"""The same for every try and every clearing of one DAG run; a manual run has no logical date."""
+MAY_BE_WORSE = 0.01
+"""By how much a new model's macro F1 on the test rows may be below that of the one in use: chance, on a few thousand rows."""
+
+RETRIES = {"retries": 3, "retry_delay": timedelta(minutes=2), "retry_exponential_backoff": True}
+"""A try that was cut short is finished by the next one, so trying again is cheap."""
+
+scores = Asset("textsweep_scores", uri="x-textsweep://scores")
+"""Updated when there are predictions that readers may use, with the manifest in its extra."""
+
+
+def read(path: str) -> dict:
+    """A JSON document of a job, from wherever Airflow's object storage reaches."""
+    return json.loads(ObjectStoragePath(path).read_text())
+
+
+with DAG(
+    "textsweep_nightly",
+    description="Score what is new in the archive",
+    schedule="0 1 * * *",
+    start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
+    catchup=False,
+    max_active_runs=1,  # the next night scores what this one left; both at once would pay for the same chunks
+    default_args=RETRIES,
+    tags=["textsweep"],
+) as nightly:
+    score = SubmitRayJobOperator(
+        task_id="score",
+        entrypoint="python -m jobs.score --config {{ var.value.get('textsweep_root', '/opt/textsweep') }}/jobs/configs/score.toml"
+        " --set input.path='{{ var.value.textsweep_archive }}' --set model.path='{{ var.value.textsweep_model }}'"
+        f" --set output.path='{{{{ var.value.textsweep_scores }}}}' --run-id {RUN_ID} {{{{ var.value.get('textsweep_score_options', '') }}}}",
+        job_timeout_seconds=20 * 3600,
+    )
+
+    @task(outlets=[scores])
+    def publish() -> dict:
+        """Look at what readers see by now, and tell whoever waits for it. A night without anything new shows the last one again."""
+        root = Variable.get("textsweep_scores")
+        pointer = read(f"{root}/_published.json")
+        report = read(f"{root}/{pointer['version']}/_runs/{pointer['run']}/run.json")
+        if report["exit_code"] != 0:
+            raise AirflowFailException(
+                f"{root}: the published run {pointer['run']} says of itself: {report['message']}"
+            )
+        found = {"manifest": f"{root}/{pointer['manifest']}", "run": pointer["run"], **report["published_total"]}
+        get_current_context()["outlet_events"][scores].extra = found
+        return found
+
+    score >> publish()
+
+
+with DAG(
+    "textsweep_weekly",
+    description="Fine-tune on the labelled rows, and score with the new model if it is no worse",
+    schedule="0 12 * * 6",
+    start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
+    catchup=False,
+    max_active_runs=1,
+    default_args=RETRIES,
+    tags=["textsweep"],
+) as weekly:
+    checkpoint = f"{{{{ var.value.textsweep_models }}}}/{RUN_ID}"
+    train = SubmitRayJobOperator(
+        task_id="train",
+        entrypoint="python -m jobs.train --set train.path='{{ var.value.textsweep_labelled }}/train'"
+        " --set test.path='{{ var.value.textsweep_labelled }}/test' --set model.base='{{ var.value.textsweep_base }}'"
+        f" --set output.path='{checkpoint}' --run-id {RUN_ID} {{{{ var.value.get('textsweep_train_options', '') }}}}",
+        job_timeout_seconds=20 * 3600,
+    )
+
+    @task
+    def promote(checkpoint: str) -> str:
+        """Let the nights score with the new model, unless it is worse on the test rows than the one in use."""
+        new = read(f"{checkpoint}/metrics.json")["test"]["macro_f1"]
+        used = Variable.get("textsweep_model", default=None)
+        if used:
+            floor = read(f"{used}/metrics.json")["test"]["macro_f1"] - MAY_BE_WORSE
+            if new < floor:
+                raise AirflowFailException(
+                    f"{checkpoint} has macro F1 {new:.4f} on the test rows, {used} {floor + MAY_BE_WORSE:.4f}: not promoted; set the variable textsweep_model to use it all the same"
+                )
+        Variable.set("textsweep_model", checkpoint)
+        return f"{checkpoint}: macro F1 {new:.4f}"
+
+    train >> promote(checkpoint)

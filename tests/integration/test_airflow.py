@@ -1,0 +1,169 @@
+"""The DAGs and the operator, by Airflow itself: what it sees of them, and what becomes of a job when everything else is killed."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests import fakes
+from tests.orchestration import AIRFLOW, REPOSITORY, Airflow, Head, ray_head
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.skipif(
+    not (AIRFLOW / "airflow").exists(), reason="no Airflow in .venv-airflow: `make airflow-test` installs it"
+)
+DAGS = REPOSITORY / "cluster" / "airflow" / "dags"
+
+LOOK = """
+import json, sys
+from airflow.dag_processing.dagbag import DagBag
+found = DagBag()
+print(json.dumps({
+    "errors": found.import_errors,
+    "dags": {dag.dag_id: {
+        "tasks": {task.task_id: sorted(task.downstream_task_ids) for task in dag.tasks}, "catchup": dag.catchup, "active": dag.max_active_runs,
+        "retries": min(task.retries for task in dag.tasks)} for dag in found.dags.values()},
+    "modules": sorted({name.split(".")[0] for name in sys.modules}),
+}))
+"""
+
+
+def test_the_dags_are_read_without_the_project_ray_or_torch(tmp_path: Path) -> None:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "AIRFLOW_HOME": str(tmp_path),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),
+        "AIRFLOW__CORE__PLUGINS_FOLDER": str(DAGS.parent / "plugins"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+    }
+    done = subprocess.run([str(AIRFLOW / "python"), "-c", LOOK], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not found["errors"]
+    assert not {"lib", "jobs", "ray", "torch"} & set(found["modules"])
+    nightly, weekly = found["dags"]["textsweep_nightly"], found["dags"]["textsweep_weekly"]
+    assert nightly["tasks"] == {"score": ["publish"], "publish": []}
+    assert weekly["tasks"] == {"train": ["promote"], "promote": []}
+    for dag in (nightly, weekly):
+        assert (dag["catchup"], dag["active"]) == (False, 1)
+        assert dag["retries"] > 0
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with ray_head(tmp_path_factory.mktemp("head")) as found:
+        yield found
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(1800)
+def test_a_model_is_trained_and_promoted_and_scores_a_night(head: Head, tmp_path: Path) -> None:
+    """`airflow dags test` with real jobs and real files; the same night twice, the second finds nothing to do."""
+    fakes.make_encoder(tmp_path / "base", "bert")
+    texts = [f"the harbour was {'quiet' if day % 2 else 'loud'} on day {day}" for day in range(60)]
+    labelled = pa.table({"text": texts, "label": ["no", "yes"] * 30})
+    fakes.write_archive(
+        str(tmp_path / "labelled"), {"train/a.parquet": labelled, "test/a.parquet": labelled.slice(0, 20)}
+    )
+    archive = labelled.select(["text"])
+    fakes.write_archive(str(tmp_path / "archive"), {"a.parquet": archive, "b.parquet": archive.slice(0, 10)})
+    paths = {name: str(tmp_path / name) for name in ("archive", "scores", "labelled", "base", "models")}
+    variables = {
+        **{f"textsweep_{name}": path for name, path in paths.items()},
+        "textsweep_root": str(REPOSITORY),
+        "textsweep_score_options": "--set planning.chunk_mb=2 --set limits.stall_seconds=900",
+        "textsweep_train_options": "--set optim.epochs=1 --set model.max_length=16",
+    }
+    airflow = Airflow(tmp_path, head, DAGS, variables)
+    airflow.command("dags", "test", "textsweep_weekly", "2026-11-21T12:00:00+00:00")
+    model = tmp_path / "models" / "2026-11-21T120000"
+    assert str(model) in airflow.command("variables", "get", "textsweep_model")
+    (trained,) = head.named("train")
+    assert (trained["submission_id"], trained["status"]) == ("textsweep_weekly.train.20261121T120000-1", "SUCCEEDED")
+
+    for night in range(2):
+        airflow.command("dags", "test", "textsweep_nightly", "2026-11-26T01:00:00+00:00")
+        jobs = head.named("score")
+        assert [job["submission_id"] for job in jobs][-1] == f"textsweep_nightly.score.20261126T010000-{night + 1}"
+        assert jobs[-1]["status"] == "SUCCEEDED"
+        assert f"model.path='{model}'" in jobs[-1]["entrypoint"]
+        assert "--run-id 2026-11-26T010000" in jobs[-1]["entrypoint"]
+    pointer = json.loads((tmp_path / "scores" / "_published.json").read_text())
+    assert pointer["run"] == "2026-11-26T010000"
+    manifest = pq.read_table(tmp_path / "scores" / pointer["manifest"])
+    assert sum(manifest["rows"].to_pylist()) == 70
+    token = head.token.encode()
+    told = [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_bytes()]
+    assert not told, "the token stands where Airflow keeps what it did"
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(3600)
+def test_whatever_is_killed_there_is_one_job_and_its_end_is_seen(head: Head, tmp_path: Path) -> None:
+    """A scheduler with LocalExecutor, a triggerer, a Ray head; five tasks at once, see `dags/trial.py`."""
+    dags = Path(__file__).parent / "dags"
+    with Airflow(tmp_path, head, dags, {"trial_folder": str(tmp_path)}) as airflow:
+        wait_until(lambda: airflow.knows("trial"), "the trial's DAG", 300)
+        airflow.api("dags/trial", "PATCH", {"is_paused": False})
+        run = airflow.api("dags/trial/dagRuns", "POST", {"logical_date": None})["dag_run_id"]
+
+        def state(task: str, *wanted: str, seconds: float = 600) -> None:
+            wait_until(
+                lambda: airflow.tasks("trial", run)[task]["state"] in wanted,
+                f"{task} to be {wanted}: {airflow.tasks('trial', run)[task]}",
+                seconds,
+            )
+
+        for task in ("triggerer_killed", "worker_killed", "ended_by_a_person"):
+            wait_until(lambda task=task: [job["status"] for job in head.named(task)] == ["RUNNING"], f"the job of {task}", 600)  # type: ignore[misc]  # fmt: skip
+        state("triggerer_killed", "deferred")
+        state("ended_by_a_person", "deferred")
+
+        airflow.api(f"dags/trial/dagRuns/{run}/taskInstances/ended_by_a_person", "PATCH", {"new_state": "failed"})
+        wait_until(lambda: head.named("ended_by_a_person")[0]["status"] == "STOPPED", "the job to be stopped", 300)
+
+        # Without a word to any of them: the triggerer, the scheduler, its executor, the process of the task that waits in a worker.
+        for service in ("triggerer", "scheduler"):
+            process = psutil.Process(airflow.processes[service].pid)
+            for one in [process, *process.children(recursive=True)]:
+                one.kill()
+            airflow.start(service)
+        wait_until(lambda: airflow.tasks("trial", run)["worker_killed"]["try_number"] == 2, "the second try", 900)
+        for task in ("triggerer_killed", "worker_killed"):
+            (tmp_path / f"{task}.go").touch()
+            state(task, "success")
+            assert len(head.named(task)) == 1
+            assert (tmp_path / f"{task}.started").read_text() == "started\n"
+
+        state("over_limit", "failed")
+        state("incomplete", "success")
+        found = airflow.tasks("trial", run)
+        assert (found["over_limit"]["try_number"], len(head.named("over_limit"))) == (1, 1)
+        assert (found["incomplete"]["try_number"], len(head.named("incomplete"))) == (2, 2)
+        assert found["ended_by_a_person"]["state"] == "failed"
+        assert len(head.named("ended_by_a_person")) == 1
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(3600)
+def test_thirty_nights_are_filled_in_each_once(head: Head, tmp_path: Path) -> None:
+    """A backfill, four nights at a time: a job for each logical date, and no date twice."""
+    airflow = Airflow(tmp_path, head, Path(__file__).parent / "dags", {"trial_folder": str(tmp_path)})
+    airflow.command("dags", "reserialize")
+    airflow.command("dags", "unpause", "every_night")
+    airflow.command("backfill", "create", "--dag-id", "every_night", "--from-date", "2026-06-01", "--to-date", "2026-06-30", "--max-active-runs", "4")  # fmt: skip
+    june = [f"2026-06-{day:02d}" for day in range(1, 31)]
+    nights = tmp_path / "nights"
+    with airflow:
+        wait_until(lambda: nights.exists() and set(june) <= set(nights.read_text().split()), "30 nights", 2400)
+    assert sorted(night for night in nights.read_text().split() if night in june) == june
+    names = [job["submission_id"] for job in head.named("note")]
+    assert {f"every_night.note.{night.replace('-', '')}T010000-1" for night in june} <= set(names)
+    assert not [name for name in names if not name.endswith("-1")]

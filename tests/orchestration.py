@@ -1,0 +1,202 @@
+"""A real Airflow and a real Ray head on loopback, for the tests that run the DAGs. Everything is ended by its process id."""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.waiting import wait_until
+
+REPOSITORY = Path(__file__).parents[1]
+AIRFLOW = REPOSITORY / ".venv-airflow" / "bin"
+"""Airflow's environment, made by `make airflow-test`"""
+START_SECONDS = 300
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def ask(url: str, token: str = "", method: str = "GET", body: Mapping[str, Any] | None = None) -> Any:
+    """A JSON answer from loopback. Raises `urllib.error.URLError` (an HTTP status included)."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    data = json.dumps(body).encode() if body is not None else None
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url, data, headers, method=method), timeout=30) as answer:
+        return json.loads(answer.read())
+
+
+def answers(url: str, token: str = "") -> bool:
+    try:
+        ask(url, token)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it has started, as it has them now."""
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        family = []
+    for one in family:
+        with_care(one.terminate)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    for one in alive:
+        with_care(one.kill)
+    process.wait(30)
+
+
+def with_care(signal: Any) -> None:
+    try:
+        signal()
+    except psutil.NoSuchProcess:
+        return
+
+
+@contextmanager
+def running(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+class Head:
+    """A Ray head that asks for a token, as a kept cluster's does."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url, self.token = url, token
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """All submitted jobs, the oldest first."""
+        found = [job for job in ask(f"{self.url}/api/jobs/", self.token) if job["type"] == "SUBMISSION"]
+        return sorted(found, key=lambda job: float(job["start_time"]))
+
+    def named(self, task: str) -> list[dict[str, Any]]:
+        """The jobs of one task."""
+        return [job for job in self.jobs() if f".{task}." in job["submission_id"]]
+
+
+@contextmanager
+def ray_head(folder: Path) -> Iterator[Head]:
+    """Start a head with two CPUs, whose jobs find the project."""
+    token, dashboard = secrets.token_hex(32), free_port()
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+        "HOME": str(folder),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_JOB_STOP_WAIT_TIME_S": "40",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback alone, see lib/__init__.py
+    }
+    ports = {"port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port(), "ray-client-server-port": free_port()}  # fmt: skip
+    options = [f"--{name}={value}" for name, value in ports.items()]
+    # Sockets of Unix have short names: not below pytest's folder.
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", "--node-ip-address=127.0.0.1", "--object-store-memory=200000000", *options]  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short,
+        running([*command, f"--temp-dir={short}"], environment, folder / "ray.log"),
+    ):
+        head = Head(f"http://127.0.0.1:{dashboard}", token)
+        wait_until(
+            lambda: answers(f"{head.url}/api/jobs/", token), f"Ray's dashboard ({folder}/ray.log)", START_SECONDS
+        )
+        yield head
+
+
+class Airflow:
+    """One installation: its folder, settings and commands, and the processes of a scheduler with its LocalExecutor."""
+
+    def __init__(self, home: Path, head: Head, dags: Path, variables: Mapping[str, str]) -> None:
+        self.home, self.port, self.stack = home, free_port(), ExitStack()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        address, port = head.url.removeprefix("http://").split(":")
+        connection = {"conn_type": "http", "host": address, "port": int(port), "password": head.token}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("AIRFLOW", "RAY_", "PYTHON"))}
+        self.environment = {
+            **kept,
+            "HOME": str(home),
+            "PATH": f"{AIRFLOW}:{os.environ['PATH']}",
+            "NO_PROXY": "127.0.0.1",
+            "AIRFLOW_HOME": str(home),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(dags),
+            "AIRFLOW__CORE__PLUGINS_FOLDER": str(REPOSITORY / "cluster" / "airflow" / "plugins"),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+            "AIRFLOW__CORE__PARALLELISM": "4",
+            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+            "AIRFLOW__API__HOST": "127.0.0.1",
+            "AIRFLOW__API__PORT": str(self.port),
+            "AIRFLOW__API__WORKERS": "1",
+            "AIRFLOW__API__SECRET_KEY": secrets.token_hex(16),
+            "AIRFLOW__API_AUTH__JWT_SECRET": secrets.token_hex(32),
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db?timeout=60",
+            # Airflow's services of logs have ports of their own, which two Airflows at once would fight over.
+            "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
+            "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
+            # A task whose process or whose scheduler was killed is missed after 60 s in place of 300.
+            "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "60",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
+            "AIRFLOW_CONN_RAY": json.dumps(connection),
+            **{f"AIRFLOW_VAR_{name.upper()}": value for name, value in variables.items()},
+        }
+        self.command("db", "migrate")
+
+    def command(self, *arguments: str, seconds: float = 900) -> str:
+        """Run one command of Airflow's to its end; what it said."""
+        done = subprocess.run([str(AIRFLOW / "airflow"), *arguments], env=self.environment, capture_output=True, text=True, timeout=seconds)  # fmt: skip
+        assert done.returncode == 0, f"airflow {' '.join(arguments)}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
+        return done.stdout + done.stderr
+
+    def __enter__(self) -> "Airflow":
+        for name in ("api-server", "dag-processor", "scheduler", "triggerer"):
+            self.start(name)
+        wait_until(lambda: answers(f"{self.url}/auth/token"), f"Airflow's API ({self.home}/api-server.log)", START_SECONDS)  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def start(self, name: str) -> None:
+        """Start one of Airflow's services, again if it was killed."""
+        log = self.home / f"{name}.log"
+        command = [str(AIRFLOW / "airflow"), name]
+        self.processes[name] = self.stack.enter_context(running(command, self.environment, log))
+
+    def api(self, path: str, method: str = "GET", body: Mapping[str, Any] | None = None) -> Any:
+        token = ask(f"{self.url}/auth/token")["access_token"]
+        return ask(f"{self.url}/api/v2/{path}", token, method, body)
+
+    def knows(self, dag: str) -> bool:
+        try:
+            return bool(self.api(f"dags/{dag}")["dag_id"])
+        except urllib.error.HTTPError:
+            return False
+
+    def tasks(self, dag: str, run: str) -> dict[str, dict[str, Any]]:
+        """Every task of a run by its name: state, try_number and more."""
+        found = self.api(f"dags/{dag}/dagRuns/{run}/taskInstances")["task_instances"]
+        return {task["task_id"]: task for task in found}
