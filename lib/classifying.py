@@ -50,6 +50,7 @@ class TaskJob:
 class ClassifierJob(Job):
     """What a worker is told of a classifier."""
 
+    config: TrainConfig
     tasks: tuple[TaskJob, ...]
     """one, or one for each head"""
 
@@ -153,6 +154,8 @@ class ClassifierFit(Fit):
     """One attempt at fine-tuning a classifier, on one worker."""
 
     job: ClassifierJob
+    sets: dict[str, Subset]
+    learner: Learner
 
     def __init__(self, job: ClassifierJob, team: Team) -> None:
         checked = [check_duplicates(open_sets(job, task), job.config, team.rank) for task in job.tasks]

@@ -25,12 +25,13 @@ from lib.config import HeadSection, TrainConfig, ZeroShotConfig, validate
 from lib.errors import UsageError, nearest, say
 from lib.facts import check_weights, max_positions, read_config, read_facts
 from lib.heads import PooledClassifier
-from lib.labelled import find_source, read_block, usable_rows
+from lib.labelled import find_source, usable_rows
 from lib.metrics import describe, shown
 from lib.model import new_classifier, pretrained
 from lib.predictor import Predictor
 from lib.prompts import find_verbalizers, save_prompted
 from lib.schema import Task
+from lib.sources import read_block
 from lib.storage import open_store
 from lib.tokenization import Tokenizer, load_tokenizer
 

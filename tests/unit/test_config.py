@@ -8,6 +8,7 @@ import pytest
 from lib.config import (
     Command,
     PredictConfig,
+    PretrainConfig,
     PublishConfig,
     ScoreConfig,
     Section,
@@ -24,6 +25,7 @@ CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 SCHEMAS: dict[str, type[Section]] = {
     "score": ScoreConfig,
     "train": TrainConfig,
+    "pretrain": PretrainConfig,
     "predict": PredictConfig,
     "publish": PublishConfig,
     "zero_shot": ZeroShotConfig,
