@@ -323,6 +323,24 @@ class LoraSection(Section):
     """names of the linear layers that get one; default: the queries and values of attention, in every family"""
 
 
+class AugmentSection(Section):
+    """Training rows changed anew at each step, word by word, their labels kept; validation and test rows never are."""
+
+    drop: float = Field(default=0.0, ge=0, lt=1)
+    """share of the words left out (Wei and Zou 2019: 0.1); of each text at least one word stays"""
+    swap: float = Field(default=0.0, ge=0, lt=1)
+    """share of the words that change places with the next one"""
+    replace: float = Field(default=0.0, ge=0, lt=1)
+    """share of the words replaced by what a masked-language model says in their place, drawn by its probabilities (Kobayashi 2018)"""
+    model: str | None = None
+    """the masked-language model that replaces words, such as an output of jobs.pretrain, with the tokenizer of model.base; default: model.base"""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether any row is changed."""
+        return bool(self.drop or self.swap or self.replace)
+
+
 class ContrastiveSection(Section):
     """Few labels (SetFit; Tunstall et al. 2022): pairs of rows tune the encoder, then a logistic regression is its head; in place of [optim]."""
 
@@ -471,6 +489,7 @@ class TrainConfig(Section):
     data: DataSection = DataSection()
     model: TrainModelSection
     head: HeadSection = HeadSection()
+    augment: AugmentSection = AugmentSection()
     lora: LoraSection = LoraSection()
     contrastive: ContrastiveSection = ContrastiveSection()
     loss: LossSection = LossSection()

@@ -36,6 +36,9 @@ from lib.windows import split
 Read = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """What is taken (B, ...) from a pass of a model over ids, mask and segment ids (B, L)."""
 
+SeenAt = Callable[[LabelledSet, int], LabelledSet]
+"""A set as its rows are seen at a step."""
+
 UNSCALED = GradScaler("cpu", enabled=False)
 """Leaves losses as they are."""
 
@@ -204,15 +207,18 @@ class Learner(Stepper):
         objective: Objective | SeveralObjectives,
         team: Team,
         total_steps: int,
+        seen_at: SeenAt | None = None,
     ) -> None:
-        self.objective = objective
+        """`seen_at`: how rows are changed at each step, if they are."""
+        self.objective, self.seen_at = objective, seen_at
         super().__init__(model, optim, team, total_steps)
 
-    def gradients(self, number: int, data: TokenSet, batch: IntArray) -> torch.Tensor:  # noqa: ARG002
+    def gradients(self, number: int, data: TokenSet, batch: IntArray) -> torch.Tensor:
         """Add the gradients of step `number` to the parameters; this worker's part of its mean loss."""
         assert isinstance(data, LabelledSet), "a classifier learns from labels"
         shares = share_of(batch, self.team.rank, self.team.size, self.optim.accumulation_steps)
-        return accumulate(self.wrapped, data, shares, batch, self.objective, self.team, self.scaler)
+        seen = data if self.seen_at is None else self.seen_at(data, number)
+        return accumulate(self.wrapped, seen, shares, batch, self.objective, self.team, self.scaler)
 
     def evaluate(self, rows: Selection) -> npt.NDArray[np.float32] | None:
         """Logits (N, C) of all rows, in row order, on rank 0; None on the others. Every row is computed once."""

@@ -9,6 +9,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
+from lib.augmentation import check_augment, new_augmenter
 from lib.calibration import check_decision
 from lib.checkpoint import fetch
 from lib.classifying import ClassifierJob, TaskJob
@@ -50,6 +53,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
         return found
     check_tuning(config)
     check_contrastive(config)
+    check_augment(config)
     check_validation(config)
     check_long_texts(config)
     output.check_writable()
@@ -58,6 +62,8 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
         print(f"output.path {output.url} is a local path: all {len(cluster.nodes)} nodes must see it there", flush=True)
     base = absolute(config.model.base)
     max_length, pad_token_id = check_base(base, config.model)
+    replacing = base if config.augment.model is None else absolute(config.augment.model)
+    new_augmenter(config, base, replacing, max_length, torch.device("cpu"))  # refused here, not by the workers
     several = {name: (one, find_labelled(name, one)) for name, one in configs_of(config).items()}
     metric = check_tasks(config, [sources[0].task for _, sources in several.values()])
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
@@ -71,6 +77,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
         config=config,
         run_id=run_id,
         base=base,
+        replacing=replacing,
         max_length=max_length,
         pad_token_id=pad_token_id,
         tasks=tasks,

@@ -129,6 +129,7 @@ def test_it_is_a_base_of_training_with_changed_rows_and_of_masked_prompts(
             "valid": {"path": f"{data}/valid.parquet"},
             "test": {"path": f"{data}/test.parquet"},
             "model": {"base": one[0], "precision": "fp32", "dropout": 0.0},
+            "augment": {"drop": 0.2, "swap": 0.2, "replace": 0.3},
             "optim": {"batch_size": 16, "epochs": 1, "learning_rate": 5e-4},
             "stopping": {"metric": "loss", "evaluations_per_epoch": 4, "patience": 100},
             "output": {"path": str(output)},

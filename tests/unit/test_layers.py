@@ -54,6 +54,7 @@ ORDER = (
         "predictor",
         "learning",
         "masked_learning",
+        "augmentation",
         "contrastive",
         "fitting",
         "masked_fitting",
@@ -109,11 +110,13 @@ MAY_IMPORT_TORCH = {
     "contrastive",
     "language_model",
     "masked_learning",
+    "augmentation",
     "fitting",
     "masked_fitting",
     "finetuning",
     "zero_shot",
     "workers",
+    "training",
 }
 
 MODULES = sorted(path.stem for path in (REPOSITORY / "lib").glob("*.py") if path.stem != "__init__")
