@@ -5,6 +5,7 @@ in their place (Kobayashi 2018, arXiv 1805.06201). All is decided by (seed, step
 goes on, see the same rows. Letters: B rows, L padded length, T tokens of a row, M tokens that are replaced, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ class Augmenter:
         return AugmentedSet(data, self, step)
 
     def change(
-        self, ids: IntArray, mask: BoolArray, segments: IntArray | None, keys: list[tuple[int, ...]], fill: int
+        self, ids: IntArray, mask: BoolArray, segments: IntArray | None, keys: Sequence[tuple[int, ...]], fill: int
     ) -> tuple[IntArray, BoolArray, IntArray | None]:
         """Rows changed, given ids, mask and perhaps segment ids (B, L) and a key for each row; padded with `fill` anew."""
         lots = np.ones((len(ids), 4, ids.shape[1]))

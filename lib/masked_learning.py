@@ -46,7 +46,8 @@ class Asked:
     def part(self, places: IntArray) -> "Asked":
         """Some of the rows, without the columns that are padding in all of them."""
         longest = int(self.mask[places].sum(axis=1).max())
-        return Asked(*(one[places, :longest] for one in (self.ids, self.seen, self.mask, self.chosen)))
+        cut = (places, slice(longest))
+        return Asked(self.ids[cut], self.seen[cut], self.mask[cut], self.chosen[cut])
 
 
 def ask(data: TokenSet, rows: IntArray, masking: Masking, seed: int, step: int) -> Asked:

@@ -150,6 +150,20 @@ def test_a_row_is_changed_alike_whatever_is_beside_it(base: str, tmp_path: Path)
     assert same < len(order) / 4
 
 
+def test_rows_of_several_tasks_are_changed_too(base: str, tmp_path: Path) -> None:
+    """And what is to be learned of them is as it was."""
+    data, _ = make_set(base, tmp_path / "set.arrow")
+    both = LabelledSet.mix([data, data])
+    seen = augmenter_of(base, drop=0.3).rows_of(both, 0)
+    rows = np.arange(2 * len(data))
+    ids, mask, _ = seen.gather(rows)
+    again, kept, _ = augmenter_of(base, drop=0.3).rows_of(data, 0).gather(np.arange(len(data)))
+    for row in range(len(data)):
+        assert ids[row][mask[row]].tolist() == again[row][kept[row]].tolist()
+    assert (ids[len(data) :] != ids[: len(data)]).any(), "each row has lots of its own"
+    assert np.array_equal(seen.targets, both.targets) and np.array_equal(seen.lengths, both.lengths)
+
+
 def test_words_are_replaced_by_what_the_model_says_there(base: str, tmp_path: Path) -> None:
     """By lots evenly from 0 to 1 each token comes as often as transformers' probability says, give or take one: the word is masked."""
     data, tokenizer = make_set(base, tmp_path / "set.arrow")
