@@ -55,7 +55,8 @@ class PretrainFit(Fit):
         model, self.has_new_head = new_model(job)
         if self.has_new_head and team.rank == 0:
             print(
-                f"{config.model.base} has no masked-language head: a new one is learned, its decoder tied to the embeddings",
+                f"{config.model.base} has no masked-language head: a new one is learned, its decoder tied to the embeddings"
+                f" (optim.head_learning_rate = {optim.head_learning_rate or optim.learning_rate})",
                 flush=True,
             )
         if config.model.gradient_checkpointing:

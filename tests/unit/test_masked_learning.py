@@ -12,14 +12,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from lib.batching import share_of
-from lib.config import TRUST_NOTHING, OptimSection
-from lib.corpus import is_aside, pack, rows_of
+from lib.config import TRUST_NOTHING, OptimSection, PretrainConfig, validate
+from lib.corpus import find_corpus, is_aside, pack, rows_of, tokenize_block
 from lib.errors import UsageError
 from lib.language_model import load_language_model, save_language_model
 from lib.learning import Team
 from lib.mapped import TokenSet
 from lib.masked_learning import EVALUATION_KEY, MaskedLearner, accumulate_masked, ask, summarize_masked
 from lib.masking import Masking, new_masking
+from lib.sources import items_of
+from lib.storage import open_store
 from lib.tokenization import WHOLE, load_tokenizer
 from tests import fakes
 
@@ -207,3 +209,39 @@ def test_equal_texts_are_on_one_side() -> None:
     assert abs(aside[:4_000].sum() - 400) < 5 * math.sqrt(4_000 * 0.1 * 0.9)
     other = is_aside(texts, 0.1, 1)[:4_000]
     assert abs((other & aside[:4_000]).sum() - 40) < 5 * math.sqrt(40), "another seed, another choice"
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_block_of_two_columns_becomes_a_file_for_each_set(packing: bool, tmp_path: Path) -> None:
+    """Texts of a row follow each other; a row with a bad one is left out; doing it again writes the same bytes."""
+    fakes.make_encoder(tmp_path / "base", "bert")
+    lines = fakes.PROSE.strip().splitlines()
+    table = pa.table({"first": [*lines, "x", None], "second": [*lines[::-1], "", "y"]})
+    fakes.write_archive(str(tmp_path / "texts"), {"a.parquet": table})
+    values = {
+        "train": {"path": str(tmp_path / "texts"), "text_column": ["first", "second"]},
+        "valid": {"fraction": 0.3},
+        "model": {"base": str(tmp_path / "base")},
+        "mlm": {"packing": packing},
+        "output": {"path": "-"},
+    }
+    config, folder = validate(PretrainConfig, values), open_store(str(tmp_path / "data"))
+    (source,) = find_corpus(config)
+    (item,) = items_of([source])
+    report = tokenize_block(item, source, str(tmp_path / "base"), config, 24, folder)
+    assert report["dropped"] == {"empty text": 1, "null text": 1}
+    tokenizer = load_tokenizer(str(tmp_path / "base"), WHOLE if packing else 24)
+    texts = pa.array([text for pair in zip(lines, lines[::-1], strict=True) for text in pair], pa.large_string())
+    aside = is_aside(texts, 0.3, 0)
+    assert 0 < aside.sum() < len(texts)
+    before = {}
+    for name, chosen in (("train", ~aside), ("valid", aside)):
+        expected, lengths = rows_of(tokenizer, [tokenizer.encode(texts.filter(pa.array(chosen)))], 24, packing)
+        part = report["parts"][name]
+        assert (part["texts"], part["rows"], part["tokens"]) == (chosen.sum(), len(lengths), lengths.sum())
+        rows = TokenSet([folder.full(part["file"])], 0, 24)
+        assert rows.lengths.tolist() == lengths.tolist()
+        assert np.concatenate([rows.ids_of(row) for row in range(len(rows))]).tolist() == expected.tolist()
+        before[name] = folder.read(part["file"])
+    assert tokenize_block(item, source, str(tmp_path / "base"), config, 24, folder) == report
+    assert {name: folder.read(report["parts"][name]["file"]) for name in before} == before
