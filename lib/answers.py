@@ -10,9 +10,10 @@ import numpy.typing as npt
 from lib.checkpoint import Checkpoint, tokenizer_of
 from lib.config import TrainConfig, validate
 from lib.errors import UsageError, nearest, say
-from lib.labelled import Source, find_source, read_block, usable_rows
+from lib.labelled import LabelledSource, find_source, usable_rows
 from lib.predictor import Predictor
 from lib.schema import Task
+from lib.sources import read_block
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Answers:
     """(N, C) of each model, in the order of `labels`"""
 
 
-def find_test_set(path: str, text_column: str, label_column: str) -> Source:
+def find_test_set(path: str, text_column: str, label_column: str) -> LabelledSource:
     """The labelled rows at test.path. Raises `UsageError` unless they have one label each."""
     train = {"path": path, "text_column": text_column, "label_column": label_column}
     source = find_source(
@@ -37,7 +38,7 @@ def find_test_set(path: str, text_column: str, label_column: str) -> Source:
     return source
 
 
-def answers_of(models: Sequence[Checkpoint], source: Source, path: str, known_from: str) -> Answers:
+def answers_of(models: Sequence[Checkpoint], source: LabelledSource, path: str, known_from: str) -> Answers:
     """Score a labelled set with each model, all of which have the same labels; `known_from`: where these stand, for a message.
 
     Raises `UsageError` if a row has another label, or if there is no usable row.

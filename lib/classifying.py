@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedModel
 
+from lib.augmentation import new_augmenter
 from lib.batching import IntArray, epoch_batches, sample_rows
 from lib.calibration import Decision, FloatArray
 from lib.checkpoint import fetch
@@ -50,6 +51,9 @@ class TaskJob:
 class ClassifierJob(Job):
     """What a worker is told of a classifier."""
 
+    config: TrainConfig
+    replacing: str
+    """augment.model, made absolute; without one base"""
     tasks: tuple[TaskJob, ...]
     """one, or one for each head"""
 
@@ -153,6 +157,8 @@ class ClassifierFit(Fit):
     """One attempt at fine-tuning a classifier, on one worker."""
 
     job: ClassifierJob
+    sets: dict[str, Subset]
+    learner: Learner
 
     def __init__(self, job: ClassifierJob, team: Team) -> None:
         checked = [check_duplicates(open_sets(job, task), job.config, team.rank) for task in job.tasks]
@@ -168,7 +174,9 @@ class ClassifierFit(Fit):
             compile_passes(model)
         self.suspects = look_for_label_noise(job, model.to(team.device), sets["train"], team)
         epochs = optim.epochs if job.config.contrastive.iterations is None else 0
-        learner = Learner(model.to(team.device), optim, job.objective, team, steps_per_epoch * epochs)
+        augmenter = new_augmenter(job.config, job.base, job.replacing, job.max_length, team.device)
+        seen_at = None if augmenter is None else augmenter.rows_of
+        learner = Learner(model.to(team.device), optim, job.objective, team, steps_per_epoch * epochs, seen_at)
         super().__init__(job, team, sets, learner, steps_per_epoch)
 
     def new_model(self) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 from lib.batching import IntArray
 from lib.calibration import FloatArray
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card
-from lib.config import StoppingSection, TrainConfig, masked
+from lib.config import FitConfig, StoppingSection, masked
 from lib.errors import UsageError
-from lib.learning import Learner, Team
-from lib.mapped import Subset
+from lib.learning import Stepper, Team
+from lib.mapped import Selection
 from lib.metrics import is_better, shown
 from lib.model import choose_dtype
 from lib.sharding import broadcast_weights, load_optimizer, load_weights, whole, whole_state
@@ -52,7 +52,7 @@ SHOWN_ROWS = 8
 class Job:
     """What a worker is told."""
 
-    config: TrainConfig
+    config: FitConfig
     run_id: str
     base: str
     """model.base, made absolute: Ray Train moves workers to another working directory"""
@@ -109,7 +109,9 @@ def join_team(job: Job) -> Team:
 class Fit(ABC):
     """One attempt at a run, on one worker. What is learned, and what evaluations mean, a subclass says."""
 
-    def __init__(self, job: Job, team: Team, sets: dict[str, Subset], learner: Learner, steps_per_epoch: int) -> None:
+    def __init__(
+        self, job: Job, team: Team, sets: Mapping[str, Selection], learner: Stepper, steps_per_epoch: int
+    ) -> None:
         """Of the sets `train` and `valid` are looked at."""
         self.job = job
         self.team = team
@@ -130,7 +132,7 @@ class Fit(ABC):
 
     @abstractmethod
     def summary(self, found: FloatArray) -> dict[str, float]:
-        """The few numbers that validation gives, from what `Learner.evaluate` found."""
+        """The few numbers that validation gives, from what `Stepper.evaluate` found."""
 
     @abstractmethod
     def new_model(self) -> PreTrainedModel:
@@ -367,7 +369,7 @@ def evaluation_places(steps_per_epoch: int, evaluations: int) -> set[int]:
     return {math.ceil(steps_per_epoch * part / evaluations) for part in range(1, evaluations + 1)}
 
 
-def find_committed(output: Store, config: TrainConfig, run_id: str) -> dict[str, Any] | None:
+def find_committed(output: Store, config: FitConfig, run_id: str) -> dict[str, Any] | None:
     """What `metrics.json` of a checkpoint that this very run committed holds, or None if there is no checkpoint.
 
     Raises `UsageError` if the checkpoint there is another run's.
@@ -386,7 +388,7 @@ def find_committed(output: Store, config: TrainConfig, run_id: str) -> dict[str,
     return json.loads(output.read(METRICS_NAME) or b"{}")
 
 
-def deciding(config: TrainConfig) -> dict[str, Any]:
+def deciding(config: FitConfig) -> dict[str, Any]:
     """The configuration as plain JSON, without credentials, and what decides no result: a run may go on with other workers."""
     found: dict[str, Any] = json.loads(masked(config.model_dump_json(exclude={"resources", "tracking"})))
     return found

@@ -4,46 +4,41 @@ Text is tokenized once, by Ray Data tasks over blocks of chunks, with the code t
 one uncompressed Arrow file beside the run's checkpoints. Rows without a usable text or label are left out and counted.
 """
 
-import hashlib
-import itertools
 import json
-import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
-from pandas.util import hash_array
 from pydantic import BaseModel, ConfigDict
 
-from lib.archive import (
-    BadShardError,
-    Columns,
-    check_columns,
-    find_type,
-    key_type,
-    list_shards,
-    open_parquet,
-    read_row_groups,
-)
+from lib import sources
+from lib.archive import BadShardError, Columns, check_columns, find_type, key_type, open_parquet
 from lib.checkpoint import fetch
 from lib.config import TrainConfig, TrainModelSection
-from lib.errors import IncompleteError, TextsweepError, UsageError, nearest
-from lib.planning import Chunk, bundle, chunks_of, with_identities
-from lib.reading import ChangedShardError, Rows, read_rows
+from lib.errors import UsageError, nearest
+from lib.planning import Chunk
+from lib.reading import Rows
 from lib.schema import RowError, Task
-from lib.storage import Store, explained
+from lib.sources import (
+    INDEX_NAME,
+    Source,
+    fingerprint_of,
+    hash_texts,
+    items_of,
+    read_block,
+    read_index,
+    tokenize_all,
+    write_batches,
+)
+from lib.storage import Store
 from lib.tokenization import load_tokenizer
 
 IntArray = npt.NDArray[np.int64]
-
-BLOCK_BYTES = 16 * 2**20
-"""Text of one tokenizing task: seconds of work, and no more than a few hundred tasks for gigabytes."""
 
 SETS = ("train", "valid", "test")
 
@@ -53,22 +48,12 @@ LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SAMPLED_ROWS = 1000
 """Of each tokenizing task, whose lengths are counted: to know them, texts are tokenized to their end."""
 
-INDEX_NAME = "index.json"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """The shards of one labelled set, and how to read them."""
+class LabelledSource(Source):
+    """The shards of one labelled set. Key columns are the label and perhaps a weight."""
 
-    name: str
-    """train, valid or test"""
-    store: Store
-    blocks: tuple[tuple[Chunk, ...], ...]
-    columns: Columns
-    """the text, and as key columns the label and perhaps a weight"""
     task: Task
-    fingerprint: str
-    """of the listing: path and identity of every shard"""
 
 
 class LabelledIndex(BaseModel):
@@ -91,50 +76,30 @@ class LabelledIndex(BaseModel):
     """how many of those are longer than so many tokens"""
 
 
-def find_sources(config: TrainConfig) -> list[Source]:
+def find_sources(config: TrainConfig) -> list[LabelledSource]:
     """List the labelled sets and check every shard's columns. Raises `UsageError`; reads footers only."""
     paths = {"train": config.train.path, "valid": config.valid.path, "test": config.test.path}
-    sources = [find_source(name, path, config) for name, path in paths.items() if path is not None]
-    for source in sources[1:]:
-        if source.task is not sources[0].task:
+    found = [find_source(name, path, config) for name, path in paths.items() if path is not None]
+    for source in found[1:]:
+        if source.task is not found[0].task:
             raise UsageError(
                 f"{source.name}.path {paths[source.name]}: column {config.train.label_column!r} is {source.task.value},"
-                f" in train.path it is {sources[0].task.value}; expected the same kind of labels in all sets"
+                f" in train.path it is {found[0].task.value}; expected the same kind of labels in all sets"
             )
-    return sources
+    return found
 
 
-def find_source(name: str, path: str, config: TrainConfig) -> Source:
+def find_source(name: str, path: str, config: TrainConfig) -> LabelledSource:
     """List one labelled set and cut it into blocks for tokenizing."""
-    store, shards = list_shards(path, key=f"{name}.path")
     text = config.train.text_column
     label, regression = config.train.label_column, config.train.regression
     weight = config.train.weight_column if name == "train" else None
-    shards = with_identities(shards, BLOCK_BYTES)
-    chunks: list[Chunk] = []
-    columns: Columns | None = None
-    for shard, shard_identity in zip(shards["path"].to_pylist(), shards["identity"].to_pylist(), strict=True):
-        try:
-            with explained(f"{store.url}/{shard}", "read"):
-                columns = columns or labelled_columns(
-                    store, shard, (text,) if isinstance(text, str) else text, label, regression, weight
-                )
-                groups = read_row_groups(store, shard, columns)
-        except BadShardError as error:
-            raise UsageError(
-                f"{name}.path: {store.url}/{shard}: {error}; set the train.*_column keys, or mend the file"
-            ) from None
-        chunks += [chunk for chunk in chunks_of(shard, shard_identity, groups, BLOCK_BYTES) if chunk.rows]
-    assert columns is not None
-    listing = shards.select(["path", "identity"]).to_pylist()
-    return Source(
-        name=name,
-        store=store,
-        blocks=tuple(bundle(chunks, BLOCK_BYTES)),
-        columns=columns,
-        task=task_of(columns.keys.field(label).type),
-        fingerprint=hashlib.sha256(json.dumps([store.url, listing]).encode()).hexdigest()[:16],
-    )
+
+    def columns_of(store: Store, shard: str) -> Columns:
+        return labelled_columns(store, shard, (text,) if isinstance(text, str) else text, label, regression, weight)
+
+    found = sources.find_source(name, path, columns_of)
+    return LabelledSource(**vars(found), task=task_of(found.columns.keys.field(label).type))
 
 
 def task_of(label: pa.DataType) -> Task:
@@ -188,69 +153,28 @@ def value_kind(found: pa.DataType) -> pa.DataType:
     return key_type(found.value_type if is_list(found) else found)
 
 
-def prepare(config: TrainConfig, sources: Sequence[Source], base: str, max_length: int, folder: Store) -> LabelledIndex:
+def prepare(
+    config: TrainConfig, sets: Sequence[LabelledSource], base: str, max_length: int, folder: Store
+) -> LabelledIndex:
     """Tokenize all sets into `folder`, or take what an earlier attempt of this run left there.
 
     Raises `UsageError` if labels do not fit together, or if the rows have changed since the earlier attempt.
     """
-    fingerprint = hashlib.sha256("|".join(source.fingerprint for source in sources).encode()).hexdigest()[:16]
-    kept = folder.read(INDEX_NAME)
+    fingerprint = fingerprint_of(sets)
+    kept = read_index(folder, fingerprint)
     if kept is not None:
-        index = LabelledIndex.model_validate_json(kept)
-        if index.fingerprint != fingerprint:
-            raise UsageError(
-                f"{folder.url}: this run was started with other labelled files than there are now (fingerprint"
-                f" {index.fingerprint}, now {fingerprint}); give the run another --run-id"
-            )
-        return index
-    items = [
-        {"set": source.name, "number": number, "chunks": json.dumps([asdict(chunk) for chunk in block])}
-        for source in sources
-        for number, block in enumerate(source.blocks)
-    ]
-    reports = (
-        tokenize_all(items, {source.name: source for source in sources}, base, config.model, max_length, folder)
-        if items
-        else []
+        return LabelledIndex.model_validate_json(kept)
+    named, model = {source.name: source for source in sets}, config.model
+    reports = tokenize_all(
+        items_of(sets), lambda item: tokenize_block(item, named[item["set"]], base, model, max_length, folder)
     )
-    index = build_index(fingerprint, sources, reports, config)
+    index = build_index(fingerprint, sets, reports, config)
     folder.replace(INDEX_NAME, index.model_dump_json().encode())
     return index
 
 
-def tokenize_all(
-    items: list[dict[str, Any]],
-    sources: dict[str, Source],
-    base: str,
-    model: TrainModelSection,
-    max_length: int,
-    folder: Store,
-) -> list[dict[str, Any]]:
-    """Run one Ray Data task for each item; the tasks write files, what comes back is a report for each."""
-
-    def tokenize(batch: pa.Table) -> pa.Table:
-        reports = []
-        for item in batch.to_pylist():
-            try:
-                reports.append(tokenize_block(item, sources[item["set"]], base, model, max_length, folder))
-            except TextsweepError as error:  # as a report: what a task raises comes back wrapped, its type lost
-                reports.append({"failure": str(error), "is_usage": isinstance(error, UsageError)})
-        return pa.table({"report": [json.dumps(report) for report in reports]})
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    blocks = ray.data.from_items(items, override_num_blocks=len(items))
-    found = blocks.map_batches(tokenize, batch_size=None, batch_format="pyarrow").take_all()
-    reports = [json.loads(row["report"]) for row in found]
-    for report in reports:
-        if "failure" in report:
-            raise (UsageError if report["is_usage"] else IncompleteError)(report["failure"])
-    assert len(reports) == len(items), f"{len(items)} blocks were to be tokenized, {len(reports)} came back"
-    return sorted(reports, key=lambda one: (one["set"], one["number"]))
-
-
 def tokenize_block(
-    item: dict[str, Any], source: Source, base: str, model: TrainModelSection, max_length: int, folder: Store
+    item: dict[str, Any], source: LabelledSource, base: str, model: TrainModelSection, max_length: int, folder: Store
 ) -> dict[str, Any]:
     """Read and tokenize one block of chunks into one Arrow file; running it again writes the same file."""
     tokenizer = load_tokenizer(fetch(base, model.trust), max_length, model.trust.code, model.truncation, model.windows)
@@ -275,11 +199,7 @@ def tokenize_block(
             counts.update({one["values"]: one["counts"] for one in pc.value_counts(flat).to_pylist()})
     name = f"{source.name}-{item['number']:05d}.arrow"
     if batches:
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, batches[0].schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        folder.replace(name, sink.getvalue().to_pybytes())
+        write_batches(folder, name, batches)
     return {
         "set": source.name,
         "number": item["number"],
@@ -291,18 +211,6 @@ def tokenize_block(
         "sampled": sampled,
         "longer": longer.tolist(),
     }
-
-
-def read_block(source: Source, chunks: list[Chunk]) -> Iterator[Rows]:
-    """Read chunks, shard by shard. Raises `IncompleteError` if a shard is not the one that was listed."""
-    for shard, group in itertools.groupby(chunks, key=lambda chunk: chunk.shard):
-        where = f"{source.store.url}/{shard}"
-        try:
-            with explained(where, "read"):
-                for _, rows in read_rows(source.store, list(group), source.columns, BLOCK_BYTES):
-                    yield rows
-        except (ChangedShardError, BadShardError) as error:
-            raise IncompleteError(f"{source.name}.path: {where} changed while it was read: {error}") from error
 
 
 def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[pa.LargeStringArray], pa.Array, pa.FloatArray | None]:
@@ -347,25 +255,17 @@ def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[pa.LargeStringA
     )
 
 
-def hash_texts(sides: Sequence[pa.Array]) -> npt.NDArray[np.uint64]:
-    """A number for each text, or pair of texts, that tells equal ones."""
-    found = np.zeros(len(sides[0]), np.uint64)
-    for side in sides:
-        found = found * np.uint64(0x9E3779B97F4A7C15) + hash_array(side.to_numpy(zero_copy_only=False))
-    return found
-
-
 def build_index(
-    fingerprint: str, sources: Sequence[Source], reports: list[dict[str, Any]], config: TrainConfig
+    fingerprint: str, sets: Sequence[LabelledSource], reports: list[dict[str, Any]], config: TrainConfig
 ) -> LabelledIndex:
     """Put the reports of all blocks together; the label map is what the training rows hold, sorted."""
-    counts: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
-    dropped: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
+    counts: dict[str, Counter[str]] = {source.name: Counter() for source in sets}
+    dropped: dict[str, Counter[str]] = {source.name: Counter() for source in sets}
     for report in reports:
         assert report["rows"] + sum(report["dropped"].values()) == report["read"], f"rows lost in {report}"
         counts[report["set"]].update(report["labels"])
         dropped[report["set"]].update(report["dropped"])
-    task, numeric = sources[0].task, pa.types.is_integer(value_kind(sources[0].columns.keys.types[0]))
+    task, numeric = sets[0].task, pa.types.is_integer(value_kind(sets[0].columns.keys.types[0]))
     labels = tuple(sorted(counts["train"], key=int if numeric else str))
     if task is Task.REGRESSION:
         labels = (config.train.label_column,)

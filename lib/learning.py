@@ -8,6 +8,7 @@ import contextlib
 import gc
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 from lib.batching import IntArray, cut_by_tokens, share_of
 from lib.config import OptimSection
 from lib.loss import Objective, SeveralObjectives
-from lib.mapped import LabelledSet, Subset
+from lib.mapped import LabelledSet, Selection, TokenSet
 from lib.model import logits_of, mean_state, pool_windows
 from lib.sharding import shard, whole
 from lib.tuning import depth_of, learning_at, peak_rate
@@ -34,6 +35,9 @@ from lib.windows import split
 
 Read = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """What is taken (B, ...) from a pass of a model over ids, mask and segment ids (B, L)."""
+
+SeenAt = Callable[[LabelledSet, int], LabelledSet]
+"""A set as its rows are seen at a step."""
 
 UNSCALED = GradScaler("cpu", enabled=False)
 """Leaves losses as they are."""
@@ -81,20 +85,12 @@ class Team:
         return box[0]
 
 
-class Learner:
-    """The model in training: its weights, its optimizer, and one step of it."""
+class Stepper(ABC):
+    """A model in training: its weights, its optimizer, and one step of it. What is made small, a subclass says."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        optim: OptimSection,
-        objective: Objective | SeveralObjectives,
-        team: Team,
-        total_steps: int,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, optim: OptimSection, team: Team, total_steps: int) -> None:
         """Of the model learns what requires a gradient."""
         self.optim = optim
-        self.objective = objective
         self.team = team
         self.total_steps = total_steps
         self.model = model
@@ -148,7 +144,15 @@ class Learner:
         """The weights that are evaluated, and kept if they are the best: the average, if there is one."""
         return self.model if self.average is None else cast(PreTrainedModel, self.average.module)
 
-    def step(self, number: int, data: LabelledSet, batch: IntArray) -> None:
+    @abstractmethod
+    def gradients(self, number: int, data: TokenSet, batch: IntArray) -> torch.Tensor:
+        """Add the gradients of step `number` to the parameters; this worker's part of its mean loss."""
+
+    @abstractmethod
+    def evaluate(self, rows: Selection) -> npt.NDArray[np.float32] | None:
+        """What evaluation needs of each row (N, any), in row order, on rank 0; None on the others. Every row is computed once."""
+
+    def step(self, number: int, data: TokenSet, batch: IntArray) -> None:
         """Make optimizer step `number` with the rows `batch`, of which this worker computes its share."""
         self.wrapped.train()
         if not self.encoder_learns:  # then its answers are features: the same each time, without dropout
@@ -158,8 +162,7 @@ class Learner:
             group["lr"] = group["peak"] * factor
         torch.manual_seed(dropout_seed(self.optim.seed, number, self.team.rank))
         self.optimizer.zero_grad()
-        shares = share_of(batch, self.team.rank, self.team.size, self.optim.accumulation_steps)
-        loss = accumulate(self.wrapped, data, shares, batch, self.objective, self.team, self.scaler)
+        loss = self.gradients(number, data, batch)
         self.loss_sum += loss
         self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), number, self.bad_step)
         self.scaler.unscale_(self.optimizer)
@@ -173,11 +176,6 @@ class Learner:
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.num_steps += 1
-
-    def evaluate(self, rows: Subset) -> npt.NDArray[np.float32] | None:
-        """Logits (N, C) of all rows, in row order, on rank 0; None on the others. Every row is computed once."""
-        mine = rows.chosen[self.team.rank :: self.team.size]
-        return together(self.team.gather(logits_of_rows(self.candidate, rows.data, mine, self.team)))
 
     def means(self) -> tuple[dict[str, float], int | None]:
         """Mean loss and gradient norm of the steps since the last call, over all workers, and the first whose loss was no number.
@@ -197,6 +195,35 @@ class Learner:
         if self.scaler.is_enabled():
             means |= {"skipped_steps": skipped, "loss_scale": self.scaler.get_scale()}
         return means, min(bad, default=None)
+
+
+class Learner(Stepper):
+    """A classifier in training."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optim: OptimSection,
+        objective: Objective | SeveralObjectives,
+        team: Team,
+        total_steps: int,
+        seen_at: SeenAt | None = None,
+    ) -> None:
+        """`seen_at`: how rows are changed at each step, if they are."""
+        self.objective, self.seen_at = objective, seen_at
+        super().__init__(model, optim, team, total_steps)
+
+    def gradients(self, number: int, data: TokenSet, batch: IntArray) -> torch.Tensor:
+        """Add the gradients of step `number` to the parameters; this worker's part of its mean loss."""
+        assert isinstance(data, LabelledSet), "a classifier learns from labels"
+        shares = share_of(batch, self.team.rank, self.team.size, self.optim.accumulation_steps)
+        seen = data if self.seen_at is None else self.seen_at(data, number)
+        return accumulate(self.wrapped, seen, shares, batch, self.objective, self.team, self.scaler)
+
+    def evaluate(self, rows: Selection) -> npt.NDArray[np.float32] | None:
+        """Logits (N, C) of all rows, in row order, on rank 0; None on the others. Every row is computed once."""
+        mine = rows.chosen[self.team.rank :: self.team.size]
+        return together(self.team.gather(logits_of_rows(self.candidate, rows.data, mine, self.team)))
 
 
 def new_optimizer(model: PreTrainedModel, optim: OptimSection) -> torch.optim.AdamW:
@@ -229,7 +256,7 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def read_batch(model: nn.Module, read: Read, data: LabelledSet, rows: IntArray, team: Team) -> torch.Tensor:
+def read_batch(model: nn.Module, read: Read, data: TokenSet, rows: IntArray, team: Team) -> torch.Tensor:
     """What `read` takes (B, ...) from one pass over some rows, that of a row's windows pooled."""
     ids, mask, type_ids = data.gather(rows)
     ids_tensor, mask_tensor = (torch.from_numpy(one).to(team.device) for one in (ids, mask.astype(np.int64)))
@@ -294,19 +321,19 @@ def together(parts: list[npt.NDArray[np.float32]] | None) -> npt.NDArray[np.floa
     return found
 
 
-def logits_of_rows(model: PreTrainedModel, data: LabelledSet, rows: IntArray, team: Team) -> npt.NDArray[np.float32]:
+def logits_of_rows(model: PreTrainedModel, data: TokenSet, rows: IntArray, team: Team) -> npt.NDArray[np.float32]:
     """Logits (N, C) of some rows, in their order."""
     return read_rows(model, logits_of, int(model.config.num_labels or 0), data, rows, team)
 
 
-def features_of_rows(model: PreTrainedModel, rows: Subset, team: Team) -> npt.NDArray[np.float32] | None:
+def features_of_rows(model: PreTrainedModel, rows: Selection, team: Team) -> npt.NDArray[np.float32] | None:
     """The mean of the encoder's last hidden states (N, H) of each row, in row order, on rank 0; None on the others."""
     mine = rows.chosen[team.rank :: team.size]
     return together(team.gather(read_rows(model, mean_state, int(model.config.hidden_size), rows.data, mine, team)))
 
 
 def read_rows(
-    model: PreTrainedModel, read: Read, width: int, data: LabelledSet, rows: IntArray, team: Team
+    model: PreTrainedModel, read: Read, width: int, data: TokenSet, rows: IntArray, team: Team
 ) -> npt.NDArray[np.float32]:
     """What `read` takes (N, width) from a model without gradients and dropout, of some rows, in their order."""
     model.eval()

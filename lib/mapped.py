@@ -1,4 +1,4 @@
-"""A tokenized labelled set, memory-mapped: what a training worker reads its rows from. Knows no Ray and no torch.
+"""A tokenized set, memory-mapped: what a training worker reads its rows from. Knows no Ray and no torch.
 
 Letters: B rows of a forward pass, L padded length, C classes, N rows of a set.
 """
@@ -30,43 +30,23 @@ class Part:
     type_ids: npt.NDArray[np.uint8] | None
 
 
-class LabelledSet:
-    """The rows of one or more tokenized files: token ids stay in the files, lengths and labels are in memory."""
+class TokenSet:
+    """The rows of one or more tokenized files: token ids stay in the files, lengths are in memory."""
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        labels: Sequence[str],
-        task: Task,
-        pad_token_id: int,
-        max_length: int,
-        windows: Windows | None = None,
+        self, paths: Sequence[str], pad_token_id: int, max_length: int, windows: Windows | None = None
     ) -> None:
         """`windows`: those in which rows of more than `max_length` tokens are laid out, if they are."""
         self.pad_token_id = pad_token_id
         self.max_length = max_length
         self.windows = windows
         self.parts: list[Part] = []
-        targets, weights, hashes = [], [], []
-        for path in paths:
-            table = pa.ipc.open_file(pa.memory_map(path))
-            for batch in map(table.get_batch, range(table.num_record_batches)):
-                lists = batch.column("ids")
-                segments = batch.column("type_ids").values.to_numpy() if "type_ids" in batch.schema.names else None
-                self.parts.append(Part(lists.values.to_numpy(), lists.offsets.to_numpy(), segments))
-                targets.append(encode_labels(batch.column("label"), labels, task))
-                if "weight" in batch.schema.names:
-                    weights.append(batch.column("weight").to_numpy())
-                if "hash" in batch.schema.names:
-                    hashes.append(batch.column("hash").to_numpy())
+        for batch in record_batches(paths):
+            lists = batch.column("ids")
+            segments = batch.column("type_ids").values.to_numpy() if "type_ids" in batch.schema.names else None
+            self.parts.append(Part(lists.values.to_numpy(), lists.offsets.to_numpy(), segments))
         self.lengths: npt.NDArray[np.int32] = np.concatenate([np.diff(part.offsets) for part in self.parts])
         self.starts = np.cumsum([0, *(len(part.offsets) - 1 for part in self.parts)])
-        self.targets: Targets = np.concatenate(targets)
-        """(N,) class numbers as int64, (N, C) zeros and ones as uint8, (N,) numbers as float32, or what `mix` makes of several"""
-        self.weights: npt.NDArray[np.float32] | None = np.concatenate(weights) if weights else None
-        """(N,) how much each row counts, if the rows say so"""
-        self.hashes: npt.NDArray[np.uint64] = np.concatenate([np.zeros(0, np.uint64), *hashes])
-        """(N,) equal for equal texts"""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -89,6 +69,47 @@ class LabelledSet:
                     type_ids[place, : last - start] = part.type_ids[start:last]
                 place += 1
         return ids, mask, type_ids
+
+    def ids_of(self, row: int) -> IntArray:
+        """The token ids of a row (L,), with windows those of all of them."""
+        ids, mask, _ = self.gather(np.array([row]))
+        return ids[mask]
+
+
+def record_batches(paths: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The record batches of tokenized files, memory-mapped."""
+    for path in paths:
+        table = pa.ipc.open_file(pa.memory_map(path))
+        yield from map(table.get_batch, range(table.num_record_batches))
+
+
+class LabelledSet(TokenSet):
+    """Rows with what is to be learned of them, which is in memory."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Sequence[str],
+        task: Task,
+        pad_token_id: int,
+        max_length: int,
+        windows: Windows | None = None,
+    ) -> None:
+        """`windows`: those in which rows of more than `max_length` tokens are laid out, if they are."""
+        super().__init__(paths, pad_token_id, max_length, windows)
+        targets, weights, hashes = [], [], []
+        for batch in record_batches(paths):
+            targets.append(encode_labels(batch.column("label"), labels, task))
+            if "weight" in batch.schema.names:
+                weights.append(batch.column("weight").to_numpy())
+            if "hash" in batch.schema.names:
+                hashes.append(batch.column("hash").to_numpy())
+        self.targets: Targets = np.concatenate(targets)
+        """(N,) class numbers as int64, (N, C) zeros and ones as uint8, (N,) numbers as float32, or what `mix` makes of several"""
+        self.weights: npt.NDArray[np.float32] | None = np.concatenate(weights) if weights else None
+        """(N,) how much each row counts, if the rows say so"""
+        self.hashes: npt.NDArray[np.uint64] = np.concatenate([np.zeros(0, np.uint64), *hashes])
+        """(N,) equal for equal texts"""
 
     @classmethod
     def mix(cls, sets: Sequence["LabelledSet"]) -> "LabelledSet":
@@ -116,17 +137,12 @@ class LabelledSet:
             start += len(one)
         return found
 
-    def ids_of(self, row: int) -> IntArray:
-        """The token ids of a row (L,), with windows those of all of them."""
-        ids, mask, _ = self.gather(np.array([row]))
-        return ids[mask]
-
 
 @dataclass(frozen=True)
-class Subset:
-    """Some rows of a mapped set, in order: the whole set, or one side of a split."""
+class Selection:
+    """Some rows of a set, in order."""
 
-    data: LabelledSet
+    data: TokenSet
     chosen: IntArray
 
     def __len__(self) -> int:
@@ -136,6 +152,13 @@ class Subset:
     def lengths(self) -> npt.NDArray[np.int32]:
         """(N,) tokens of each row."""
         return self.data.lengths[self.chosen]
+
+
+@dataclass(frozen=True)
+class Subset(Selection):
+    """Some rows of a labelled set, in order: the whole set, or one side of a split."""
+
+    data: LabelledSet
 
     @property
     def hashes(self) -> npt.NDArray[np.uint64]:
@@ -199,9 +222,14 @@ def map_set(
     max_length: int,
     windows: Windows | None,
 ) -> LabelledSet:
-    """Memory-map the files of one set, brought to this machine first if they are not here."""
+    """Memory-map the files of one labelled set, brought to this machine first if they are not here."""
+    return LabelledSet(local_paths(folder, files), labels, task, pad_token_id, max_length, windows)
+
+
+def local_paths(folder: Store, files: Sequence[str]) -> list[str]:
+    """Where the files of one set are on this machine, brought there first if they are not."""
     if folder.is_local:
-        return LabelledSet([folder.full(name) for name in files], labels, task, pad_token_id, max_length, windows)
+        return [folder.full(name) for name in files]
     local = local_copy(folder)
     local.mkdir(parents=True, exist_ok=True, mode=0o700)
     with node_lock(local):
@@ -211,7 +239,7 @@ def map_set(
                 with explained(f"{folder.url}/{name}", "read"):
                     folder.fs.get_file(folder.full(name), str(temporary))
                 temporary.replace(local / name)
-    return LabelledSet([str(local / name) for name in files], labels, task, pad_token_id, max_length, windows)
+    return [str(local / name) for name in files]
 
 
 def local_copy(folder: Store) -> Path:

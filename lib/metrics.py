@@ -36,7 +36,7 @@ RELIABILITY_BINS = 10
 
 WORST_ERRORS = 20
 
-SHOWN = ("accuracy", "macro_f1", "micro_f1", "mean_absolute_error", "pearson", "spearman", "loss")
+SHOWN = ("accuracy", "macro_f1", "micro_f1", "mean_absolute_error", "pearson", "spearman", "loss", "perplexity")
 """Metrics that everyone asks for, of whatever task, in the order in which they are shown."""
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lib.config import TrainConfig, masked
+from lib.config import FitConfig, masked
 from lib.errors import UsageError, say
 from lib.storage import Store, open_store
 
@@ -73,7 +73,7 @@ class About:
     params: dict[str, str]
 
 
-def find_places(config: TrainConfig, output: Store, is_fresh: bool) -> Places | None:
+def find_places(config: FitConfig, output: Store, is_fresh: bool) -> Places | None:
     """Where a run is to be shown, or None. Raises `UsageError` if a library is missing or a place is none.
 
     Whether the server answers is asked for a fresh run alone: one that goes on does so without it.
@@ -160,7 +160,7 @@ def first_line(error: Exception) -> str:
     return masked(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}")
 
 
-def params_of(config: TrainConfig) -> dict[str, str]:
+def params_of(config: FitConfig) -> dict[str, str]:
     """Every key of a configuration that has a value, as text without credentials."""
     return {
         f"{section}.{key}": masked(value if isinstance(value, str) else json.dumps(value))

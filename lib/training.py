@@ -9,16 +9,27 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
+from lib.augmentation import check_augment, new_augmenter
 from lib.calibration import check_decision
 from lib.checkpoint import fetch
 from lib.classifying import ClassifierJob, TaskJob
-from lib.config import LabelledSection, TestSection, TrainConfig, TrainModelSection, TrainSection, ValidSection
+from lib.config import (
+    LabelledSection,
+    PretrainModelSection,
+    TestSection,
+    TrainConfig,
+    TrainModelSection,
+    TrainSection,
+    ValidSection,
+)
 from lib.contrastive import check_contrastive, check_contrastive_task
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config
 from lib.finetuning import work
 from lib.fitting import find_committed
-from lib.labelled import LabelledIndex, Source, find_sources, prepare
+from lib.labelled import LabelledIndex, LabelledSource, find_sources, prepare
 from lib.loss import check_loss, make_objective
 from lib.metrics import choose_metric
 from lib.runtime import Cluster
@@ -42,14 +53,17 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
         return found
     check_tuning(config)
     check_contrastive(config)
+    check_augment(config)
     check_validation(config)
     check_long_texts(config)
     output.check_writable()
     use_gpu, cpus_per_worker = place_workers(config, cluster)
     if output.is_local and len(cluster.nodes) > 1:
         print(f"output.path {output.url} is a local path: all {len(cluster.nodes)} nodes must see it there", flush=True)
-    base = config.model.base if config.model.base.startswith("package:") else open_store(config.model.base).url
+    base = absolute(config.model.base)
     max_length, pad_token_id = check_base(base, config.model)
+    replacing = base if config.augment.model is None else absolute(config.augment.model)
+    new_augmenter(config, base, replacing, max_length, torch.device("cpu"))  # refused here, not by the workers
     several = {name: (one, find_labelled(name, one)) for name, one in configs_of(config).items()}
     metric = check_tasks(config, [sources[0].task for _, sources in several.values()])
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
@@ -63,6 +77,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
         config=config,
         run_id=run_id,
         base=base,
+        replacing=replacing,
         max_length=max_length,
         pad_token_id=pad_token_id,
         tasks=tasks,
@@ -80,7 +95,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
 
 
 def prepare_task(
-    name: str, config: TrainConfig, sources: list[Source], base: str, max_length: int, folder: Store
+    name: str, config: TrainConfig, sources: list[LabelledSource], base: str, max_length: int, folder: Store
 ) -> TaskJob:
     """Tokenize the rows of one task, and say what they are."""
     begun = time.monotonic()
@@ -120,7 +135,7 @@ def naming(task: str) -> Iterator[None]:
         raise UsageError(f"task {task!r}: {error}" if task else str(error)) from None
 
 
-def find_labelled(name: str, config: TrainConfig) -> list[Source]:
+def find_labelled(name: str, config: TrainConfig) -> list[LabelledSource]:
     """List the labelled sets of a task, and check what must fit its kind."""
     with naming(name):
         sources = find_sources(config)
@@ -157,7 +172,12 @@ def check_tasks(config: TrainConfig, tasks: Sequence[Task]) -> str:
     return config.stopping.metric or default
 
 
-def check_base(base: str, model: TrainModelSection) -> tuple[int, int]:
+def absolute(url: str) -> str:
+    """A model's place as it is known in any working directory."""
+    return url if url.startswith("package:") else open_store(url).url
+
+
+def check_base(base: str, model: TrainModelSection | PretrainModelSection) -> tuple[int, int]:
     """The most tokens of a text that the base can take, up to `model.max_length`, and its padding id; loads no weights."""
     trust = model.trust
     folder = fetch(base, trust)
@@ -165,7 +185,10 @@ def check_base(base: str, model: TrainModelSection) -> tuple[int, int]:
     check_weights(folder, "model.base", base, trust)
     length = min(model.max_length, max_positions(config))
     try:
-        load_tokenizer(folder, length, trust.code, model.truncation, model.windows)
+        if isinstance(model, TrainModelSection):
+            load_tokenizer(folder, length, trust.code, model.truncation, model.windows)
+        else:
+            load_tokenizer(folder, length, trust.code)
     except (OSError, ValueError) as error:
         raise UsageError(f"model.base {base}: its tokenizer cannot be loaded: {error}") from None
     return length, config.pad_token_id or 0
@@ -210,7 +233,7 @@ def check_long_texts(config: TrainConfig) -> None:
         )
 
 
-def print_sets(index: LabelledIndex, sources: list[Source], max_length: int, seconds: float) -> None:
+def print_sets(index: LabelledIndex, sources: list[LabelledSource], max_length: int, seconds: float) -> None:
     """Say what is learned from, and what was left out."""
     for source in sources:
         dropped = index.dropped[source.name]

@@ -17,7 +17,7 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
-from lib.config import TrainConfig
+from lib.config import FitConfig
 from lib.errors import IncompleteError, TextsweepError, UsageError
 from lib.fitting import Job, deciding
 from lib.runtime import Cluster
@@ -41,7 +41,7 @@ WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that wait sleep instead of spinning: on shared cores spinning ones take the time that other processes need."""
 
 
-def place_workers(config: TrainConfig, cluster: Cluster) -> tuple[bool, int]:
+def place_workers(config: FitConfig, cluster: Cluster) -> tuple[bool, int]:
     """Whether workers use GPUs, and how many CPUs each gets. Raises `UsageError` if the cluster cannot hold them."""
     wanted = config.resources.num_workers
     least = config.resources.min_workers or wanted
@@ -69,7 +69,7 @@ def place_workers(config: TrainConfig, cluster: Cluster) -> tuple[bool, int]:
     )
 
 
-def claim(folder: Store, config: TrainConfig, run_id: str) -> None:
+def claim(folder: Store, config: FitConfig, run_id: str) -> None:
     """Start this run, or go on with it. Raises `UsageError` if an unfinished run of this name has another configuration."""
     mine = deciding(config)
     if folder.create("run.json", json.dumps(mine).encode()):

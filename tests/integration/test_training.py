@@ -41,6 +41,7 @@ from lib.training_report import training_report
 from lib.windows import Windows
 from lib.workers import place_workers
 from tests import fakes
+from tests.killing import killing, train_workers
 from tests.labelled import LABELS, Weights, difference, make_rows
 from tests.tracked import assert_same_numbers, assert_tracked, scalars, vanishing_server
 
@@ -430,47 +431,11 @@ def test_lists_of_numbers_train_a_multi_label_model_with_a_split_of_its_own(
 # killed workers
 
 
-def train_workers() -> list[int]:
-    """Process ids of this session's training workers: descendants of this process, nobody else's."""
-    parents, found = {}, []
-    for entry in Path("/proc").iterdir():
-        try:
-            status = (entry / "stat").read_text() if entry.name.isdigit() else ""
-            title = (entry / "cmdline").read_text() if status else ""
-        except OSError:
-            continue
-        if status:
-            parents[int(entry.name)] = int(status.rpartition(")")[2].split()[1])
-            if title.startswith("ray::RayTrainWorker"):
-                found.append(int(entry.name))
-
-    def is_mine(pid: int) -> bool:
-        while pid in parents and pid != os.getpid():
-            pid = parents[pid]
-        return pid == os.getpid()
-
-    return sorted(filter(is_mine, found))
-
-
 @pytest.fixture
 def killer(tmp_path: Path) -> Iterator[list[int]]:
     """Kills a worker of the run in `tmp_path` once three of its checkpoints were seen; gives the killed process ids."""
-    killed: list[int] = []
-    seen: set[str] = set()
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01) and not killed:
-            seen.update(path.name for path in tmp_path.glob("killed/_train/*/checkpoints/checkpoint_*"))
-            if len(seen) >= 3 and (workers := train_workers()):
-                os.kill(workers[-1], signal.SIGKILL)
-                killed.append(workers[-1])
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    yield killed
-    done.set()
-    thread.join()
+    with killing(tmp_path / "killed", 3) as killed:
+        yield killed
 
 
 INTERRUPTED: dict[str, dict[str, Any]] = {

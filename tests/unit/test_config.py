@@ -9,6 +9,7 @@ from lib.config import (
     Command,
     CompareConfig,
     PredictConfig,
+    PretrainConfig,
     PublishConfig,
     ScoreConfig,
     Section,
@@ -25,6 +26,7 @@ CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 SCHEMAS: dict[str, type[Section]] = {
     "score": ScoreConfig,
     "train": TrainConfig,
+    "pretrain": PretrainConfig,
     "predict": PredictConfig,
     "publish": PublishConfig,
     "zero_shot": ZeroShotConfig,

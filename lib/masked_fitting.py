@@ -1,0 +1,192 @@
+"""Further pre-training on one worker, from rows of token ids up to the committed encoder with its masked-language head."""
+
+import json
+import math
+import platform
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from lib.batching import IntArray, epoch_batches
+from lib.calibration import FloatArray
+from lib.checkpoint import Card, commit, fetch
+from lib.config import PretrainConfig
+from lib.corpus import CorpusIndex
+from lib.fitting import METRICS_NAME, Fit, Job, deciding, find_committed, join_team
+from lib.language_model import load_language_model, save_language_model
+from lib.learning import Team
+from lib.mapped import Selection, TokenSet, local_copy, local_paths
+from lib.masked_learning import MaskedLearner, summarize_masked
+from lib.masking import new_masking
+from lib.metrics import shown
+from lib.schema import Task
+from lib.storage import Store
+from lib.tokenization import load_tokenizer
+from lib.tuning import recompute_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainJob(Job):
+    """What a worker is told of a masked-language model."""
+
+    config: PretrainConfig
+    index: CorpusIndex
+    data: Store
+    """its tokenized rows"""
+
+
+class PretrainFit(Fit):
+    """One attempt at further pre-training, on one worker."""
+
+    job: PretrainJob
+
+    def __init__(self, job: PretrainJob, team: Team) -> None:
+        config, optim = job.config, job.config.optim
+        sets = {name: open_set(job, files) for name, files in job.index.files.items()}
+        steps_per_epoch = math.ceil(len(sets["train"]) / optim.batch_size)
+        model, self.has_new_head = new_model(job)
+        if self.has_new_head and team.rank == 0:
+            print(
+                f"{config.model.base} has no masked-language head: a new one is learned, its decoder tied to the embeddings"
+                f" (optim.head_learning_rate = {optim.head_learning_rate or optim.learning_rate})",
+                flush=True,
+            )
+        if config.model.gradient_checkpointing:
+            recompute_layers(model)
+        trust = config.model.trust
+        tokenizer = load_tokenizer(fetch(job.base, trust), job.max_length, trust.code)
+        masking = new_masking(tokenizer, config.mlm.probability, config.mlm.whole_words)
+        placed: Any = model
+        learner = MaskedLearner(placed.to(team.device), optim, masking, team, steps_per_epoch * optim.epochs)
+        super().__init__(job, team, sets, learner, steps_per_epoch)
+
+    def batches_of(self, epoch: int) -> list[IntArray]:
+        """The places in the training set of each batch of an epoch."""
+        optim = self.job.config.optim
+        return epoch_batches(self.sets["train"].lengths, optim.batch_size, optim.seed, epoch)
+
+    def summary(self, found: FloatArray) -> dict[str, float]:
+        """Masked cross entropy, perplexity and accuracy."""
+        return summarize_masked(found)
+
+    def new_model(self) -> PreTrainedModel:
+        """The model as it is before training, the same on every worker."""
+        return new_model(self.job)[0]
+
+
+def open_set(job: PretrainJob, files: list[str]) -> Selection:
+    """Map the rows of one set."""
+    rows = TokenSet(local_paths(job.data, files), job.pad_token_id, job.max_length)
+    return Selection(rows, np.arange(len(rows)))
+
+
+def new_model(job: PretrainJob) -> tuple[PreTrainedModel, bool]:
+    """The model as it is before training, and whether its head is new."""
+    model = job.config.model
+    return load_language_model(
+        fetch(job.base, model.trust), "model.base", model.trust, model.dropout, job.config.optim.seed
+    )
+
+
+def work(settings: dict[str, Any]) -> str | None:
+    """What each worker runs: train, commit. Returns why the run is hopeless, if it is."""
+    job: PretrainJob = settings["job"]
+    team = join_team(job)
+    done = team.rank == 0 and find_committed(job.output, job.config, job.run_id) is not None
+    if team.broadcast(done):  # killed between the commit and the end
+        return None
+    fit = PretrainFit(job, team)
+    fit.run()
+    if fit.progress.failure is None:
+        found = fit.learner.evaluate(fit.sets["valid"])
+        if found is not None:
+            publish(fit, found)
+    dist.barrier(group=team.control)
+    if not job.folder.is_local and ray.train.get_context().get_local_rank() == 0:
+        shutil.rmtree(local_copy(job.data), ignore_errors=True)
+    return fit.progress.failure
+
+
+def publish(fit: PretrainFit, found: FloatArray) -> None:
+    """Write the model's folder with its metrics, given what the validation rows gave, and commit it."""
+    job, progress, trust = fit.job, fit.progress, fit.job.config.model.trust
+    best, index = fit.validation(found), job.index
+    metrics: dict[str, Any] = {
+        "run_id": job.run_id,
+        "seconds": progress.seconds,
+        "texts": index.texts,
+        "rows": index.rows,
+        "tokens": index.tokens,
+        "dropped": index.dropped,
+        "new_head": fit.has_new_head,
+        "metric": job.metric,
+        "best": best,
+        "averaged_steps": progress.kept if len(progress.kept) > 1 else None,
+        "resumed_after": progress.resumed_after,
+        "history": progress.history,
+    }
+    card = Card(
+        labels=(),
+        task=Task.EMBEDDING,
+        max_length=job.max_length,
+        metrics={"valid": best},
+        trained={
+            "run_id": job.run_id,
+            "config": deciding(job.config),
+            "seed": job.config.optim.seed,
+            "data": index.fingerprint,
+            "rows": index.rows,
+            "precision": str(fit.team.dtype).removeprefix("torch."),
+            "workers": fit.team.size,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "transformers", "ray")},
+            },
+        },
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        base = fetch(job.base, trust)
+        save_language_model(fit.trained_model(), base, trust, folder)
+        load_tokenizer(base, job.max_length, trust.code).reference.save_pretrained(folder)
+        (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        (Path(folder) / "README.md").write_text(readme(job, metrics), encoding="utf-8")
+        commit(job.output, folder, card)
+    if fit.tracker is not None:
+        fit.tracker.end({"best": best}, progress.step)
+    steps = f"step {progress.kept[0]}" if len(progress.kept) == 1 else f"steps {progress.kept}, averaged,"
+    print(f"committed the weights of {steps} to {job.output.url}", flush=True)
+
+
+def readme(job: PretrainJob, metrics: dict[str, Any]) -> str:
+    """The encoder's model card."""
+    config, texts = job.config, metrics["texts"]
+    words = "whole words" if config.mlm.whole_words else "tokens"
+    laid = "packed with separators between them" if config.mlm.packing else "one text a row"
+    head = " Its masked-language head was new." if metrics["new_head"] else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: fill-mask
+---
+
+# An encoder pre-trained further
+
+From `{config.model.base}`, on {texts["train"]:,} texts ({metrics["tokens"]["train"]:,} tokens in {metrics["rows"]["train"]:,} rows of at most
+{job.max_length}, {laid}): {config.mlm.probability:.0%} of the {words} were asked for, of these 80% masked, 10% changed, 10% as they are
+(Devlin et al. 2018).{head} It is to be fine-tuned, and answers nothing by itself:
+
+    python -m jobs.train --set model.base=THIS_FOLDER --set train.path=... --set output.path=...
+
+Of masked tokens of {texts["valid"]:,} texts that were set aside: {shown(metrics["best"])}. Texts may be told again from what a language
+model has learned of them: give it to whom you would give the texts.
+
+Run `{job.run_id}`, seed {config.optim.seed}, fingerprint of the texts {job.index.fingerprint}. `textsweep.json` has the whole configuration,
+`metrics.json` all evaluations.
+"""

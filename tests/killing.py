@@ -1,0 +1,53 @@
+"""Killing a training worker in the middle of its run."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def train_workers() -> list[int]:
+    """Process ids of this session's training workers: descendants of this process, nobody else's."""
+    parents, found = {}, []
+    for entry in Path("/proc").iterdir():
+        try:
+            status = (entry / "stat").read_text() if entry.name.isdigit() else ""
+            title = (entry / "cmdline").read_text() if status else ""
+        except OSError:
+            continue
+        if status:
+            parents[int(entry.name)] = int(status.rpartition(")")[2].split()[1])
+            if title.startswith("ray::RayTrainWorker"):
+                found.append(int(entry.name))
+
+    def is_mine(pid: int) -> bool:
+        while pid in parents and pid != os.getpid():
+            pid = parents[pid]
+        return pid == os.getpid()
+
+    return sorted(filter(is_mine, found))
+
+
+@contextlib.contextmanager
+def killing(output: Path, checkpoints: int) -> Iterator[list[int]]:
+    """Kill a worker of the run in a local folder once so many of its checkpoints were seen; gives the killed process ids."""
+    killed: list[int] = []
+    seen: set[str] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01) and not killed:
+            seen.update(path.name for path in output.glob("_train/*/checkpoints/checkpoint_*"))
+            if len(seen) >= checkpoints and (workers := train_workers()):
+                os.kill(workers[-1], signal.SIGKILL)
+                killed.append(workers[-1])
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        done.set()
+        thread.join()
