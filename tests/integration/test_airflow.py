@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -34,18 +35,63 @@ print(json.dumps({
 """
 
 
-def test_the_dags_are_read_without_the_project_ray_or_torch(tmp_path: Path) -> None:
+def in_airflow(folder: Path, *arguments: str) -> Any:
+    """What a program says on its last line, run by Airflow's interpreter."""
     environment = {
         "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "AIRFLOW_HOME": str(tmp_path),
+        "HOME": str(folder),
+        "AIRFLOW_HOME": str(folder),
         "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(DAGS.parent / "plugins"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "PYTHONPATH": str(DAGS.parent / "plugins"),
+        "NO_PROXY": "127.0.0.1",
     }
-    done = subprocess.run([str(AIRFLOW / "python"), "-c", LOOK], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run([str(AIRFLOW / "python"), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    found = in_airflow(tmp_path_factory.mktemp("cases"), str(REPOSITORY / "tests" / "operator_cases.py"))
+    return dict(found)
+
+
+NIGHT = "nightly.score.20261126T010000"
+
+
+@pytest.mark.parametrize(
+    ("case", "raised", "asked"),
+    [
+        ("new", "", [f"{NIGHT}-1"]),
+        ("under way", "", []),
+        ("ended before", "", [f"{NIGHT}-3"]),
+        ("another was first", "", [f"{NIGHT}-1"]),
+        ("usage", "AirflowFailException", [f"{NIGHT}-1"]),
+        ("over limit", "AirflowFailException", [f"{NIGHT}-1"]),
+        ("incomplete", "AirflowException", [f"{NIGHT}-1"]),
+        ("a bug", "AirflowException", [f"{NIGHT}-1"]),
+        ("died", "AirflowException", [f"{NIGHT}-1"]),
+        ("stopped", "AirflowException", [f"{NIGHT}-1"]),
+        ("too long", "AirflowException", [f"{NIGHT}-1", f"/api/jobs/{NIGHT}-1/stop"]),
+        ("no token", "AirflowFailException", []),
+        ("manual", "", ["nightly.score.20261127T020304.000005-1"]),
+        ("named", "", ["mine-1"]),
+    ],
+)
+def test_what_the_operator_makes_of_a_job(
+    cases: dict[str, dict[str, Any]], case: str, raised: str, asked: list[str]
+) -> None:
+    """AirflowFailException is not tried again, AirflowException is, as the task's retries say."""
+    found = cases[case]
+    assert (found["raised"], found["asked"]) == (raised, asked)
+    if case == "under way":
+        assert found["waited_for"] == f"{NIGHT}-1"
+
+
+def test_the_dags_are_read_without_the_project_ray_or_torch(tmp_path: Path) -> None:
+    found = in_airflow(tmp_path, "-c", LOOK)
     assert not found["errors"]
     assert not {"lib", "jobs", "ray", "torch"} & set(found["modules"])
     nightly, weekly = found["dags"]["textsweep_nightly"], found["dags"]["textsweep_weekly"]

@@ -1,0 +1,121 @@
+"""What the operator makes of each answer of Ray's Jobs API. Run by Airflow's own interpreter, prints one JSON object.
+
+    .venv-airflow/bin/python tests/operator_cases.py      with cluster/airflow/plugins as PYTHONPATH
+
+Ray's answers are those seen with 2.60: 404 for an unknown job, 500 for a submission id that is taken, 401 without the token.
+"""
+
+import json
+import os
+import threading
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+
+TOKEN = "the-token"
+
+
+class JobsApi(BaseHTTPRequestHandler):
+    """Jobs by their submission id: the statuses that each has at the next looks, the last one for good."""
+
+    jobs: dict[str, list[dict[str, Any]]]
+    becomes: list[dict[str, Any]]
+    """what a job that is submitted does"""
+    taken: bool
+    """another one submits the same id first"""
+    asked: list[str]
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing on standard error."""
+
+    def answer(self, code: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        name = self.path.removeprefix("/api/jobs/").removesuffix("/logs")
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            return self.answer(401, {})
+        if self.path.endswith("/logs"):
+            return self.answer(200, {"logs": "a line"})
+        if name not in self.jobs:
+            return self.answer(404, {})
+        looks = self.jobs[name]
+        return self.answer(200, looks.pop(0) if len(looks) > 1 else looks[0])
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+        self.asked.append(body.get("submission_id") or self.path)
+        name = body.get("submission_id", "")
+        if self.path.endswith("/stop"):
+            return self.answer(200, {"stopped": True})
+        self.jobs[name] = self.becomes
+        return self.answer(500 if self.taken else 200, {})
+
+
+def case(
+    becomes: list[dict[str, Any]],
+    there: dict[str, list[dict[str, Any]]] | None = None,
+    taken: bool = False,
+    token: str = TOKEN,
+    logical_date: datetime | None = datetime(2026, 11, 26, 1, tzinfo=UTC),
+    **options: Any,
+) -> dict[str, Any]:
+    """Run the operator once, against a server of its own."""
+    from ray_jobs import SubmitRayJobOperator
+
+    handler = type("Case", (JobsApi,), {"jobs": there or {}, "becomes": becomes, "taken": taken, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    connection = {"conn_type": "http", "host": "127.0.0.1", "port": server.server_port, "password": token}
+    os.environ["AIRFLOW_CONN_RAY"] = json.dumps(connection)
+    context = {
+        "ti": SimpleNamespace(dag_id="nightly", task_id="score", map_index=-1),
+        "dag_run": SimpleNamespace(
+            logical_date=logical_date, run_after=datetime(2026, 11, 27, 2, 3, 4, 5, tzinfo=UTC), run_id="r"
+        ),
+    }
+    operator = SubmitRayJobOperator(task_id="score", entrypoint="true", deferrable=False, poll_interval=0, **options)
+    try:
+        operator.execute(context)
+        raised = ""
+    except Exception as error:  # noqa: BLE001 (its name is what is looked at)
+        raised = type(error).__name__
+    server.shutdown()
+    server.server_close()
+    return {"raised": raised, "asked": handler.asked, "waited_for": operator.job_at_work}
+
+
+def ended(status: str, code: int | None = None) -> dict[str, Any]:
+    return {"status": status, "driver_exit_code": code, "message": "", "start_time": 1}
+
+
+def main() -> None:
+    """All cases, by name."""
+    running, good = ended("RUNNING"), ended("SUCCEEDED", 0)
+    name = "nightly.score.20261126T010000"
+    cases = {
+        "new": case([running, good]),
+        "under way": case([good], {f"{name}-1": [running, running, good]}),
+        "ended before": case([good], {f"{name}-1": [ended("FAILED", 4)], f"{name}-2": [good]}),
+        "another was first": case([running, good], taken=True),
+        "usage": case([ended("FAILED", 2)]),
+        "over limit": case([ended("FAILED", 3)]),
+        "incomplete": case([ended("FAILED", 4)]),
+        "a bug": case([ended("FAILED", 1)]),
+        "died": case([ended("FAILED")]),
+        "stopped": case([ended("STOPPED")]),
+        "too long": case([running], job_timeout_seconds=1),
+        "no token": case([good], token=""),
+        "manual": case([good], logical_date=None),
+        "named": case([good], submission_id="mine"),
+    }
+    print(json.dumps(cases))
+
+
+if __name__ == "__main__":
+    main()
