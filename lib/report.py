@@ -4,7 +4,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -156,7 +156,7 @@ def run_record(facts: RunFacts) -> dict[str, Any]:
     return plain
 
 
-def rounded(seconds: dict[str, float]) -> dict[str, float]:
+def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
     """Seconds to the millisecond."""
     return {name: round(value, 3) for name, value in seconds.items()}
 

@@ -159,7 +159,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
     finished, unfinished = split_finished(shards, objects)
     published = publishing.read_published(output)
     last = publishing.latest_success(output, version, published)
-    baseline = find_baseline(output.at(version), config.drift.baseline, last and last.pointer)
+    baseline = find_baseline(output.at(version), config.drift.baseline, last.pointer if last else None)
     job = ScoreJob(
         archive=archive,
         output=output.at(version),
@@ -320,11 +320,10 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> No
     if published and run.selection is None and not find_root(run.config.input.path)[1]:
         sweep_quietly(run, manifest, name)
     totals = publishing.totals(manifest)
-    message = (
-        str(problem)
-        if problem
-        else f"{totals['rows']:,} rows of {totals['shards']:,} shards are scored, {totals['errors']:,} of them with an error"
+    scored = (
+        f"{totals['rows']:,} rows of {totals['shards']:,} shards are scored, {totals['errors']:,} of them with an error"
     )
+    message = str(problem or scored)
     facts = RunFacts(
         run_id=run.run_id,
         version=run.job.version,
