@@ -159,7 +159,6 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
     finished, unfinished = split_finished(shards, objects)
     published = publishing.read_published(output)
     last = publishing.latest_success(output, version, published)
-    baseline = find_baseline(output.at(version), config.drift.baseline, last.pointer if last else None)
     job = ScoreJob(
         archive=archive,
         output=output.at(version),
@@ -191,7 +190,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         objects=objects,
         published=published,
         before=last.manifest if last else publishing.MANIFEST_SCHEMA.empty_table(),
-        baseline=baseline,
+        baseline=find_baseline(output.at(version), config.drift.baseline, last.pointer if last else None),
         selection=selection,
     )
 
@@ -304,9 +303,8 @@ def write_letters(run: Run, outcome: Outcome) -> None:
 
 def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str) -> None:
     """Write the run's report and manifest, publish it if it may be, and say where everything is. Raises what `judge` found."""
-    new = outcome.plus(outcome.found)
+    new, allowed = outcome.plus(outcome.found), run.config.drift.max_psi
     shifts = drift.compare(new.record(), run.baseline.counts, run.job.schema.heads)
-    allowed = run.config.drift.max_psi
     problem = judge(run, outcome, manifest) or drift.judge(shifts, allowed, run.baseline.name, run.run_id)
     folder = run.job.output.at(f"_runs/{run.run_id}")
     published = False
