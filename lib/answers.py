@@ -27,7 +27,7 @@ class Answers:
     """(N, C) of each model, in the order of `labels`"""
 
 
-def find_test_set(path: str, text_column: str, label_column: str) -> LabelledSource:
+def find_test_set(path: str, text_column: str | tuple[str, str], label_column: str) -> LabelledSource:
     """The labelled rows at test.path. Raises `UsageError` unless they have one label each."""
     train = {"path": path, "text_column": text_column, "label_column": label_column}
     source = find_source(

@@ -38,7 +38,8 @@ NO_LABEL = "(no label)"
 
 TOO_FEW = "too few rows to tell"
 
-Counts = npt.NDArray[np.float64]
+Counts = Sequence[float] | npt.NDArray[np.float64]
+"""(K,), rows in each bin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class Shift:
         return {**rounded, "verdict": self.verdict}
 
 
-def population_stability(present: Sequence[float], earlier: Sequence[float]) -> float:
+def population_stability(present: Counts, earlier: Counts) -> float:
     """The population stability index of two counts of the same K bins; 0 if all bins are empty."""
     now, before = np.asarray(present, np.float64), np.asarray(earlier, np.float64)
     used = (now > 0) | (before > 0)
@@ -85,7 +86,7 @@ def population_stability(present: Sequence[float], earlier: Sequence[float]) -> 
     return float(np.sum((p - q) * np.log(p / q)))
 
 
-def chance_of(present: Sequence[float], earlier: Sequence[float], rows: float, baseline_rows: float) -> float:
+def chance_of(present: Counts, earlier: Counts, rows: float, baseline_rows: float) -> float:
     """What the index stays under, with probability 1 - `CHANCE`, if so many rows on both sides are drawn from one distribution."""
     used = int(np.count_nonzero(np.asarray(present) + np.asarray(earlier)))
     if used < 2:
@@ -93,7 +94,7 @@ def chance_of(present: Sequence[float], earlier: Sequence[float], rows: float, b
     return float(chdtri(used - 1, CHANCE) * (1 / rows + 1 / baseline_rows))
 
 
-def kolmogorov_smirnov(present: Sequence[float], earlier: Sequence[float]) -> tuple[float, float]:
+def kolmogorov_smirnov(present: Counts, earlier: Counts) -> tuple[float, float]:
     """The distance of two counts of the same ordered bins, and its two-sided asymptotic p-value."""
     now, before = np.asarray(present, np.float64), np.asarray(earlier, np.float64)
     distance = float(np.abs(np.cumsum(now) / now.sum() - np.cumsum(before) / before.sum()).max())
@@ -108,20 +109,21 @@ def compare(present: Mapping[str, Any], earlier: Mapping[str, Any] | None, heads
     """
     if earlier is None or not present["rows"]:
         return []
+    sides = (present, earlier)
     found = []
     for head in heads:
         if head.task is not Task.REGRESSION:
             name = f"labels of {head.name}" if head.name else "labels"
-            found.append(shift_of(name, *label_counts(present, earlier, head, alone=len(heads) == 1), present, earlier))
+            found.append(shift_of(name, *label_counts(present, earlier, head, alone=len(heads) == 1), *sides))
     if not any(head.task is Task.REGRESSION for head in heads):
         bins = len(present["score_bins"])
         names = [f"{index / bins:.2f} to {(index + 1) / bins:.2f}" for index in range(bins)]
-        sides = (dict(zip(names, side["score_bins"], strict=True)) for side in (present, earlier))
-        found.append(shift_of("scores", *sides, present, earlier, ordered=True))
-    if "length_bins" in present and "length_bins" in earlier:
-        sides = (dict(zip(LENGTH_NAMES, side["length_bins"], strict=True)) for side in (present, earlier))
-        found.append(shift_of("text lengths", *sides, present, earlier, ordered=True))
-    found.append(shift_of("errors", error_counts(present), error_counts(earlier), present, earlier))
+        now, before = (dict(zip(names, side["score_bins"], strict=True)) for side in sides)
+        found.append(shift_of("scores", now, before, *sides, ordered=True))
+    if all("length_bins" in side for side in sides):
+        now, before = (dict(zip(LENGTH_NAMES, side["length_bins"], strict=True)) for side in sides)
+        found.append(shift_of("text lengths", now, before, *sides, ordered=True))
+    found.append(shift_of("errors", error_counts(present), error_counts(earlier), *sides))
     return [one for one in found if one is not None]
 
 

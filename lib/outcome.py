@@ -120,7 +120,7 @@ class Outcome(Tally):
     marks: dict[str, float] = field(default_factory=dict)
     """when what first happened, by `time.monotonic`: planned (the first wave), begun (the first block), ended"""
     course: Course = field(default_factory=Course)
-    stage_seconds: Counter[str] = field(default_factory=Counter)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
     """of all chunks: reading with tokenizing, predicting, writing"""
     error_rows: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     """by reason a few rows: shard, row"""
@@ -160,7 +160,8 @@ class Outcome(Tally):
         for reason, rows in result.get("error_rows", {}).items():
             known = self.error_rows.setdefault(reason, [])
             known.extend((result["shard"], row) for row in rows[: SHOWN_EXAMPLES - len(known)])
-        self.stage_seconds.update(result.get("seconds", {}))
+        for stage, seconds in result.get("seconds", {}).items():
+            self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + seconds
         spent = self._spent.setdefault(result["shard"], Spent())
         spent.seconds += sum(result.get("seconds", {}).values())
         spent.rows, spent.tokens = spent.rows + result["rows"], spent.tokens + result["tokens"]

@@ -4,7 +4,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -188,7 +188,7 @@ def phases(marks: dict[str, float], begun: float) -> dict[str, float]:
     return {**found, "finishing": round(time.monotonic() - last, 1)}
 
 
-def rounded(seconds: dict[str, float]) -> dict[str, float]:
+def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
     """Seconds to the millisecond."""
     return {name: round(value, 3) for name, value in seconds.items()}
 

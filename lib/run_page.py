@@ -162,12 +162,13 @@ def mix_plot(mixes: Mapping[str, Mapping[str, int]]) -> str:
     figure = new_figure(0.75 + 0.3 * len(mixes) + 0.22 * lines)
     axes = figure.subplots()
     left, handles, titles = np.zeros(len(mixes)), [], []
-    for label, color in zip([*shown, None], [*PALETTE[: len(shown)], GREY], strict=True):
-        wanted = ranked[MIXED_LABELS:] if label is None else [label]
+    groups = [*([label] for label in shown), ranked[MIXED_LABELS:]]
+    for wanted, color in zip(groups, [*PALETTE[: len(shown)], GREY], strict=True):
         parts = np.array([sum(mix.get(one, 0) for one in wanted) / max(1, sum(mix.values())) for mix in mixes.values()])
         if parts.any():
             handles.append(axes.barh(range(len(mixes)), parts, left=left, color=color, height=0.72))
-            titles.append(f"{len(wanted)} others" if label is None else label if len(label) < 24 else f"{label[:21]}…")
+            name = wanted[0] if color != GREY else f"{len(wanted)} more"
+            titles.append(name if len(name) < 24 else f"{name[:21]}…")
             left += parts
     axes.set_yticks(range(len(mixes)), names, fontsize=8, parse_math=False)
     axes.get_yticklabels()[0].set_fontweight("bold")

@@ -160,7 +160,6 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
     finished, unfinished = split_finished(shards, objects)
     published = publishing.read_published(output)
     last = publishing.latest_success(output, version, published)
-    baseline = find_baseline(output.at(version), config.drift.baseline, last and last.pointer)
     job = ScoreJob(
         archive=archive,
         output=output.at(version),
@@ -192,7 +191,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         objects=objects,
         published=published,
         before=last.manifest if last else publishing.MANIFEST_SCHEMA.empty_table(),
-        baseline=baseline,
+        baseline=find_baseline(output.at(version), config.drift.baseline, last.pointer if last else None),
         selection=selection,
     )
 
@@ -329,9 +328,8 @@ def write_letters(run: Run, outcome: Outcome) -> None:
 
 def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str, meter: Meter | None = None) -> None:
     """Write the run's report and manifest, publish it if it may be, and say where everything is. Raises what `judge` found."""
-    new = outcome.plus(outcome.found)
+    new, allowed = outcome.plus(outcome.found), run.config.drift.max_psi
     shifts = drift.compare(new.record(), run.baseline.counts, run.job.schema.heads)
-    allowed = run.config.drift.max_psi
     problem = judge(run, outcome, manifest) or drift.judge(shifts, allowed, run.baseline.name, run.run_id)
     folder = run.job.output.at(f"_runs/{run.run_id}")
     published = False
@@ -345,11 +343,10 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str, meter
     if published and run.selection is None and not find_root(run.config.input.path)[1]:
         sweep_quietly(run, manifest, name)
     totals = publishing.totals(manifest)
-    message = (
-        str(problem)
-        if problem
-        else f"{totals['rows']:,} rows of {totals['shards']:,} shards are scored, {totals['errors']:,} of them with an error"
+    scored = (
+        f"{totals['rows']:,} rows of {totals['shards']:,} shards are scored, {totals['errors']:,} of them with an error"
     )
+    message = str(problem or scored)
     facts = RunFacts(
         run_id=run.run_id,
         version=run.job.version,

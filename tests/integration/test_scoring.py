@@ -394,7 +394,8 @@ def test_vectors_are_a_column_of_a_classifier_and_all_that_a_plain_encoder_gives
     ]
     assert {"label", "score"} < set(read_predictions(str(tmp_path / "both")).column_names)
     page = next((tmp_path / "alone").glob("*/_runs/run/report.html")).read_text()
-    assert "<b>41</b><span>rows scored" in page and "<svg" not in page, "no labels, no scores: nothing to draw"
+    assert "<b>41</b><span>rows scored" in page and "Text lengths" in page
+    assert "<h2>Labels" not in page and "<h2>Scores" not in page, "there are none"
     with pytest.raises(UsageError, match=r"output\.embedding_pooling is set, but no vector"):
         run_score(
             str(tmp_path / "archive"), str(tmp_path / "model"), str(tmp_path / "x"), "output.embedding_pooling=max"
