@@ -46,6 +46,8 @@ ORDER = (
     *("labelled", "blocks", "predictor", "learning", "contrastive", "fitting", "zero_shot"),
     # the work of a cluster
     *("training", "outcome", "watch", "tasks", "actors", "suspects", "pipeline", "report", "scoring"),
+    # jobs on another machine's cluster
+    *("packaging", "submission", "job_log", "job_server"),
 )
 """From the lowest to the highest; each may import those before it."""
 
@@ -60,6 +62,8 @@ MAY_IMPORT_RAY = {
     "actors",
     "suspects",
     "pipeline",
+    "job_log",
+    "job_server",
 }
 MAY_IMPORT_TORCH = {
     "tracking",
