@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check audit trials faults bench clean
+.PHONY: help install demo test check audit trials faults bench cluster-up cluster-down clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
 
 install: $(STAMP)  ## create .venv and install everything the project and its tests need
 
@@ -47,6 +47,12 @@ faults: install  ## everything that can go wrong, SEEDS times each (default 1), 
 
 bench: install  ## how fast it is on this machine, beside what else one could run: under 20 minutes; written to bench.json
 	@$(BIN)/python -m tests.benchmarks.ladder --seconds 1.5 --peers --json bench.json
+
+cluster-up: install  ## a Ray cluster of NODES nodes (default 3) and an S3 server on this machine, to try jobs.submit on
+	@$(BIN)/python cluster/local/cluster.py up --nodes $(or $(NODES),3)
+
+cluster-down:  ## end that cluster
+	@$(BIN)/python cluster/local/cluster.py down
 
 clean:  ## remove the environment and the demo's files
 	rm -rf $(VENV) demo

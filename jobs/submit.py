@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     stop_on_signals()
     package = packaging.collect(ROOT)
     submission = plan(job, own, parse_only(importlib.import_module(f"jobs.{job}").main, own), package)
-    server = Server(connect(arguments.address, insecure=arguments.insecure), arguments.patience)
+    server = connect(arguments.address, insecure=arguments.insecure, patience_seconds=arguments.patience)
     last = server.latest(submission)
     if arguments.status or arguments.logs or arguments.stop:
         look_or_stop(server, arguments, submission, last)
@@ -190,12 +190,10 @@ def wants_stop() -> bool:
     """Ask whether the job is to be stopped, if there is somebody to ask. Another Ctrl-C leaves it running."""
     if not sys.stdin.isatty() or received[-1] != signal.SIGINT:
         return False
+    say("\nStop the job on the cluster, or leave it running? Type stop or leave (Enter leaves it):")
     try:
-        return input("\nStop the job on the cluster, or leave it running? [stop/LEAVE] ").strip().lower() in (
-            "s",
-            "stop",
-        )
-    except (EOFError, StoppedError):
+        return sys.stdin.readline().strip().lower() in ("s", "stop")
+    except StoppedError:
         return False
 
 

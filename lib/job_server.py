@@ -61,7 +61,7 @@ class Client(JobSubmissionClient):
         raise AnswerError(r.status_code, r.text)
 
 
-def connect(address: str | None, *, insecure: bool) -> Client:
+def connect(address: str | None, *, insecure: bool, patience_seconds: float) -> "Server":
     """Reach the job server. The token comes from where Ray's own commands take it, never from the command line.
 
     Raises `UsageError` for an address or a token that is wrong, `IncompleteError` if nobody answers.
@@ -74,7 +74,8 @@ def connect(address: str | None, *, insecure: bool) -> Client:
     overriding = {name: os.environ.pop(name, None) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
     try:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return patiently(lambda: Client(url, headers=headers), url, FIRST_CONTACT_SECONDS)
+        client = patiently(lambda: Client(url, headers=headers), url, min(patience_seconds, FIRST_CONTACT_SECONDS))
+        return Server(client, patience_seconds)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UsageError(f"--address {url}: no Ray job server: {str(error).splitlines()[0]}") from None
     finally:
