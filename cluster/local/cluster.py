@@ -7,7 +7,7 @@
     .venv/bin/python cluster/local/cluster.py add                          # one more worker node
     .venv/bin/python cluster/local/cluster.py restart                      # the head anew, without memory of its jobs; one node alone
 
-Everything listens on loopback alone, each node on an address of its own (127.0.0.2, ...), and asks for a token. The first node is the head: it has no CPUs for work, unless it is the only
+Everything listens on 127.0.0.1 alone and asks for a token. The first node is the head: it has no CPUs for work, unless it is the only
 one, and runs the drivers of submitted jobs. All state is in .cluster/ (another folder with --folder); the S3 server keeps its objects
 in memory.
 """
@@ -34,6 +34,18 @@ import ray  # noqa: F401  brings its own psutil along
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120
 STOP_SECONDS = 20
+
+HOST = "127.0.0.1"
+
+# `ray start`. Ray 2.60 listens on loopback alone only if it believes that it is on a Mac (the variable below), where it refuses
+# a second node: that check, and the machine's own address that it would take for a loopback one, are replaced in this one process.
+RAY = """
+from ray._private import ray_constants, services
+from ray.scripts.scripts import main
+ray_constants.ENABLE_RAY_CLUSTER = True
+services.get_node_ip_address = lambda address=None: "127.0.0.1"
+main()
+"""
 
 HOW = """
 In each shell that uses it:
@@ -147,7 +159,7 @@ def up(state: State, nodes: int, cpus: int, *, s3: bool) -> None:
     if s3:
         exports = start_s3(state)
     gcs, dashboard, client, *metrics = free_ports(5)
-    address = f"http://{node_ip(1)}:{dashboard}"
+    address = f"http://{HOST}:{dashboard}"
     # Ray's sockets lie below its folder, and their paths may have 107 bytes.
     session = tempfile.mkdtemp(prefix="textsweep-", dir="/tmp")
     environment = {
@@ -158,23 +170,21 @@ def up(state: State, nodes: int, cpus: int, *, s3: bool) -> None:
         "RAY_AUTH_TOKEN": "",
         "RAY_ADDRESS": "",
         "PYTHONPATH": "",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "40"),
         "AUTOSCALER_METRIC_PORT": str(metrics[0]),
         "DASHBOARD_METRIC_PORT": str(metrics[1]),
     }
-    state.values = {"gcs": f"{node_ip(1)}:{gcs}", "address": address, "session": session, "environment": environment}
+    state.values = {"gcs": f"{HOST}:{gcs}", "address": address, "session": session, "environment": environment}
     state.values["head"] = [
-        *("--head", "--port", str(gcs), "--dashboard-host", node_ip(1), "--dashboard-port", str(dashboard)),
+        *("--head", "--port", str(gcs), "--dashboard-host", HOST, "--dashboard-port", str(dashboard)),
         *("--ray-client-server-port", str(client), "--temp-dir", session),
         *("--num-cpus", str(0 if nodes > 1 else cpus)),
     ]
-    start_node(state, "head", 1, state.values["head"])
+    start_node(state, "head", state.values["head"])
     state.wait_for_nodes()
     for _ in range(nodes - 1):
         add_worker(state, cpus)
-        # One after the other: two that started at the same time took the same socket (raylet.1), and one was aborted.
-        state.wait_for_nodes()
     wait_for_server(state)
     exports = {
         **exports,
@@ -193,7 +203,7 @@ def restart(state: State) -> None:
     nodes = [one for one in state.processes if one["name"] != "s3"]
     end(nodes, gracefully=False)
     state.processes = [one for one in state.processes if one not in nodes]
-    start_node(state, "head", 1, state.values["head"])
+    start_node(state, "head", state.values["head"])
     wait_for_server(state)
 
 
@@ -216,18 +226,20 @@ def start_s3(state: State) -> dict[str, str]:
 def add_worker(state: State, cpus: int) -> None:
     """Start one more worker node."""
     number = sum(one["name"].startswith("worker") for one in state.processes) + 1
-    start_node(state, f"worker-{number}", number + 1, ["--address", state.values["gcs"], "--num-cpus", str(cpus)])
+    # A folder of its own: in a common one two nodes that start together take the same socket, and one node's clearing up removed
+    # the working folder of a job's driver on another (both seen).
+    session = f"{state.values['session']}/w{number}"
+    start_node(
+        state,
+        f"worker-{number}",
+        ["--address", state.values["gcs"], "--num-cpus", str(cpus), "--temp-dir", session],
+    )
 
 
-def node_ip(number: int) -> str:
-    """A node's address. Not 127.0.0.1: Ray would take the machine's own address for it, which others can reach."""
-    return f"127.0.0.{number + 1}"
-
-
-def start_node(state: State, name: str, number: int, options: list[str]) -> None:
+def start_node(state: State, name: str, options: list[str]) -> None:
     """Start a node as one process, whose children are all of Ray's."""
-    command = [str(Path(sys.executable).parent / "ray"), "start", *options, "--block", "--disable-usage-stats"]
-    command += ["--node-ip-address", node_ip(number), "--object-store-memory", str(200 * 2**20)]
+    command = [sys.executable, "-c", RAY, "start", *options, "--block", "--disable-usage-stats"]
+    command += ["--node-ip-address", HOST, "--object-store-memory", str(200 * 2**20)]
     # Ports that the system chooses: Ray's own choice may be another cluster's on this machine.
     command += ["--min-worker-port", "0", "--max-worker-port", "0", "--dashboard-agent-listen-port", "0"]
     state.start(name, command, state.values["environment"])

@@ -52,7 +52,17 @@ def info(head: Head, path: str = "") -> str:
         return str(answer.read().decode())
 
 
-def test_the_cluster_wants_the_token(head: Head) -> None:
+def test_the_cluster_listens_on_loopback_alone_and_wants_its_token(head: Head) -> None:
+    top = psutil.Process(head.pids["head"])
+    sockets = [
+        (one.name(), found.laddr.ip)
+        for one in [top, *top.children(recursive=True)]
+        for found in one.net_connections("inet")
+        if not found.raddr
+    ]
+    assert {"gcs_server", "raylet"} <= {name for name, _ in sockets}, "the test must see Ray's own processes"
+    assert {(name, ip) for name, ip in sockets if ip not in ("127.0.0.1", "::ffff:127.0.0.1")} == set()
+    assert (head.folder / "token").stat().st_mode & 0o777 == 0o600
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=30)
     assert refused.value.code == 401
