@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check audit trials faults bench airflow-test clean
+.PHONY: help install demo test check audit trials faults bench airflow-test cluster-up cluster-down clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
@@ -52,6 +52,12 @@ bench: install  ## how fast it is on this machine, beside what else one could ru
 airflow-test: install  ## run the DAGs in a real Airflow on a real Ray head: .venv-airflow, some 20 minutes
 	@test -x .venv-airflow/bin/airflow || { $(PYTHON) -m venv .venv-airflow && .venv-airflow/bin/pip install --quiet --disable-pip-version-check -c cluster/airflow/constraints.txt apache-airflow==3.3.2; }
 	@$(BIN)/python -m pytest -m 'trial or not trial' -s tests/integration/test_airflow.py
+
+cluster-up: install  ## a Ray cluster of NODES nodes (default 3) and an S3 server on this machine, to try jobs.submit on
+	@$(BIN)/python cluster/local/cluster.py up --nodes $(or $(NODES),3)
+
+cluster-down:  ## end that cluster
+	@$(BIN)/python cluster/local/cluster.py down
 
 clean:  ## remove the environment and the demo's files
 	rm -rf $(VENV) .venv-airflow demo

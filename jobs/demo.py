@@ -22,10 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.demo_corpus import PACKAGES, SPLITS, Docstring, corpus
+from jobs.demo_corpus import PACKAGES, SPLITS, Docstring, corpus, write_corpus
 from jobs.demo_store import LoopbackS3
 from lib.errors import ExitCode, TextsweepError, run_job, stop_on_signals
 from lib.storage import Store, open_store
@@ -33,7 +32,6 @@ from lib.storage import Store, open_store
 REPOSITORY = Path(__file__).parents[1]
 FOLDER = REPOSITORY / "demo"
 RUN_ID = "demo"
-NUM_SHARDS = 6
 
 STOP_SECONDS = 30
 """What a step gets to end by itself when the demo is stopped."""
@@ -93,28 +91,6 @@ class Steps:
         """Minutes and seconds since the start."""
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
         return f"{minutes}:{seconds:02d}"
-
-
-def write_corpus(store: Store, docstrings: list[Docstring]) -> None:
-    """Write labelled sets as one file each, and an archive of several shards with rows that cannot be scored."""
-    for split in ("train", "valid", "test"):
-        labelled = [{"text": one.text, "label": one.package} for one in docstrings if one.split == split]
-        write(store, f"{split}.parquet", pa.Table.from_pylist(labelled))
-    archive = [one for one in docstrings if one.split == "archive"]
-    for number in range(NUM_SHARDS):
-        rows: list[dict[str, str | None]] = [
-            {"module": one.module, "text": one.text} for one in archive[number::NUM_SHARDS]
-        ]
-        # As in every real archive: a text that is null, and one that is empty.
-        rows[7:7] = [{"module": "nowhere", "text": None}, {"module": "nowhere", "text": "  "}]
-        write(store, f"archive/part-{number:05d}.parquet", pa.Table.from_pylist(rows))
-
-
-def write(store: Store, name: str, table: pa.Table) -> None:
-    """Write one Parquet file."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    store.replace(name, sink.getvalue().to_pybytes())
 
 
 def print_corpus(store: Store, docstrings: list[Docstring]) -> None:

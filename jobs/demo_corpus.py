@@ -2,17 +2,26 @@
 
 Real text that needs no download. Files are read with `ast` and never imported. Splits share no module, so a test docstring
 never has a neighbour of its own file in training; exact duplicates are removed over all packages and splits.
+
+    python -m jobs.demo_corpus s3://bucket/folder    # write train, valid and test.parquet, and an archive of several shards
 """
 
 import ast
 import hashlib
 import importlib.util
 import re
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib.errors import run_job
+from lib.storage import Store, open_store
 
 PACKAGES = ("matplotlib", "networkx", "pandas", "ray", "scipy", "sklearn", "sympy", "transformers")
 """The classes. All of them are dependencies, direct or not."""
@@ -22,6 +31,9 @@ SPLITS = {"train": 600, "valid": 50, "test": 100, "archive": 450}
 
 MAX_PER_MODULE = 20
 """So that no file of hundreds of look-alikes rules its class."""
+
+NUM_SHARDS = 6
+"""of the archive"""
 
 MIN_CHARACTERS = 40
 """Shorter ones (`Return the name.`) could stand anywhere."""
@@ -39,6 +51,15 @@ MASK = "package"
 
 # What a test checks is told in a few words that fit every package.
 TESTS = re.compile(r"(^|/)(tests?|testing|conftest|test_\w+)(/|\.py$)")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write the corpus."""
+    if len(argv) != 1:
+        raise SystemExit(__doc__)
+    store = open_store(argv[0])
+    write_corpus(store, corpus())
+    print(f"{store.url}: train.parquet, valid.parquet, test.parquet, and {NUM_SHARDS} shards in archive/")
 
 
 @dataclass(frozen=True)
@@ -119,3 +140,29 @@ def split_of(module: str) -> str:
 def fraction(text: str) -> float:
     """A number from 0 to 1 that is the same for the same text everywhere."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6]) / 2**48
+
+
+def write_corpus(store: Store, docstrings: list[Docstring]) -> None:
+    """Write labelled sets as one file each, and an archive of several shards with rows that cannot be scored."""
+    for split in ("train", "valid", "test"):
+        labelled = [{"text": one.text, "label": one.package} for one in docstrings if one.split == split]
+        write(store, f"{split}.parquet", pa.Table.from_pylist(labelled))
+    archive = [one for one in docstrings if one.split == "archive"]
+    for number in range(NUM_SHARDS):
+        rows: list[dict[str, str | None]] = [
+            {"module": one.module, "text": one.text} for one in archive[number::NUM_SHARDS]
+        ]
+        # As in every real archive: a text that is null, and one that is empty.
+        rows[7:7] = [{"module": "nowhere", "text": None}, {"module": "nowhere", "text": "  "}]
+        write(store, f"archive/part-{number:05d}.parquet", pa.Table.from_pylist(rows))
+
+
+def write(store: Store, name: str, table: pa.Table) -> None:
+    """Write one Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    store.replace(name, sink.getvalue().to_pybytes())
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

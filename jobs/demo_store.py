@@ -1,6 +1,8 @@
 """A real S3 server on loopback (moto's), for the demo and the tests. Nothing outside this machine can reach it.
 
 It keeps objects in memory and forgets them when it stops: good for a demo, for nothing else.
+
+    python -m jobs.demo_store LOG      # serve until SIGTERM or Ctrl-C, with a bucket s3://demo; prints what to export
 """
 
 import os
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -113,3 +116,22 @@ class LoopbackS3:
         """Every request so far as `(method, path with query, status)`, from the server's access log."""
         text = COLOUR.sub("", self.log.read_text(errors="replace"))
         return [(found["method"], found["path"], int(found["status"])) for found in ACCESS.finditer(text)]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serve until somebody ends it."""
+    if len(argv) != 1:
+        raise SystemExit(__doc__)
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, lambda *_: sys.exit(0))
+    with LoopbackS3(Path(argv[0])) as server:
+        server.bucket("demo")
+        for name, value in server.environment.items():
+            print(f"export {name}={value}")
+        print("ready", flush=True)
+        while True:
+            signal.pause()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

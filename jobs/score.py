@@ -8,8 +8,8 @@ Writes  <output.path>/<version>/<shard>-<identity>-<chunk>-of-<chunks>.parquet  
 
 On this machine or inside a Ray job:
     python -m jobs.score --config jobs/configs/score.toml --set input.path=s3://bucket/archive --set output.path=s3://bucket/scores
-As a Ray job:
-    ray job submit --working-dir . -- python -m jobs.score --config jobs/configs/score.toml --run-id 2026-11-20
+On a Ray cluster:
+    python -m jobs.submit score --address https://head.example.com --config jobs/configs/score.toml --run-id 2026-11-20
 
 Exit codes: 0 done; 2 the command or configuration is wrong; 3 done, but over a limit of bad rows, shards or drift, not published;
 4 incomplete, run the same command again; 5 stopped on request; 6 limits.budget is spent, the same command goes on with a new one;

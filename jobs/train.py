@@ -6,7 +6,7 @@ Writes  output.path: the checkpoint of the best validation metric, its tokenizer
         report.html. It loads with plain transformers, and jobs.score takes it as model.path.
 
     python -m jobs.train --config jobs/configs/train_sst2.toml --set output.path=s3://bucket/models/sst2 --run-id 2026-11-20
-    ray job submit --address http://head:8265 --working-dir . -- python -m jobs.train --config ...
+    python -m jobs.submit train --address https://head.example.com --config jobs/configs/train_sst2.toml --set output.path=...
 
 Run it again with the same run id: a run that was killed goes on after its last evaluation, a finished one returns at once.
 Exit codes: 0 done; 2 the command, the configuration or the data is wrong; 4 incomplete, safe to run again; 5 stopped on

@@ -11,8 +11,12 @@ address), unless it believes that it is on a Mac, where loopback keeps firewalls
 import os
 import secrets
 
+made_token = ""
+"""The token made here for a local cluster, if any. No other cluster knows it: see `lib.submission`."""
+
 if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    if os.environ["RAY_AUTH_MODE"] == "token" and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH") or "RAY_AUTH_TOKEN" in os.environ
+    if os.environ["RAY_AUTH_MODE"] == "token" and not given:
+        made_token = os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

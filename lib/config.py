@@ -8,7 +8,8 @@ import json
 import re
 import secrets
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -825,7 +826,34 @@ def parse_command(
         raise UsageError(
             f"--run-id {run_id!r}: expected 1 to 128 letters, digits and . _ : + = -, starting with a letter or digit"
         )
-    return Command(config=validate(schema, values), run_id=run_id, arguments=arguments)
+    command = Command(config=validate(schema, values), run_id=run_id, arguments=arguments)
+    if ONLY_PARSE.get():
+        raise CommandParsed(command)
+    return command
+
+
+ONLY_PARSE: ContextVar[bool] = ContextVar("ONLY_PARSE", default=False)
+"""Whether `parse_command` ends the job that called it: see `parse_only`."""
+
+
+class CommandParsed(Exception):
+    """The way out of a job that was only asked to read its command line."""
+
+    def __init__(self, command: Command[Any]) -> None:
+        super().__init__("the command line was parsed")
+        self.command = command
+
+
+def parse_only(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> Command[Any]:
+    """What a job's `main` makes of its arguments, without running it. Raises what the job itself would raise."""
+    before = ONLY_PARSE.set(True)
+    try:
+        main(argv)
+    except CommandParsed as parsed:
+        return parsed.command
+    finally:
+        ONLY_PARSE.reset(before)
+    raise AssertionError("a job that takes a configuration must read it first of all, by parse_command")
 
 
 def read_file(path: str) -> dict[str, Any]:

@@ -70,6 +70,8 @@ ORDER = (
     # the work of a cluster
     *("workers", "training", "pretraining", "course", "outcome", "history", "drift"),
     *("watch", "tasks", "actors", "suspects", "pipeline", "run_page", "report", "scoring"),
+    # jobs on another machine's cluster
+    *("packaging", "submission", "job_log", "job_server"),
 )
 """From the lowest to the highest; each may import those before it."""
 
@@ -87,6 +89,8 @@ MAY_IMPORT_RAY = {
     "actors",
     "suspects",
     "pipeline",
+    "job_log",
+    "job_server",
 }
 MAY_IMPORT_TORCH = {
     "tracking",

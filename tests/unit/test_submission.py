@@ -1,0 +1,137 @@
+"""What a command means as a Ray job, where the token comes from, and what an end says."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import lib
+from jobs import publish, submit
+from lib.config import parse_only
+from lib.errors import ExitCode, UsageError
+from lib.job_log import Log
+from lib.job_server import AnswerError, check_address, find_token
+from lib.packaging import Package
+from lib.submission import Submission, outcome, plan
+
+PACKAGE = Package(Path("/project"), ("jobs/configs/a.toml",), 1, "0" * 40)
+
+
+def planned(*argv: str) -> Submission:
+    return plan("publish", argv, parse_only(publish.main, argv), PACKAGE)
+
+
+def test_the_same_job_configuration_and_run_are_one_submission(tmp_path: Path) -> None:
+    one = planned("list", "--set", "output.path=s3://b/scores", "--run-id", "n:1")
+    assert one.attempt(2) == f"publish-n-1-{one.digest}-2"
+    assert one.prefix == planned("list", "--run-id=n:1", "--set", 'output.path="s3://b/scores"').prefix
+    others = [
+        planned("list", "--set", "output.path=s3://b/scores", "--run-id", "n-1"),
+        planned("list", "--set", "output.path=s3://b/other", "--run-id", "n:1"),
+        planned("verify", "--set", "output.path=s3://b/scores", "--run-id", "n:1"),
+    ]
+    assert len({one.digest, *(other.digest for other in others)}) == 4
+
+
+def test_the_command_on_the_cluster_is_the_one_given() -> None:
+    argv = ["verify", "--set", "output.path=s3://b/a b", "--json"]
+    words = shlex.split(planned(*argv).entrypoint)
+    assert words[:3] == ["python", "-m", "jobs.publish"]
+    assert words[3:-2] == argv
+    assert words[-2] == "--run-id", "a name of chance is fixed here, so that the job can be found again"
+
+
+@pytest.mark.parametrize("argv", [["list", "--set", "output.path=s3://me:secret@b/scores"]])
+def test_a_password_is_not_shown_to_everybody(argv: Sequence[str]) -> None:
+    with pytest.raises(UsageError, match="user:password@") as refused:
+        planned(*argv)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        ("SUCCEEDED", 0, ExitCode.DONE),
+        *(("FAILED", int(code), code) for code in ExitCode if code),
+        ("FAILED", 137, ExitCode.INCOMPLETE),
+        ("FAILED", -9, ExitCode.INCOMPLETE),
+        ("FAILED", None, ExitCode.INCOMPLETE),
+        ("FAILED", 127, ExitCode.USAGE),
+        ("FAILED", 77, ExitCode.BUG),
+        ("STOPPED", None, ExitCode.STOPPED),
+    ],
+)
+def test_an_end_has_an_exit_code(status: str, code: int | None, expected: ExitCode) -> None:
+    assert outcome(status, code, "lost its node")[0] == expected
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "http://localhost:8265", "https://head.example.com"])
+def test_an_address_is_taken(address: str) -> None:
+    assert check_address(address, insecure=False) == address
+
+
+@pytest.mark.parametrize(
+    "address", ["", "head:8265", "ray://head:10001", "http://me:secret@127.0.0.1", "http://head:8265"]
+)
+def test_an_address_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    with pytest.raises(UsageError) as refused:
+        check_address(address, insecure=False)
+    assert "secret" not in str(refused.value)
+    assert check_address("http://head:8265", insecure=True)
+
+
+def test_the_token_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "made here")
+    monkeypatch.setattr(lib, "made_token", "made here")
+    with pytest.raises(UsageError, match="RAY_AUTH_TOKEN_PATH"):
+        find_token()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("at home\n")
+    assert find_token() == "at home"
+    (tmp_path / "named").write_text("named")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "named"))
+    assert find_token() == "named"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match="nowhere: cannot be read"):
+        find_token()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+    assert find_token() == "given"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert find_token() is None
+
+
+def test_our_options_are_taken_out_and_the_rest_is_the_jobs() -> None:
+    arguments, job, own = submit.parse(
+        ["publish", "list", "--address", "http://x", "--json", "--set", "a.b=c", "--detach", "--", "--status"]
+    )
+    assert (arguments.address, arguments.detach, arguments.status, job) == ("http://x", True, False, "publish")
+    assert own == ["list", "--set", "a.b=c", "--json", "--status"]
+    for wrong in ([], ["demo"], ["submit"], ["--stop"], ["score", "--stop", "--logs"]):
+        with pytest.raises(UsageError):
+            submit.parse(wrong)
+
+
+def test_a_log_that_starts_over_repeats_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log()
+    log.show(0, "one\n")
+    log.show(4, "two\n")
+    log.show(0, "one\ntwo\nthree\n")
+    log.show(14, "four\n")
+    assert capsys.readouterr().out == "one\ntwo\nthree\nfour\n"
+
+
+def test_a_terminal_shows_progress_in_place(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log()
+    log.in_place = True
+    log.show(0, "start\nscoring: 1 of 9\nscoring: 2 of 9\ndone\n")
+    log.end()
+    assert capsys.readouterr().out == "start\nscoring: 1 of 9\r\x1b[Kscoring: 2 of 9\ndone\n"
+
+
+def test_an_answer_is_told_by_its_last_line() -> None:
+    text = "Traceback\n  File\nValueError: Job x already exists.\n.\n.\n"
+    assert str(AnswerError(500, text)) == "HTTP 500: ValueError: Job x already exists."
