@@ -16,7 +16,7 @@ success it answers at once, after a failure or a stop it starts the next attempt
 Ctrl-C on a terminal asks whether to leave the job running or to stop it. Without a terminal, and on SIGTERM, the job is left
 running: whoever ends a client (a lost shell, a scheduler that restarts) seldom means the job, and the same command finds it again.
 
-Exit codes: the job's own, 0 to 5. Besides: 2 nothing was sent; 4 the cluster cannot be reached or has lost the job, or the driver
+Exit codes: the job's own, 0 to 6. Besides: 2 nothing was sent; 4 the cluster cannot be reached or has lost the job, or the driver
 was killed: run the same command again; 5 the job was stopped, or is not followed any more. With --detach, --status, --logs and --stop
 0 if that was done.
 """

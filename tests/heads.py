@@ -62,7 +62,7 @@ class Head:
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
         """Run `python -m jobs.submit` to its end: exit code, standard output, standard error."""
-        return finish(self.submit(*arguments, **environment))
+        return finish(self.submit(*arguments, address="", stdin=subprocess.DEVNULL, **environment))
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str, str]:

@@ -68,7 +68,7 @@ def case(
     """Run the operator once, against a server of its own."""
     from ray_jobs import SubmitRayJobOperator
 
-    handler = type("Case", (JobsApi,), {"jobs": there or {}, "becomes": becomes, "taken": taken, "asked": []})
+    handler: Any = type("Case", (JobsApi,), {"jobs": there or {}, "becomes": becomes, "taken": taken, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     connection = {"conn_type": "http", "host": "127.0.0.1", "port": server.server_port, "password": token}
@@ -105,6 +105,7 @@ def main() -> None:
         "another was first": case([running, good], taken=True),
         "usage": case([ended("FAILED", 2)]),
         "over limit": case([ended("FAILED", 3)]),
+        "over budget": case([ended("FAILED", 6)]),
         "incomplete": case([ended("FAILED", 4)]),
         "a bug": case([ended("FAILED", 1)]),
         "died": case([ended("FAILED")]),

@@ -70,6 +70,7 @@ NIGHT = "nightly.score.20261126T010000"
         ("another was first", "", [f"{NIGHT}-1"]),
         ("usage", "AirflowFailException", [f"{NIGHT}-1"]),
         ("over limit", "AirflowFailException", [f"{NIGHT}-1"]),
+        ("over budget", "AirflowFailException", [f"{NIGHT}-1"]),
         ("incomplete", "AirflowException", [f"{NIGHT}-1"]),
         ("a bug", "AirflowException", [f"{NIGHT}-1"]),
         ("died", "AirflowException", [f"{NIGHT}-1"]),
@@ -96,7 +97,7 @@ def test_the_dags_are_read_without_the_project_ray_or_torch(tmp_path: Path) -> N
     assert not {"lib", "jobs", "ray", "torch"} & set(found["modules"])
     nightly, weekly = found["dags"]["textsweep_nightly"], found["dags"]["textsweep_weekly"]
     assert nightly["tasks"] == {"score": ["publish"], "publish": []}
-    assert weekly["tasks"] == {"train": ["promote"], "promote": []}
+    assert weekly["tasks"] == {"train": ["compare"], "compare": ["promote"], "promote": []}
     for dag in (nightly, weekly):
         assert (dag["catchup"], dag["active"]) == (False, 1)
         assert dag["retries"] > 0
@@ -133,6 +134,13 @@ def test_a_model_is_trained_and_promoted_and_scores_a_night(head: Head, tmp_path
     assert str(model) in airflow.command("variables", "get", "textsweep_model")
     (trained,) = head.named("train")
     assert (trained["submission_id"], trained["status"]) == ("textsweep_weekly.train.20261121T120000-1", "SUCCEEDED")
+    airflow.command("dags", "test", "textsweep_weekly", "2026-11-28T12:00:00+00:00")
+    (first, compared) = head.named("compare")
+    assert (first["status"], compared["status"]) == ("SUCCEEDED", "SUCCEEDED")
+    assert "jobs.compare" not in first["entrypoint"]
+    assert f"--champion '{model}'" in compared["entrypoint"]
+    model = tmp_path / "models" / "2026-11-28T120000"
+    assert str(model) in airflow.command("variables", "get", "textsweep_model")
 
     for night in range(2):
         airflow.command("dags", "test", "textsweep_nightly", "2026-11-26T01:00:00+00:00")

@@ -14,6 +14,7 @@ from lib import drift
 from lib.attribution import Explanation
 from lib.checkpoint import Card
 from lib.config import ScoreConfig, validate
+from lib.cost import Usage
 from lib.errors import ExitCode
 from lib.highlight import explanation_page
 from lib.history import Baseline
@@ -172,6 +173,8 @@ def scoring_record(number: int, last: dict[str, Any] | None) -> dict[str, Any]:
             message="120,000 rows of 40 shards are scored, 144 of them with an error",
             published=True,
             started_at=datetime.now(UTC),
+            begun=0.0,
+            usage=Usage(node_seconds=780, cpu_seconds=12_480, gpu_seconds=1_560),
             outcome=outcome,
             totals={"shards": 1_234_567, "objects": 2_000_000, "rows": 123_456_789, "errors": 12_345, "bytes": 1},
             cluster="2 nodes, 32 CPUs, 4 GPUs",

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -287,7 +288,7 @@ def compare(damaged: str, whole: str) -> None:
 
 def test_a_folder_that_was_never_started_has_no_cluster(tmp_path: Path) -> None:
     done = subprocess.run(
-        [heads.sys.executable, str(heads.SCRIPT), "down", "--folder", str(tmp_path)], capture_output=True, text=True
+        [sys.executable, str(heads.SCRIPT), "down", "--folder", str(tmp_path)], capture_output=True, text=True
     )
     assert done.returncode == 1
     assert "no cluster was started from here" in done.stderr

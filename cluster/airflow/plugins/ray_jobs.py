@@ -23,7 +23,8 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 FINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 NOT_AGAIN = {
     2: "the command or the configuration is wrong",
-    3: "bad rows or shards are over the limits, nothing was published",
+    3: "what it found is over its limits, nothing was published or accepted",
+    6: "its budget is spent",
 }
 """Exit codes of a job that another try would not change."""
 TIMEOUT_SECONDS = 30
@@ -117,7 +118,7 @@ class RayJobTrigger(BaseTrigger):
 class SubmitRayJobOperator(BaseOperator):
     """Run a command as a Ray job and wait for its end.
 
-    Exit codes 2 and 3 of the command fail without another try; everything else (4, a crash, a job that was stopped, a cluster that is
+    Exit codes 2, 3 and 6 of the command fail without another try; everything else (4, a crash, a job that was stopped, a cluster that is
     gone) is tried again as the task's `retries` say. Marking the task as failed stops the job.
 
     :param conn_id: the connection of type HTTP: Ray's dashboard, its token as password
