@@ -282,12 +282,16 @@ class Fit:
                 learner.begin_epoch(epoch)
             learner.step(progress.step, train.data, train.chosen[batches[place]])
             progress.step += 1
-            self.print_progress()
+            self.after_step()
             if place + 1 in places:
                 self.assess()
                 self.save()
         if progress.failure is None:
             self.restore_kept()
+
+    def after_step(self) -> None:
+        """What follows each optimizer step."""
+        self.print_progress()
 
     def batches_of(self, epoch: int) -> list[IntArray]:
         """The places in the training set of each batch of an epoch."""

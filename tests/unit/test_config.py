@@ -19,6 +19,7 @@ from lib.config import (
     validate,
 )
 from lib.errors import ExitCode, UsageError
+from lib.space import SearchConfig
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 SCHEMAS: dict[str, type[Section]] = {
@@ -27,6 +28,7 @@ SCHEMAS: dict[str, type[Section]] = {
     "predict": PredictConfig,
     "publish": PublishConfig,
     "zero_shot": ZeroShotConfig,
+    "search": SearchConfig,
 }
 REQUIRED = ["--set", "input.path=s3://b/archive", "--set", "model.path=/m", "--set", "output.path=/o"]
 

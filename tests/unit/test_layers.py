@@ -11,7 +11,7 @@ ORDER = (
     # what everything speaks of
     *("errors", "schema", "windows"),
     # the world outside
-    *("config", "listing", "storage", "atomicity", "tracking"),
+    *("config", "toml", "space", "listing", "storage", "atomicity", "tracking"),
     # one thing each
     *(
         "planning",
@@ -43,9 +43,10 @@ ORDER = (
     *("checkpoint", "attribution", "plots", "highlight", "model_card", "training_report"),
     *("packing", "engine", "budget"),
     # the work of one process
-    *("labelled", "blocks", "predictor", "learning", "contrastive", "fitting", "zero_shot"),
+    *("labelled", "blocks", "predictor", "learning", "contrastive", "fitting", "trial", "search_report", "zero_shot"),
     # the work of a cluster
-    *("training", "outcome", "watch", "tasks", "actors", "suspects", "pipeline", "report", "scoring"),
+    *("training", "halving", "search"),
+    *("outcome", "watch", "tasks", "actors", "suspects", "pipeline", "report", "scoring"),
 )
 """From the lowest to the highest; each may import those before it."""
 
@@ -54,7 +55,9 @@ MAY_IMPORT_RAY = {
     "progress",
     "labelled",
     "fitting",
+    "trial",
     "training",
+    "halving",
     "watch",
     "tasks",
     "actors",
@@ -77,6 +80,7 @@ MAY_IMPORT_TORCH = {
     "learning",
     "contrastive",
     "fitting",
+    "trial",
     "zero_shot",
     "training",
 }
