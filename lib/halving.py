@@ -14,7 +14,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from lib.errors import IncompleteError
+from lib.errors import IncompleteError, TextsweepError, at_work
 from lib.space import SearchSection, point_text
 from lib.storage import Store
 from lib.training import chain_of, run_interruptibly
@@ -55,13 +55,19 @@ class Recorder(tune.Callback):
         self.metric = metric
         self.num_trials = num_trials
         self.records = dict(known)
+        self.failure: TextsweepError | None = None
+        """of the storage; raised at the end, since Ray Tune takes what is raised here for the trial's"""
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Keep what the trial said last."""
         record = Record.model_validate_json(trial.last_result["record"])
         if record.number in self.records:
             return
-        self.folder.replace(f"{TRIALS_FOLDER}/{record.number:05d}.json", record.model_dump_json().encode())
+        try:
+            self.folder.replace(f"{TRIALS_FOLDER}/{record.number:05d}.json", record.model_dump_json().encode())
+        except TextsweepError as error:
+            self.failure = error
+            return
         self.records[record.number] = record
         print(f"[{len(self.records)}/{self.num_trials}] {record_text(record, self.metric)}", flush=True)
 
@@ -92,6 +98,9 @@ def run_trials(section: SearchSection, plan: TrialPlan, folder: Store, cpus: int
         errors = run_interruptibly(
             lambda: tune_trials(section, plan, recorder, [*sorted(again), *todo], cpus, concurrent)
         )
+        if recorder.failure is not None:
+            with at_work():
+                raise recorder.failure
         missing = [number for number in todo if number not in recorder.records]
         if missing:
             explain_missing(missing, errors)
@@ -101,10 +110,13 @@ def run_trials(section: SearchSection, plan: TrialPlan, folder: Store, cpus: int
 def tune_trials(
     section: SearchSection, plan: TrialPlan, recorder: Recorder, numbers: list[int], cpus: int, concurrent: int
 ) -> list[Exception]:
-    """Let Ray Tune run trials by their numbers; returns the errors of those that failed more than `MAX_FAILURES` times."""
+    """Let Ray Tune run trials by their numbers; returns the errors of those that failed more than `MAX_FAILURES` times.
+
+    What is not of a trial's process comes from Ray Tune as text.
+    """
     os.environ |= {name: os.environ.get(name, value) for name, value in RAY_TUNE_SETTINGS.items()}
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is said in a line of ours
-    resources = {"CPU": cpus, **({"GPU": 1} if plan.use_gpu else {})}
+    resources: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if plan.use_gpu else {})}
     with (
         tempfile.TemporaryDirectory() as scratch
     ):  # what Ray Tune keeps is not needed: every trial that is over is a file of ours
@@ -126,7 +138,7 @@ def tune_trials(
                 callbacks=[recorder],
             ),
         )
-        return list(tuner.fit().errors)
+        return [one if isinstance(one, Exception) else RuntimeError(one) for one in tuner.fit().errors]
 
 
 def scheduler_of(section: SearchSection) -> TrialScheduler:

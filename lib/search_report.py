@@ -78,8 +78,9 @@ def curves_plot(result: dict[str, Any]) -> str:
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     for one in result["trials"]:
-        seen = {look["step"]: look["value"] for look in one["looks"]}
-        seen |= {entry["step"]: entry[result["metric"]] for entry in one["history"]}
+        points = [(look["step"], look["value"]) for look in one["looks"]]
+        points += [(entry["step"], entry[result["metric"]]) for entry in one["history"]]
+        seen = {step: value for step, value in points if value is not None}
         is_best = one["number"] == result["best"]["trial"]
         color = SECOND_COLOR if is_best else COLOR if one["status"] == "done" else "#8a939c"
         axes.plot(

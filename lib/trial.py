@@ -40,7 +40,8 @@ class Look(BaseModel):
     percent: float
     """of its steps"""
     step: int
-    value: float
+    value: float | None
+    """None: no finite number"""
 
 
 class Record(BaseModel):
@@ -59,8 +60,8 @@ class Record(BaseModel):
     """it would have made, or has"""
     seconds: float
     looks: list[Look]
-    history: list[dict[str, float]]
-    """its evaluations, as in metrics.json"""
+    history: list[dict[str, float | None]]
+    """its evaluations, as in metrics.json; None: no finite number"""
     reason: str | None = None
     """why it failed"""
 
@@ -104,8 +105,9 @@ class TrialFit(Fit):
             return
         logits = self.learner.evaluate(self.sets["valid"])
         assert logits is not None, "a trial is one worker"
-        self.looks.append(Look(percent=percent, step=step, value=self.summary(logits)[self.job.metric]))
-        tell(self.record("stopped", self.looks[-1].value), percent)
+        value = finite(self.summary(logits)[self.job.metric])
+        self.looks.append(Look(percent=percent, step=step, value=value))
+        tell(self.record("stopped", value), percent)
 
     def print_evaluation(self, entry: dict[str, float]) -> None:
         """Nothing: the search says a line for each trial."""
@@ -131,9 +133,12 @@ class TrialFit(Fit):
             logits = self.learner.evaluate(self.sets["valid"])
             assert logits is not None, "a trial is one worker"
             best = self.validation(logits)
+        value = finite(best[self.job.metric])
+        if value is None:
+            return self.record("failed", None, "no evaluation gave a finite number")
         if self.tracker is not None:
             self.tracker.end({"best": best}, progress.step)
-        return self.record("done", best[self.job.metric])
+        return self.record("done", value)
 
     def record(
         self, status: Literal["done", "stopped", "failed"], value: float | None, reason: str | None = None
@@ -148,7 +153,7 @@ class TrialFit(Fit):
             steps=max(self.learner.total_steps, self.progress.step),
             seconds=round(time.monotonic() - self.begun, 3),
             looks=list(self.looks),
-            history=list(self.progress.history),
+            history=[{name: finite(one) for name, one in entry.items()} for entry in self.progress.history],
             reason=reason,
         )
 
@@ -187,6 +192,11 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     tell(found, WHOLE)
 
 
+def finite(value: float) -> float | None:
+    """A number as JSON knows it."""
+    return value if math.isfinite(value) else None
+
+
 def tell(record: Record, percent: float) -> None:
     """Report to Ray Tune, and wait for what its scheduler says to it: `SystemExit` ends the trial."""
     value = math.nan if record.value is None else record.value
@@ -204,7 +214,8 @@ def tell_again(record: Record) -> None:
 def alone(job: Job, use_gpu: bool) -> Team:
     """The team of one worker, on this process's GPU or on its share of the processors."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     torch.set_num_threads(min(job.cpus_per_worker, os.cpu_count() or 1))
     device = torch.device("cuda:0" if use_gpu else "cpu")
     return Team(rank=0, size=1, device=device, dtype=choose_dtype(job.config.model.precision, device))
