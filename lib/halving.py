@@ -6,24 +6,33 @@ both are as far in their schedules. What is over is a file; trials that are over
 
 import logging
 import os
+import shutil
 import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
+import ray
 from ray import tune
 from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lib.errors import IncompleteError, TextsweepError, at_work
+from lib.errors import IncompleteError, StoppedError, TextsweepError, at_work
+from lib.mapped import local_copy
 from lib.space import SearchSection, point_text
 from lib.storage import Store
-from lib.training import chain_of, run_interruptibly
+from lib.training import chain_of
 from lib.trial import WHOLE, Record, TrialPlan, run_trial
 
 TRIALS_FOLDER = "trials"
 
 MAX_FAILURES = 1
 """Of a trial's process or of storage, after which it is run again."""
+
+STOP_SECONDS = 15.0
+"""For Ray Tune to end what it runs, of the 30 that a job has."""
 
 RAY_TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each trial is a file of ours
@@ -56,7 +65,13 @@ class Recorder(tune.Callback):
         self.num_trials = num_trials
         self.records = dict(known)
         self.failure: TextsweepError | None = None
-        """of the storage; raised at the end, since Ray Tune takes what is raised here for the trial's"""
+        """of the storage; raised at the end, since Ray Tune takes what is raised when a trial is over for the trial's"""
+        self.is_stopped = False
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """End the whole search, and its trials, if that was asked for. Several times a second."""
+        if self.is_stopped:
+            raise StoppedError("stopped on request")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Keep what the trial said last."""
@@ -95,9 +110,8 @@ def run_trials(section: SearchSection, plan: TrialPlan, folder: Store, cpus: int
     todo = [number for number in numbers if number not in plan.known]
     if todo:
         again = [number for number, one in plan.known.items() if one.looks or one.status == "done"]
-        errors = run_interruptibly(
-            lambda: tune_trials(section, plan, recorder, [*sorted(again), *todo], cpus, concurrent)
-        )
+        numbers = [*sorted(again), *todo]
+        errors = run_stoppably(recorder, lambda: tune_trials(section, plan, recorder, numbers, cpus, concurrent))
         if recorder.failure is not None:
             with at_work():
                 raise recorder.failure
@@ -105,6 +119,23 @@ def run_trials(section: SearchSection, plan: TrialPlan, folder: Store, cpus: int
         if missing:
             explain_missing(missing, errors)
     return recorder.records
+
+
+def run_stoppably(recorder: Recorder, function: Callable[[], list[Exception]]) -> list[Exception]:
+    """Let Ray Tune run in a thread of its own, so that a signal reaches the main one; it ends its trials before Ray is left.
+
+    Ray 2.60 starts another Ray for a call that finds none.
+    """
+    executor = ThreadPoolExecutor(max_workers=1)
+    future = executor.submit(function)
+    try:
+        return future.result()
+    except StoppedError:
+        recorder.is_stopped = True
+        wait([future], timeout=STOP_SECONDS)
+        raise
+    finally:
+        executor.shutdown(wait=False)
 
 
 def tune_trials(
@@ -150,6 +181,20 @@ def scheduler_of(section: SearchSection) -> TrialScheduler:
         max_t=int(WHOLE),
         grace_period=WHOLE * section.grace,  # type: ignore[arg-type]
         reduction_factor=section.reduction,
+    )
+
+
+def clear_copies(stores: Sequence[Store]) -> None:
+    """Remove what each node has copied of tokenized rows in S3."""
+
+    def clear() -> None:
+        for store in stores:
+            shutil.rmtree(local_copy(store), ignore_errors=True)
+
+    task = ray.remote(num_cpus=0)(clear)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    ray.get(
+        [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(one, soft=True)).remote() for one in nodes]
     )
 
 

@@ -15,7 +15,7 @@ from lib.checkpoint import COMMIT_NAME
 from lib.config import TrainConfig
 from lib.errors import UsageError
 from lib.fitting import Job, TaskJob, deciding
-from lib.halving import percents_of, read_records, run_trials
+from lib.halving import clear_copies, percents_of, read_records, run_trials
 from lib.labelled import LabelledIndex, Source
 from lib.metrics import is_better
 from lib.runtime import Cluster
@@ -100,6 +100,8 @@ def search(config: SearchConfig, run_id: str, cluster: Cluster) -> dict[str, Any
         trained = train(best.config, run_id, cluster, folder.at("data").at(best.tokens))
         result["best"]["trained"] = {"validation": trained["best"], "test": brief_test(trained)}
     write_result(output, result, best.config)
+    if not folder.is_local:
+        clear_copies(list(dict.fromkeys(task.data for job in plan.jobs.values() for task in job.tasks)))
     remove_run(folder)
     return result
 
@@ -147,9 +149,12 @@ def place_trials(config: SearchConfig, cluster: Cluster) -> tuple[bool, int, int
     concurrent = min(config.search.concurrent or max(1, room), config.search.trials)
     try:
         use_gpu, cpus = place_workers(resized(config, concurrent), cluster)
-    except UsageError as error:
+    except UsageError:
+        if config.search.concurrent is None:
+            raise
         raise UsageError(
-            f"search.concurrent = {concurrent}: {error}" if config.search.concurrent else str(error)
+            f"search.concurrent = {concurrent} trials with a CPU{' and a GPU' if use_gpu else ''} each, the cluster has {cluster};"
+            " give less, or leave it out"
         ) from None
     return use_gpu, cpus, concurrent
 

@@ -103,7 +103,7 @@ PAGE = """<!doctype html>
 <style>{{ style | safe }}</style></head><body>
 <h1>Textsweep search {{ result.run_id }}</h1>
 <p>Trial {{ result.best.trial }} is the best of {{ result.trials | length }} by {{ metric }} on the validation rows. The best of several is a little
-too good on the rows that chose it; {% if result.best.trained and result.best.trained.test %}the test rows were looked at once, with the checkpoint that was trained of it{% else %}no test rows were looked at{% endif %}.</p>
+too good on the rows that chose it; {% if result.best.trained and result.best.trained.test %}the test rows were looked at once, by the checkpoint that was trained with it{% else %}no test rows were looked at{% endif %}.</p>
 <div class="tiles">
 <div class="tile"><b>{{ "%.4f" | format(result.best.value) }}</b><span>{{ metric }}, validation rows</span></div>
 {% if result.best.trained and result.best.trained.test %}{% for name, value in result.best.trained.test.items() if value is number and name != "rows" %}<div class="tile"><b>{{ "%.4f" | format(value) }}</b><span>{{ name | replace("_", " ") }}, test rows</span></div>

@@ -1,13 +1,18 @@
 """A search on a real Ray: one rate of several learns, the others are hopeless or diverge."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -24,6 +29,7 @@ from lib.storage import open_store
 from lib.trial import TrialPlan
 from tests import fakes
 from tests.labelled import make_rows
+from tests.waiting import wait_until
 
 HOPELESS, GOOD, DIVERGING = 1e-7, 5e-3, 1e30
 RATES = [HOPELESS, 2e-7, 3e-7, GOOD, DIVERGING]
@@ -198,7 +204,7 @@ def test_a_wrong_trial_is_named_before_anything_is_done(
             "unknown key 'optim.learning_rat', did you mean 'learning_rate'",
         ),
         ("resources.strategy=fsdp", "a trial is one worker"),
-        ("search.concurrent=9", "search.concurrent = 8: .*the cluster has 1 nodes, 4 CPUs"),
+        ("search.concurrent=9", "search.concurrent = 8 trials with a CPU each, the cluster has 1 nodes, 4 CPUs"),
         ("search.space.loss.positive_weights=['balanced', {a = 1.0}]", "trial 2 .*positive_weights"),
         ("stopping.metric=pearson", "this data is multi-class"),
     ):
@@ -212,3 +218,63 @@ def test_several_workers_of_training_are_one_in_a_trial() -> None:
     config = validate(TrainConfig, values | {"resources": {"num_workers": 4}, "optim": {"accumulation_steps": 2}})
     found = as_trial(config)
     assert (found.resources.num_workers, found.optim.accumulation_steps, found.data.label_noise) == (1, 8, False)
+
+
+# on a Ray of their own
+
+
+def start(paths: dict[str, str], output: Path, log: Path) -> subprocess.Popen[bytes]:
+    """A search whose trials take seconds, as a process of its own."""
+    given = {f"{name}.path": paths[name] for name in ("train", "valid", "test")} | {
+        "model.base": paths["base"],
+        "output.path": str(output),
+        "optim.epochs": 200,
+        "stopping.patience": 1000,
+        "search.space.optim.learning_rate": "[1e-4, 1e-3, 5e-3, 1e-2]",
+        "search.trials": 4,
+        "search.stopping": "none",
+    }
+    argv = [sys.executable, "-m", "jobs.search", "--run-id", "night-1"]
+    with log.open("ab") as sink:
+        return subprocess.Popen(
+            [*argv, *(f"--set={key}={value}" for key, value in given.items())], stdout=sink, stderr=subprocess.STDOUT
+        )
+
+
+def trial_processes(job: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    found = []
+    for one in psutil.Process(job.pid).children(recursive=True):
+        try:
+            title = " ".join(one.cmdline())
+        except psutil.Error:
+            continue
+        if title.startswith(("ray::run_trial", "ray::ImplicitFunc")):
+            found.append(one)
+    return found
+
+
+@pytest.mark.trial
+def test_a_search_that_is_stopped_and_loses_a_process_is_finished_by_the_same_command(
+    paths: dict[str, str], tmp_path: Path
+) -> None:
+    output, log = tmp_path / "search", tmp_path / "log.txt"
+    trials = output / "_search" / "night-1" / "trials"
+    first = start(paths, output, log)
+    wait_until(lambda: (trials / "00001.json").exists(), "the first trial", 240)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=30) == 5, log.read_text()
+    assert "stopped by SIGTERM" in log.read_text()
+    over = {path.name: path.read_bytes() for path in trials.iterdir()}
+    assert 0 < len(over) < 4
+
+    second = start(paths, output, log)
+    wait_until(lambda: bool(trial_processes(second)) and "are over" in log.read_text(), "a trial at work", 240)
+    os.kill(trial_processes(second)[0].pid, signal.SIGKILL)
+    assert second.wait(timeout=500) == 0, log.read_text()
+    said = log.read_text()
+    assert said.count("it is run once more") == 1
+    result = json.loads((output / "search.json").read_text())
+    assert [one["status"] for one in result["trials"]] == ["done"] * 4
+    for name, kept in over.items():
+        assert result["trials"][int(name.removesuffix(".json")) - 1] == json.loads(kept)
+    assert result["best"]["trained"]["validation"]["macro_f1"] == result["best"]["value"]
