@@ -4,6 +4,7 @@ Which rows a step sees and in which order is decided by (seed, step) alone, so a
 its last evaluation left it. Knows Ray Train's worker side, not the cluster.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -387,10 +388,11 @@ class Fit:
         train = self.sets["train"]
         epoch, place = divmod(step, self.steps_per_epoch)
         rows = train.chosen[self.batches_of(epoch)[place]]
-        shown = ", ".join(map(str, rows[:SHOWN_ROWS]))
+        found = [train.data.place_of(int(row)) for row in rows[:SHOWN_ROWS]]
+        shown = "; ".join(f"{shard}: {', '.join(str(one['row']) for one in ones)}" for shard, ones in by_shard(found))
         return (
-            f"the training loss is no finite number from step {step + 1} (epoch {epoch + 1}) on; rows {shown}"
-            f"{', ...' if len(rows) > SHOWN_ROWS else ''} of the {len(train.data)} usable training rows were its batch"
+            f"the training loss is no finite number from step {step + 1} (epoch {epoch + 1}) on; its batch were the training rows {shown}"
+            f"{f' and {len(rows) - SHOWN_ROWS} more' if len(rows) > SHOWN_ROWS else ''}"
         )
 
     def print_progress(self) -> None:
@@ -609,6 +611,7 @@ def publish(fit: Fit, valid: FloatArray, test: FloatArray | None) -> None:
         model.save_pretrained(folder)
         for number, head in enumerate(heads):
             found[head.name]["unexplained"] = explain_errors(fit, number, found[head.name], card, folder)
+            name_rows(found[head.name]["errors"], evaluated(fit, number, found[head.name]).data)
         metrics: dict[str, Any] = {
             "run_id": job.run_id,
             "seconds": progress.seconds,
@@ -686,12 +689,30 @@ def look_for_label_noise(job: Job, model: PreTrainedModel, rows: Subset, team: T
     listed = [asdict(one) for one in suspects[:LISTED]]
     if job.config.output.report_text:
         add_texts(job, listed, rows.data)
+    name_rows(listed, rows.data)
     found = {"rows": len(looked_at), "found": len(suspects), "listed": listed}
     job.folder.replace(SUSPECTS_NAME, json.dumps(found).encode())
     say(
         f"label noise: {len(suspects):,} of {len(looked_at):,} training rows look mislabelled; report.html lists the clearest"
     )
     return found
+
+
+def name_rows(listed: list[dict[str, Any]], data: LabelledSet) -> None:
+    """Say of each `row` that is listed, a number in a mapped set, in which `shard` it is, and its number there, as dead letters do."""
+    for one in listed:
+        one |= data.place_of(one["row"])
+
+
+def by_shard(places: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Places of rows, shard by shard."""
+    order = sorted(places, key=lambda one: (str(one["shard"]), one["row"]))
+    return ((shard, list(ones)) for shard, ones in itertools.groupby(order, key=lambda one: str(one["shard"])))
+
+
+def evaluated(fit: Fit, number: int, metrics: dict[str, Any]) -> Subset:
+    """The rows that a task's errors are of: those of its test set, or without one of its validation set."""
+    return fit.sets_of[number]["valid" if metrics["test"] is None else "test"]
 
 
 def add_texts(job: Job, listed: list[dict[str, Any]], data: LabelledSet) -> None:
@@ -719,7 +740,7 @@ def explain_errors(fit: Fit, number: int, metrics: dict[str, Any], card: Card, f
     Returns why that was not done for all of them, if so, and warns: nothing of it ends a run that has been trained.
     """
     job, model, errors = fit.job, fit.job.config.model, metrics["errors"]
-    rows = fit.sets_of[number]["valid" if metrics["test"] is None else "test"]
+    rows = evaluated(fit, number, metrics)
     head, place = slices_of(job.heads)[number]
     if not job.config.output.report_text or not errors:
         return None

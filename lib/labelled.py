@@ -34,6 +34,7 @@ from lib.archive import (
 from lib.checkpoint import fetch
 from lib.config import TrainConfig, TrainModelSection
 from lib.errors import IncompleteError, TextsweepError, UsageError, nearest
+from lib.mapped import SHARD_KEY
 from lib.planning import Chunk, bundle, chunks_of, with_identities
 from lib.reading import ChangedShardError, Rows, read_rows
 from lib.schema import RowError, Task
@@ -260,8 +261,9 @@ def tokenize_block(
     dropped: Counter[str] = Counter()
     batches: list[pa.RecordBatch] = []
     chunks = [Chunk(**chunk) for chunk in json.loads(item["chunks"])]
-    for rows in read_block(source, chunks):
-        texts, labels, weights = usable_rows(rows, dropped)
+    shards: list[str] = []
+    for shard, first, rows in read_block(source, chunks):
+        texts, labels, weights, places = usable_rows(rows, dropped)
         if not len(labels):
             continue
         tokens = tokenizer.encode(*texts)
@@ -269,6 +271,8 @@ def tokenize_block(
         sampled, longer = sampled + len(sample), longer + (sample[:, None] > np.array(LENGTHS)).sum(axis=0)
         arrays = {"ids": tokens.id_lists(), "label": labels, "weight": weights, "type_ids": tokens.type_id_lists()}
         arrays["hash"] = pa.array(hash_texts(texts))
+        arrays["row"] = pa.array(first + places)
+        shards.append(shard)
         batches.append(pa.RecordBatch.from_pydict({name: one for name, one in arrays.items() if one is not None}))
         if source.task is not Task.REGRESSION:
             flat = labels.flatten() if source.task is Task.MULTI_LABEL else labels
@@ -277,8 +281,8 @@ def tokenize_block(
     if batches:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, batches[0].schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
+            for shard, batch in zip(shards, batches, strict=True):
+                writer.write_batch(batch, custom_metadata={SHARD_KEY: shard})
         folder.replace(name, sink.getvalue().to_pybytes())
     return {
         "set": source.name,
@@ -293,22 +297,32 @@ def tokenize_block(
     }
 
 
-def read_block(source: Source, chunks: list[Chunk]) -> Iterator[Rows]:
-    """Read chunks, shard by shard. Raises `IncompleteError` if a shard is not the one that was listed."""
+def read_block(source: Source, chunks: list[Chunk]) -> Iterator[tuple[str, int, Rows]]:
+    """Read chunks, shard by shard: the shard, the number in it of the first row, the rows.
+
+    Raises `IncompleteError` if a shard is not the one that was listed.
+    """
     for shard, group in itertools.groupby(chunks, key=lambda chunk: chunk.shard):
         where = f"{source.store.url}/{shard}"
         try:
             with explained(where, "read"):
-                for _, rows in read_rows(source.store, list(group), source.columns, BLOCK_BYTES):
-                    yield rows
+                read = 0
+                before: Chunk | None = None
+                for chunk, rows in read_rows(source.store, list(group), source.columns, BLOCK_BYTES):
+                    read = read if chunk is before else 0
+                    yield shard, chunk.start + read, rows
+                    before, read = chunk, read + len(rows.errors)
         except (ChangedShardError, BadShardError) as error:
             raise IncompleteError(f"{source.name}.path: {where} changed while it was read: {error}") from error
 
 
-def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[pa.LargeStringArray], pa.Array, pa.FloatArray | None]:
+def usable_rows(
+    rows: Rows, dropped: Counter[str]
+) -> tuple[list[pa.LargeStringArray], pa.Array, pa.FloatArray | None, IntArray]:
     """Leave out rows without a text, a label or a weight, and count them by reason.
 
-    Labels as strings (or lists of them, or for regression fp32), weights as fp32 if there is a column for them.
+    Labels as strings (or lists of them, or for regression fp32), weights as fp32 if there is a column for them, and the places of
+    these rows among all.
     """
     labels = rows.keys.column(0).combine_chunks()
     if pa.types.is_floating(labels.type):
@@ -344,6 +358,7 @@ def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[pa.LargeStringA
         [column.filter(keep) for column in rows.texts],
         labels.filter(keep),
         None if weights is None else weights.filter(keep),
+        np.flatnonzero(rows.errors == RowError.NONE)[valid],
     )
 
 

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from lib.schema import Targets, Task
 from lib.storage import Store, cache_folder, explained
 from lib.windows import Windows, split
 
+SHARD_KEY = "shard"
+"""Of a record batch's metadata: the file that its rows come from."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -28,6 +32,10 @@ class Part:
     ids: npt.NDArray[np.integer]
     offsets: npt.NDArray[np.int32]
     type_ids: npt.NDArray[np.uint8] | None
+    shard: str | None
+    """path of the rows' file, below the root of the labelled set; None, and no rows, if that was not kept"""
+    rows: npt.NDArray[np.int64] | None
+    """their numbers in that file"""
 
 
 class LabelledSet:
@@ -50,10 +58,13 @@ class LabelledSet:
         targets, weights, hashes = [], [], []
         for path in paths:
             table = pa.ipc.open_file(pa.memory_map(path))
-            for batch in map(table.get_batch, range(table.num_record_batches)):
+            for number in range(table.num_record_batches):
+                batch, said = table.get_batch_with_custom_metadata(number)
                 lists = batch.column("ids")
                 segments = batch.column("type_ids").values.to_numpy() if "type_ids" in batch.schema.names else None
-                self.parts.append(Part(lists.values.to_numpy(), lists.offsets.to_numpy(), segments))
+                shard = said[SHARD_KEY].decode() if said is not None and SHARD_KEY in said else None
+                rows = batch.column("row").to_numpy() if "row" in batch.schema.names else None
+                self.parts.append(Part(lists.values.to_numpy(), lists.offsets.to_numpy(), segments, shard, rows))
                 targets.append(encode_labels(batch.column("label"), labels, task))
                 if "weight" in batch.schema.names:
                     weights.append(batch.column("weight").to_numpy())
@@ -120,6 +131,12 @@ class LabelledSet:
         """The token ids of a row (L,), with windows those of all of them."""
         ids, mask, _ = self.gather(np.array([row]))
         return ids[mask]
+
+    def place_of(self, row: int) -> dict[str, Any]:
+        """Where a person finds a row: `shard`, the path of its file below the labelled set's root, and `row`, counted from 0 in it."""
+        owner = int(np.searchsorted(self.starts, row, side="right")) - 1
+        part = self.parts[owner]
+        return {"shard": part.shard, "row": row if part.rows is None else int(part.rows[row - self.starts[owner]])}
 
 
 @dataclass(frozen=True)
