@@ -50,8 +50,8 @@ def answers_of(models: Sequence[Checkpoint], source: LabelledSource, path: str, 
     truth: list[str] = []
     found: list[list[npt.NDArray[np.float32]]] = [[np.zeros((0, len(labels)), np.float32)] for _ in models]
     for block in source.blocks:
-        for rows in read_block(source, list(block)):
-            texts, names, _ = usable_rows(rows, dropped)
+        for _, _, rows in read_block(source, list(block)):
+            texts, names, *_ = usable_rows(rows, dropped)
             truth += names.to_pylist()
             for (predictor, tokenizer), parts, order in zip(predictors, found, places, strict=True):
                 tokens = tokenizer.encode(*texts)

@@ -246,6 +246,7 @@ def look_for_label_noise(job: ClassifierJob, model: PreTrainedModel, rows: Subse
     listed = [asdict(one) for one in suspects[:LISTED]]
     if job.config.output.report_text:
         add_texts(job, listed, rows.data)
+    name_rows(listed, rows.data)
     found = {"rows": len(looked_at), "found": len(suspects), "listed": listed}
     job.folder.replace(SUSPECTS_NAME, json.dumps(found).encode())
     say(
@@ -260,3 +261,9 @@ def add_texts(job: ClassifierJob, listed: list[dict[str, Any]], data: LabelledSe
     tokenizer = load_tokenizer(fetch(job.base, trust), job.max_length, trust.code, model.truncation, model.windows)
     for one in listed:
         one["text"] = tokenizer.text_of(data.ids_of(one["row"]))
+
+
+def name_rows(listed: list[dict[str, Any]], data: LabelledSet) -> None:
+    """Say of each `row` that is listed, a number in a mapped set, in which `shard` it is, and its number there, as dead letters do."""
+    for one in listed:
+        one |= data.place_of(one["row"])

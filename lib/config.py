@@ -872,7 +872,8 @@ def assign(values: dict[str, Any], assignment: str) -> None:
     """Put one `section.key=value` into `values`, in place."""
     key, sign, text = assignment.partition("=")
     parts = key.strip().split(".")
-    if not sign or len(parts) != (3 if parts[0] == "tasks" and len(parts) > 2 else 2) or not all(parts):
+    depth = 4 if parts[:2] == ["search", "space"] else 3 if parts[0] == "tasks" and len(parts) > 2 else 2
+    if not sign or len(parts) != depth or not all(parts):
         raise UsageError(
             f"--set {assignment!r}: expected section.key=value, such as --set input.path=s3://bucket/archive"
         )

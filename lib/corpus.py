@@ -120,7 +120,7 @@ def tokenize_block(
     tokenizer = load_tokenizer(fetch(base, trust), WHOLE if packing else max_length, trust.code)
     dropped: Counter[str] = Counter()
     found: dict[str, list[Tokens]] = {}
-    for rows in read_block(source, [Chunk(**chunk) for chunk in json.loads(item["chunks"])]):
+    for _, _, rows in read_block(source, [Chunk(**chunk) for chunk in json.loads(item["chunks"])]):
         texts = usable_texts(rows, dropped)
         if source.name == "train" and config.valid.path is None:
             aside = is_aside(texts, config.valid.fraction, config.optim.seed)

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from lib.attribution import check_captum, explain_rows, new_explainer
 from lib.calibration import Decision, FloatArray, decide
 from lib.checkpoint import Card, commit, fetch
-from lib.classifying import ClassifierFit, ClassifierJob, add_texts
+from lib.classifying import ClassifierFit, ClassifierJob, add_texts, name_rows
 from lib.errors import UsageError, say
 from lib.fitting import METRICS_NAME, deciding, find_committed, join_team
-from lib.mapped import local_copy
+from lib.mapped import Subset, local_copy
 from lib.metrics import describe, worst_errors
 from lib.model import load_classifier
 from lib.model_card import model_card
@@ -101,6 +101,7 @@ def publish(fit: ClassifierFit, valid: FloatArray, test: FloatArray | None) -> N
         model.save_pretrained(folder)
         for number, head in enumerate(heads):
             found[head.name]["unexplained"] = explain_errors(fit, number, found[head.name], card, folder)
+            name_rows(found[head.name]["errors"], evaluated(fit, number, found[head.name]).data)
         metrics: dict[str, Any] = {
             "run_id": job.run_id,
             "seconds": progress.seconds,
@@ -172,13 +173,18 @@ def find_errors(
     return errors
 
 
+def evaluated(fit: ClassifierFit, number: int, metrics: dict[str, Any]) -> Subset:
+    """The rows that a task's errors are of: those of its test set, or without one of its validation set."""
+    return fit.sets_of[number]["valid" if metrics["test"] is None else "test"]
+
+
 def explain_errors(fit: ClassifierFit, number: int, metrics: dict[str, Any], card: Card, folder: str) -> str | None:
     """Add to a task's worst errors whose texts are shown where their answers come from, by the model in `folder`.
 
     Returns why that was not done for all of them, if so, and warns: nothing of it ends a run that has been trained.
     """
     job, model, errors = fit.job, fit.job.config.model, metrics["errors"]
-    rows = fit.sets_of[number]["valid" if metrics["test"] is None else "test"]
+    rows = evaluated(fit, number, metrics)
     head, place = slices_of(job.heads)[number]
     if not job.config.output.report_text or not errors:
         return None

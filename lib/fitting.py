@@ -4,6 +4,7 @@ Which rows a step sees and in which order is decided by (seed, step) alone, so a
 its last evaluation left it. Knows Ray Train's worker side, not the cluster.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -150,12 +151,16 @@ class Fit(ABC):
                 learner.begin_epoch(epoch)
             learner.step(progress.step, train.data, train.chosen[batches[place]])
             progress.step += 1
-            self.print_progress()
+            self.after_step()
             if place + 1 in places:
                 self.assess()
                 self.save()
         if progress.failure is None:
             self.restore_kept()
+
+    def after_step(self) -> None:
+        """What follows each optimizer step."""
+        self.print_progress()
 
     def assess(self) -> None:
         """Evaluate on the validation rows, and decide what is best and whether to stop: on rank 0, for all."""
@@ -214,10 +219,11 @@ class Fit(ABC):
         train = self.sets["train"]
         epoch, place = divmod(step, self.steps_per_epoch)
         rows = train.chosen[self.batches_of(epoch)[place]]
-        shown = ", ".join(map(str, rows[:SHOWN_ROWS]))
+        shown = places_text([train.data.place_of(int(row)) for row in rows[:SHOWN_ROWS]])
+        more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
         return (
-            f"the training loss is no finite number from step {step + 1} (epoch {epoch + 1}) on; rows {shown}"
-            f"{', ...' if len(rows) > SHOWN_ROWS else ''} of the {len(train.data)} usable training rows were its batch"
+            f"the training loss is no finite number from step {step + 1} (epoch {epoch + 1}) on; its batch were the training rows"
+            f" {shown}{more}"
         )
 
     def print_progress(self) -> None:
@@ -331,6 +337,15 @@ def new_tracker(job: Job, last_step: int) -> Tracker | None:
         return None
     about = About(run_id=job.run_id, output=masked(job.output.url), params=params_of(job.config))
     return Tracker(job.tracking, about, last_step)
+
+
+def places_text(places: list[dict[str, Any]]) -> str:
+    """Rows by the files that they are in; those of packed texts have none, and are numbers among all."""
+    order = sorted(places, key=lambda one: (one["shard"] or "", one["row"]))
+    shards = itertools.groupby(order, key=lambda one: one["shard"])
+    return "; ".join(
+        f"{f'{shard}: ' if shard else ''}{', '.join(str(one['row']) for one in ones)}" for shard, ones in shards
+    )
 
 
 def steps_to_keep(history: list[dict[str, float]], stopping: StoppingSection, metric: str) -> list[int]:

@@ -184,8 +184,9 @@ def tokenize_block(
     dropped: Counter[str] = Counter()
     batches: list[pa.RecordBatch] = []
     chunks = [Chunk(**chunk) for chunk in json.loads(item["chunks"])]
-    for rows in read_block(source, chunks):
-        texts, labels, weights = usable_rows(rows, dropped)
+    shards: list[str] = []
+    for shard, first, rows in read_block(source, chunks):
+        texts, labels, weights, places = usable_rows(rows, dropped)
         if not len(labels):
             continue
         tokens = tokenizer.encode(*texts)
@@ -193,13 +194,15 @@ def tokenize_block(
         sampled, longer = sampled + len(sample), longer + (sample[:, None] > np.array(LENGTHS)).sum(axis=0)
         arrays = {"ids": tokens.id_lists(), "label": labels, "weight": weights, "type_ids": tokens.type_id_lists()}
         arrays["hash"] = pa.array(hash_texts(texts))
+        arrays["row"] = pa.array(first + places)
+        shards.append(shard)
         batches.append(pa.RecordBatch.from_pydict({name: one for name, one in arrays.items() if one is not None}))
         if source.task is not Task.REGRESSION:
             flat = labels.flatten() if source.task is Task.MULTI_LABEL else labels
             counts.update({one["values"]: one["counts"] for one in pc.value_counts(flat).to_pylist()})
     name = f"{source.name}-{item['number']:05d}.arrow"
     if batches:
-        write_batches(folder, name, batches)
+        write_batches(folder, name, batches, shards)
     return {
         "set": source.name,
         "number": item["number"],
@@ -213,10 +216,13 @@ def tokenize_block(
     }
 
 
-def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[pa.LargeStringArray], pa.Array, pa.FloatArray | None]:
+def usable_rows(
+    rows: Rows, dropped: Counter[str]
+) -> tuple[list[pa.LargeStringArray], pa.Array, pa.FloatArray | None, IntArray]:
     """Leave out rows without a text, a label or a weight, and count them by reason.
 
-    Labels as strings (or lists of them, or for regression fp32), weights as fp32 if there is a column for them.
+    Labels as strings (or lists of them, or for regression fp32), weights as fp32 if there is a column for them, and the places of
+    these rows among all.
     """
     labels = rows.keys.column(0).combine_chunks()
     if pa.types.is_floating(labels.type):
@@ -252,6 +258,7 @@ def usable_rows(rows: Rows, dropped: Counter[str]) -> tuple[list[pa.LargeStringA
         [column.filter(keep) for column in rows.texts],
         labels.filter(keep),
         None if weights is None else weights.filter(keep),
+        np.flatnonzero(rows.errors == RowError.NONE)[valid],
     )
 
 

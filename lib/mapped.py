@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from lib.schema import Targets, Task
 from lib.storage import Store, cache_folder, explained
 from lib.windows import Windows, split
 
+SHARD_KEY = "shard"
+"""Of a record batch's metadata: the file that its rows come from."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -28,6 +32,10 @@ class Part:
     ids: npt.NDArray[np.integer]
     offsets: npt.NDArray[np.int32]
     type_ids: npt.NDArray[np.uint8] | None
+    shard: str | None
+    """path of the rows' file, below the root of the labelled set; None, and no rows, if that was not kept"""
+    rows: npt.NDArray[np.int64] | None
+    """their numbers in that file"""
 
 
 class TokenSet:
@@ -41,10 +49,11 @@ class TokenSet:
         self.max_length = max_length
         self.windows = windows
         self.parts: list[Part] = []
-        for batch in record_batches(paths):
+        for shard, batch in record_batches(paths):
             lists = batch.column("ids")
             segments = batch.column("type_ids").values.to_numpy() if "type_ids" in batch.schema.names else None
-            self.parts.append(Part(lists.values.to_numpy(), lists.offsets.to_numpy(), segments))
+            rows = batch.column("row").to_numpy() if "row" in batch.schema.names else None
+            self.parts.append(Part(lists.values.to_numpy(), lists.offsets.to_numpy(), segments, shard, rows))
         self.lengths: npt.NDArray[np.int32] = np.concatenate([np.diff(part.offsets) for part in self.parts])
         self.starts = np.cumsum([0, *(len(part.offsets) - 1 for part in self.parts)])
 
@@ -75,12 +84,20 @@ class TokenSet:
         ids, mask, _ = self.gather(np.array([row]))
         return ids[mask]
 
+    def place_of(self, row: int) -> dict[str, Any]:
+        """Where a person finds a row: `shard`, the path of its file below the labelled set's root, and `row`, counted from 0 in it."""
+        owner = int(np.searchsorted(self.starts, row, side="right")) - 1
+        part = self.parts[owner]
+        return {"shard": part.shard, "row": row if part.rows is None else int(part.rows[row - self.starts[owner]])}
 
-def record_batches(paths: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The record batches of tokenized files, memory-mapped."""
+
+def record_batches(paths: Sequence[str]) -> Iterator[tuple[str | None, pa.RecordBatch]]:
+    """The record batches of tokenized files, memory-mapped, and the file that each one's rows come from, if that was kept."""
     for path in paths:
         table = pa.ipc.open_file(pa.memory_map(path))
-        yield from map(table.get_batch, range(table.num_record_batches))
+        for number in range(table.num_record_batches):
+            batch, said = table.get_batch_with_custom_metadata(number)
+            yield said[SHARD_KEY].decode() if said is not None and SHARD_KEY in said else None, batch
 
 
 class LabelledSet(TokenSet):
@@ -98,7 +115,7 @@ class LabelledSet(TokenSet):
         """`windows`: those in which rows of more than `max_length` tokens are laid out, if they are."""
         super().__init__(paths, pad_token_id, max_length, windows)
         targets, weights, hashes = [], [], []
-        for batch in record_batches(paths):
+        for _, batch in record_batches(paths):
             targets.append(encode_labels(batch.column("label"), labels, task))
             if "weight" in batch.schema.names:
                 weights.append(batch.column("weight").to_numpy())

@@ -11,7 +11,7 @@ from lib.checkpoint import fetch
 from lib.config import PretrainConfig
 from lib.corpus import CorpusIndex, find_corpus, prepare_corpus
 from lib.errors import UsageError
-from lib.fitting import find_committed
+from lib.fitting import deciding, find_committed
 from lib.language_model import check_family
 from lib.masked_fitting import PretrainJob, work
 from lib.masking import new_masking
@@ -45,7 +45,7 @@ def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str,
     sets = find_corpus(config)
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
     tracking = find_places(config, output, is_fresh=folder.info("run.json") is None)
-    claim(folder, config, run_id)
+    claim(folder, deciding(config), run_id)
     begun = time.monotonic()
     index = prepare_corpus(config, sets, base, max_length, folder.at("data"))
     print_corpus(index, sets, max_length, time.monotonic() - begun)
@@ -66,7 +66,7 @@ def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str,
     run_workers(work, job, use_gpu)
     metrics = find_committed(output, config, run_id)
     assert metrics is not None, f"{output.url}: the workers ended without an error and without an encoder"
-    remove_run(output, folder)
+    remove_run(folder)
     return metrics
 
 

@@ -16,6 +16,7 @@ from pandas.util import hash_array
 
 from lib.archive import BadShardError, Columns, list_shards, read_row_groups
 from lib.errors import IncompleteError, TextsweepError, UsageError
+from lib.mapped import SHARD_KEY
 from lib.planning import Chunk, bundle, chunks_of, with_identities
 from lib.reading import ChangedShardError, Rows, read_rows
 from lib.storage import Store, explained
@@ -127,24 +128,31 @@ def tokenize_all(
     return sorted(reports, key=lambda one: (one["set"], one["number"]))
 
 
-def read_block(source: Source, chunks: list[Chunk]) -> Iterator[Rows]:
-    """Read chunks, shard by shard. Raises `IncompleteError` if a shard is not the one that was listed."""
+def read_block(source: Source, chunks: list[Chunk]) -> Iterator[tuple[str, int, Rows]]:
+    """Read chunks, shard by shard: the shard, the number in it of the first row, the rows.
+
+    Raises `IncompleteError` if a shard is not the one that was listed.
+    """
     for shard, group in itertools.groupby(chunks, key=lambda chunk: chunk.shard):
         where = f"{source.store.url}/{shard}"
         try:
             with explained(where, "read"):
-                for _, rows in read_rows(source.store, list(group), source.columns, BLOCK_BYTES):
-                    yield rows
+                read = 0
+                before: Chunk | None = None
+                for chunk, rows in read_rows(source.store, list(group), source.columns, BLOCK_BYTES):
+                    read = read if chunk is before else 0
+                    yield shard, chunk.start + read, rows
+                    before, read = chunk, read + len(rows.errors)
         except (ChangedShardError, BadShardError) as error:
             raise IncompleteError(f"{source.name}.path: {where} changed while it was read: {error}") from error
 
 
-def write_batches(folder: Store, name: str, batches: Sequence[pa.RecordBatch]) -> None:
-    """Write record batches as one uncompressed Arrow file, which can be memory-mapped."""
+def write_batches(folder: Store, name: str, batches: Sequence[pa.RecordBatch], shards: Sequence[str] = ()) -> None:
+    """Write record batches as one uncompressed Arrow file, which can be memory-mapped; `shards`: the file that each comes from."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batches[0].schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
+        for batch, shard in itertools.zip_longest(batches, shards):
+            writer.write_batch(batch, custom_metadata=None if shard is None else {SHARD_KEY: shard})
     folder.replace(name, sink.getvalue().to_pybytes())
 
 

@@ -28,9 +28,9 @@ from lib.contrastive import check_contrastive, check_contrastive_task
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config
 from lib.finetuning import work
-from lib.fitting import find_committed
+from lib.fitting import deciding, find_committed
 from lib.labelled import LabelledIndex, LabelledSource, find_sources, prepare
-from lib.loss import check_loss, make_objective
+from lib.loss import Objective, check_loss, make_objective
 from lib.metrics import choose_metric
 from lib.runtime import Cluster
 from lib.schema import Task
@@ -41,36 +41,31 @@ from lib.tuning import check_tuning
 from lib.workers import RUNS_FOLDER, claim, place_workers, remove_run, run_workers
 
 
-def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
+def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None = None) -> dict[str, Any]:
     """Fine-tune, commit the best checkpoint to `output.path`, and return what its `metrics.json` holds.
 
-    Raises `UsageError` before any weights are loaded, `IncompleteError` if the same command can finish the run later.
+    `data`: a folder that holds the tokenized rows already, if there is one. Raises `UsageError` before any weights are loaded, `IncompleteError` if the same command can finish the run later.
     """
     output = open_store(config.output.path)
     found = find_committed(output, config, run_id)
     if found is not None:
         print(f"{output.url}: run {run_id} committed this checkpoint already", flush=True)
         return found
-    check_tuning(config)
-    check_contrastive(config)
-    check_augment(config)
-    check_validation(config)
-    check_long_texts(config)
+    check_recipe(config)
     output.check_writable()
     use_gpu, cpus_per_worker = place_workers(config, cluster)
     if output.is_local and len(cluster.nodes) > 1:
         print(f"output.path {output.url} is a local path: all {len(cluster.nodes)} nodes must see it there", flush=True)
     base = absolute(config.model.base)
     max_length, pad_token_id = check_base(base, config.model)
-    replacing = base if config.augment.model is None else absolute(config.augment.model)
-    new_augmenter(config, base, replacing, max_length, torch.device("cpu"))  # refused here, not by the workers
+    replacing = find_replacing(config, base, max_length)
     several = {name: (one, find_labelled(name, one)) for name, one in configs_of(config).items()}
     metric = check_tasks(config, [sources[0].task for _, sources in several.values()])
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
     tracking = find_places(config, output, is_fresh=folder.info("run.json") is None)
-    claim(folder, config, run_id)
+    claim(folder, deciding(config), run_id)
     tasks = tuple(
-        prepare_task(name, one, sources, base, max_length, folder.at("data"))
+        prepare_task(name, one, sources, base, max_length, data or folder.at("data"))
         for name, (one, sources) in several.items()
     )
     job = ClassifierJob(
@@ -90,7 +85,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
     run_workers(work, job, use_gpu)
     metrics = find_committed(output, config, run_id)
     assert metrics is not None, f"{output.url}: the workers ended without an error and without a checkpoint"
-    remove_run(output, folder)
+    remove_run(folder)
     return metrics
 
 
@@ -102,13 +97,37 @@ def prepare_task(
     data = folder.at(name) if name else folder
     with naming(name):
         index = prepare(config, sources, base, max_length, data)
-        counts, num_rows = index.label_counts["train"], index.rows["train"]
-        objective = make_objective(config.loss, config.optim.rdrop, index.task, index.labels, counts, num_rows)
+        objective = objective_of(config, index)
     print_sets(index, sources, max_length, time.monotonic() - begun)
     return TaskJob(name=name, index=index, objective=objective, data=data)
 
 
+def objective_of(config: TrainConfig, index: LabelledIndex) -> Objective:
+    """What training makes small, given what the rows of a task are."""
+    counts, num_rows = index.label_counts["train"], index.rows["train"]
+    return make_objective(config.loss, config.optim.rdrop, index.task, index.labels, counts, num_rows)
+
+
 # before any work
+
+
+def check_recipe(config: TrainConfig) -> None:
+    """Raise `UsageError` for what does not go together, whatever the rows are."""
+    check_tuning(config)
+    check_contrastive(config)
+    check_augment(config)
+    check_validation(config)
+    check_long_texts(config)
+
+
+def find_replacing(config: TrainConfig, base: str, max_length: int) -> str:
+    """The model that replaces words in training rows, for workers; the base, if there is none of its own.
+
+    Raises `UsageError` if it cannot do it, or the tokenizer does not tell words: here, not in the workers.
+    """
+    replacing = base if config.augment.model is None else absolute(config.augment.model)
+    new_augmenter(config, base, replacing, max_length, torch.device("cpu"))
+    return replacing
 
 
 def configs_of(config: TrainConfig) -> dict[str, TrainConfig]:
@@ -139,15 +158,19 @@ def find_labelled(name: str, config: TrainConfig) -> list[LabelledSource]:
     """List the labelled sets of a task, and check what must fit its kind."""
     with naming(name):
         sources = find_sources(config)
-        task = sources[0].task
-        check_decision(config.decision, task)
-        check_loss(config.loss, config.optim.rdrop, task)
-        check_contrastive_task(config, task)
-        if config.data.label_noise and task is not Task.MULTI_CLASS:
-            raise UsageError(
-                f"data.label_noise looks at rows with one label each, those of this data are {task.value}; leave it out"
-            )
+        check_kind(config, sources[0].task)
     return sources
+
+
+def check_kind(config: TrainConfig, task: Task) -> None:
+    """Raise `UsageError` for what is not for rows of a kind."""
+    check_decision(config.decision, task)
+    check_loss(config.loss, config.optim.rdrop, task)
+    check_contrastive_task(config, task)
+    if config.data.label_noise and task is not Task.MULTI_CLASS:
+        raise UsageError(
+            f"data.label_noise looks at rows with one label each, those of this data are {task.value}; leave it out"
+        )
 
 
 def check_tasks(config: TrainConfig, tasks: Sequence[Task]) -> str:

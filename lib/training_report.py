@@ -159,10 +159,10 @@ fine-tuned from <code>{{ trained.config.model.base }}</code>. {% if trained.conf
 {% if table %}<h2>Labels</h2><table><tr><th>label</th><th>precision</th><th>recall</th><th>F1</th><th>average precision</th><th>{{ evaluated }} rows</th></tr>
 {% for one in table %}<tr><td>{{ one.label }}</td><td>{{ "%.3f" | format(one.precision) }}</td><td>{{ "%.3f" | format(one.recall) }}</td><td>{{ "%.3f" | format(one.f1) }}</td><td>{{ "%.3f" | format(one.average_precision) }}</td><td>{{ "{:,}".format(one.support) }}</td></tr>
 {% endfor %}</table>{% endif %}
-{% if metrics.errors %}<h2>Worst errors</h2><table><tr><th>{{ evaluated }} row</th><th>expected</th><th>answered</th><th>score</th><th>loss</th></tr>
-{% for one in metrics.errors %}<tr{% if one.text is defined %} class="open"{% endif %}><td>{{ one.row }}</td>{% for value in (one.expected, one.answered) %}<td>{{ value if value is string or value is number else value | join("; ") }}</td>{% endfor %}<td>{% if one.score is not none %}{{ "%.3f" | format(one.score) }}{% endif %}</td><td>{{ "%.3f" | format(one.loss) }}</td></tr>
-{% if one.text is defined %}<tr><td class="text" dir="auto" colspan="5">{% if one.explained is defined %}{% if card.task == "multi_label" %}<b>{{ one.explained.label }}:</b> {% endif %}{{ marked(one) }}{% else %}{{ one.text }}{% endif %}</td></tr>
-{% endif %}{% endfor %}</table>{% if metrics.errors[0].explained is defined %}{{ legend }}{% endif %}{% if metrics.unexplained %}<p>Not all words are marked: {{ metrics.unexplained }}</p>{% endif %}<p>Rows are counted from 0 among those that could be used.{% if metrics.errors[0].text is not defined %} <code>output.report_text = true</code> adds their texts, which may be personal.{% endif %}</p>{% endif %}
+{% if metrics.errors %}<h2>Worst errors</h2><table><tr><th>{{ evaluated }} file</th><th>row</th><th>expected</th><th>answered</th><th>score</th><th>loss</th></tr>
+{% for one in metrics.errors %}<tr{% if one.text is defined %} class="open"{% endif %}><td>{{ one.shard }}</td><td>{{ one.row }}</td>{% for value in (one.expected, one.answered) %}<td>{{ value if value is string or value is number else value | join("; ") }}</td>{% endfor %}<td>{% if one.score is not none %}{{ "%.3f" | format(one.score) }}{% endif %}</td><td>{{ "%.3f" | format(one.loss) }}</td></tr>
+{% if one.text is defined %}<tr><td class="text" dir="auto" colspan="6">{% if one.explained is defined %}{% if card.task == "multi_label" %}<b>{{ one.explained.label }}:</b> {% endif %}{{ marked(one) }}{% else %}{{ one.text }}{% endif %}</td></tr>
+{% endif %}{% endfor %}</table>{% if metrics.errors[0].explained is defined %}{{ legend }}{% endif %}{% if metrics.unexplained %}<p>Not all words are marked: {{ metrics.unexplained }}</p>{% endif %}<p>Files are below the set's root, rows are counted from 0 in their file.{% if metrics.errors[0].text is not defined %} <code>output.report_text = true</code> adds their texts, which may be personal.{% endif %}</p>{% endif %}
 <h2>Data</h2><table><tr><th>set</th><th>rows</th><th>left out</th><th>known from training</th></tr>
 {% for name, rows in metrics.rows.items() %}<tr><td>{{ name }}</td><td>{{ "{:,}".format(rows) }}</td><td>{% for reason, count in metrics.dropped.get(name, {}).items() %}{{ "{:,}".format(count) }} {{ reason }}{{ ", " if not loop.last }}{% endfor %}</td><td>{{ "{:,}".format(metrics.known_from_training[name]) if name in metrics.known_from_training }}</td></tr>
 {% endfor %}</table>
@@ -172,9 +172,9 @@ fine-tuned from <code>{{ trained.config.model.base }}</code>. {% if trained.conf
 {% endfor %}</table>
 {% if metrics.label_noise %}<h2>Labels that look wrong</h2>
 <p>{{ "{:,}".format(metrics.label_noise.found) }} of {{ "{:,}".format(metrics.label_noise.rows) }} training rows: a model that had not seen the row finds another label clearly likelier. The clearest:</p>
-<table><tr><th>training row</th><th>label</th><th>likelier</th><th>confidence</th></tr>
-{% for one in metrics.label_noise.listed %}<tr{% if one.text is defined %} class="open"{% endif %}><td>{{ one.row }}</td><td>{{ one.label }}</td><td>{{ one.likelier }}</td><td>{{ "%.2f" | format(one.confidence) }}</td></tr>
-{% if one.text is defined %}<tr><td class="text" dir="auto" colspan="4">{{ one.text }}</td></tr>
+<table><tr><th>training file</th><th>row</th><th>label</th><th>likelier</th><th>confidence</th></tr>
+{% for one in metrics.label_noise.listed %}<tr{% if one.text is defined %} class="open"{% endif %}><td>{{ one.shard }}</td><td>{{ one.row }}</td><td>{{ one.label }}</td><td>{{ one.likelier }}</td><td>{{ "%.2f" | format(one.confidence) }}</td></tr>
+{% if one.text is defined %}<tr><td class="text" dir="auto" colspan="5">{{ one.text }}</td></tr>
 {% endif %}{% endfor %}</table>{% endif %}
 <h2>How it was made</h2><table>
 {% for name in ("seed", "data", "precision", "workers") %}<tr><th>{{ name }}</th><td>{{ trained[name] }}</td></tr>{% endfor %}

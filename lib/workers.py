@@ -19,7 +19,7 @@ from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.config import FitConfig
 from lib.errors import IncompleteError, TextsweepError, UsageError
-from lib.fitting import Job, deciding
+from lib.fitting import Job
 from lib.runtime import Cluster
 from lib.storage import Store, explained
 
@@ -69,9 +69,11 @@ def place_workers(config: FitConfig, cluster: Cluster) -> tuple[bool, int]:
     )
 
 
-def claim(folder: Store, config: FitConfig, run_id: str) -> None:
-    """Start this run, or go on with it. Raises `UsageError` if an unfinished run of this name has another configuration."""
-    mine = deciding(config)
+def claim(folder: Store, mine: dict[str, Any], run_id: str) -> None:
+    """Start this run, whose configuration decides `mine`, or go on with it.
+
+    Raises `UsageError` if an unfinished run of this name has another configuration.
+    """
     if folder.create("run.json", json.dumps(mine).encode()):
         return
     theirs = json.loads(folder.read("run.json") or b"{}")
@@ -188,10 +190,10 @@ def chain_of(error: BaseException | None) -> list[BaseException]:
     return chain
 
 
-def remove_run(output: Store, folder: Store) -> None:
+def remove_run(folder: Store) -> None:
     """Remove tokenized data and training states of a committed run."""
     with contextlib.suppress(FileNotFoundError), explained(folder.url, "remove"):
         folder.fs.rm(folder.root, recursive=True)
-    if output.is_local:
+    if folder.is_local:
         with contextlib.suppress(OSError):
-            Path(output.full(RUNS_FOLDER)).rmdir()
+            Path(folder.root).parent.rmdir()

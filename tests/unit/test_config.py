@@ -21,6 +21,7 @@ from lib.config import (
     validate,
 )
 from lib.errors import ExitCode, UsageError
+from lib.space import SearchConfig
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 SCHEMAS: dict[str, type[Section]] = {
@@ -31,6 +32,7 @@ SCHEMAS: dict[str, type[Section]] = {
     "publish": PublishConfig,
     "zero_shot": ZeroShotConfig,
     "compare": CompareConfig,
+    "search": SearchConfig,
 }
 REQUIRED = ["--set", "input.path=s3://b/archive", "--set", "model.path=/m", "--set", "output.path=/o"]
 

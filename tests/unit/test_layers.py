@@ -11,7 +11,7 @@ ORDER = (
     # what everything speaks of
     *("errors", "schema", "windows"),
     # the world outside
-    *("config", "listing", "storage", "atomicity", "tracking"),
+    *("config", "toml", "space", "listing", "storage", "atomicity", "tracking"),
     # one thing each
     *(
         "planning",
@@ -64,11 +64,13 @@ ORDER = (
         "fitting",
         "masked_fitting",
         "classifying",
+        "trial",
+        "search_report",
         "finetuning",
         "zero_shot",
     ),
     # the work of a cluster
-    *("workers", "training", "pretraining", "course", "outcome", "history", "drift"),
+    *("workers", "training", "halving", "search", "pretraining", "course", "outcome", "history", "drift"),
     *("watch", "tasks", "actors", "suspects", "pipeline", "run_page", "report", "scoring"),
     # jobs on another machine's cluster
     *("packaging", "submission", "job_log", "job_server"),
@@ -83,7 +85,9 @@ MAY_IMPORT_RAY = {
     "fitting",
     "masked_fitting",
     "finetuning",
+    "trial",
     "workers",
+    "halving",
     "watch",
     "tasks",
     "actors",
@@ -113,6 +117,7 @@ MAY_IMPORT_TORCH = {
     "fitting",
     "masked_fitting",
     "finetuning",
+    "trial",
     "zero_shot",
     "workers",
     "training",
