@@ -86,7 +86,8 @@ def test_the_rate_that_learns_is_found_and_the_hopeless_ones_are_ended(found: Fo
         3e-7: "stopped",
     }
     assert [trials[rate]["step"] for rate in (HOPELESS, GOOD)] == [STEPS, STEPS]
-    assert [trials[rate]["step"] for rate in (2e-7, 3e-7)] == [STEPS // 4] * 2
+    # Of the three before it at a quarter 3e-7 is better than the middle one, of the two at the half it is not.
+    assert [trials[rate]["step"] for rate in (2e-7, 3e-7)] == [STEPS // 4, STEPS // 2]
     assert all(one["steps"] == STEPS for one in trials.values())
     assert re.search(r"no finite number from step \d", trials[DIVERGING]["reason"])
     assert result["steps"] < 0.75 * result["steps_without_stopping"]
