@@ -76,7 +76,11 @@ def case(
     context = {
         "ti": SimpleNamespace(dag_id="nightly", task_id="score", map_index=-1),
         "dag_run": SimpleNamespace(
-            logical_date=logical_date, run_after=datetime(2026, 11, 27, 2, 3, 4, 5, tzinfo=UTC), run_id="r"
+            clear_number=1,
+            start_date="2026-11-26",
+            logical_date=logical_date,
+            run_after=datetime(2026, 11, 27, 2, 3, 4, 5, tzinfo=UTC),
+            run_id="r",
         ),
     }
     operator = SubmitRayJobOperator(task_id="score", entrypoint="true", deferrable=False, poll_interval=0, **options)
@@ -102,6 +106,8 @@ def main() -> None:
         "new": case([running, good]),
         "under way": case([good], {f"{name}-1": [running, running, good]}),
         "ended before": case([good], {f"{name}-1": [ended("FAILED", 4)], f"{name}-2": [good]}),
+        "succeeded unseen": case([good], {f"{name}-1": [{**good, "metadata": {"dag_run_turn": "1 2026-11-26"}}]}),
+        "cleared": case([good], {f"{name}-1": [{**good, "metadata": {"dag_run_turn": "0 2026-11-26"}}]}),
         "another was first": case([running, good], taken=True),
         "usage": case([ended("FAILED", 2)]),
         "over limit": case([ended("FAILED", 3)]),

@@ -67,6 +67,8 @@ NIGHT = "nightly.score.20261126T010000"
         ("new", "", [f"{NIGHT}-1"]),
         ("under way", "", []),
         ("ended before", "", [f"{NIGHT}-3"]),
+        ("succeeded unseen", "", []),
+        ("cleared", "", [f"{NIGHT}-2"]),
         ("another was first", "", [f"{NIGHT}-1"]),
         ("usage", "AirflowFailException", [f"{NIGHT}-1"]),
         ("over limit", "AirflowFailException", [f"{NIGHT}-1"]),
@@ -212,7 +214,7 @@ def test_thirty_nights_are_filled_in_each_once(head: Head, tmp_path: Path) -> No
     airflow = Airflow(tmp_path, head, Path(__file__).parent / "dags", {"trial_folder": str(tmp_path)})
     airflow.command("dags", "reserialize")
     airflow.command("dags", "unpause", "every_night")
-    airflow.command("backfill", "create", "--dag-id", "every_night", "--from-date", "2026-06-01", "--to-date", "2026-06-30", "--max-active-runs", "4")  # fmt: skip
+    airflow.command("backfill", "create", "--dag-id", "every_night", "--from-date", "2026-06-01", "--to-date", "2026-07-01", "--max-active-runs", "4")  # fmt: skip
     june = [f"2026-06-{day:02d}" for day in range(1, 31)]
     nights = tmp_path / "nights"
     with airflow:

@@ -5,8 +5,9 @@ of type HTTP: host and port of Ray's dashboard, the token as its password. It is
 what Airflow stores for a task or a trigger, nor of what Ray shows of a job.
 
 A job's submission id is made of DAG, task and logical date, and of a number that grows when a job of that name has ended. Whoever looks
-for a job that is under way (a retry after a worker was killed, a task that was cleared) finds it and waits for it; only a job that
-has ended is followed by another one. So there is never a second job beside the first, and a reply that was lost costs nothing.
+for a job that is under way (a retry after a worker was killed, a task that was cleared) finds it and waits for it, and a retry
+takes the success of a job that ended unseen; only a job that failed, or that was there before the task was cleared, is followed by
+another one. So there is never a second job beside the first, and a reply that was lost costs nothing.
 """
 
 import asyncio
@@ -32,6 +33,8 @@ TIMEOUT_SECONDS = 30
 AWAY_SECONDS = 600
 """How long Ray may not answer before waiting ends; the task's next try looks for the job again."""
 LOG_LINES = 50
+TURN = "dag_run_turn"
+"""In a job's metadata: which turn of its DAG run it belongs to, see `turn`."""
 
 
 def settings(connection: Connection) -> dict[str, Any]:
@@ -224,7 +227,7 @@ class SubmitRayJobOperator(BaseOperator):
                 known = found_in(client.get(submission_id))
                 if known is None:
                     raise AirflowException(f"Ray did not take {submission_id}: HTTP {response.status_code} {response.text[-500:]}")  # fmt: skip
-            if known["status"] not in FINAL:
+            if known["status"] not in FINAL or succeeded_in(known, turn(context)):
                 self.log.info("%s is %s already: waiting for it", submission_id, known["status"])
                 return submission_id
             number += 1
@@ -232,7 +235,7 @@ class SubmitRayJobOperator(BaseOperator):
     def request(self, submission_id: str, context: Context) -> dict[str, Any]:
         """The body that submits the job."""
         task, run = context["ti"], context["dag_run"]
-        about = {"dag_id": task.dag_id, "task_id": task.task_id, "dag_run_id": run.run_id}
+        about = {"dag_id": task.dag_id, "task_id": task.task_id, "dag_run_id": run.run_id, TURN: turn(context)}
         body = {
             "submission_id": submission_id,
             "entrypoint": self.entrypoint,
@@ -249,6 +252,21 @@ async def first_event(trigger: RayJobTrigger) -> dict[str, Any]:
     async for event in trigger.run():
         return dict(event.payload)
     raise AirflowException(f"{trigger} ended without an event")
+
+
+def turn(context: Context) -> str:
+    """The same for every try of a task, another one when the task or its DAG run is cleared."""
+    run = context["dag_run"]
+    return f"{run.clear_number or 0} {run.start_date}"
+
+
+def succeeded_in(known: dict[str, Any], this_turn: str) -> bool:
+    """Whether a job did this turn's work, and only its success was lost on the way.
+
+    Airflow 3.3 retries a task whose worker dies at the wrong moment, and now and then one that was deferred for a few seconds only: it
+    takes the worker's word that the task is deferred by now for its end.
+    """
+    return known["status"] == "SUCCEEDED" and (known.get("metadata") or {}).get(TURN) == this_turn
 
 
 def derived_id(context: Context) -> str:
