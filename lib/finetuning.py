@@ -110,6 +110,7 @@ def publish(fit: ClassifierFit, valid: FloatArray, test: FloatArray | None) -> N
             "best": best,
             "averaged_steps": progress.kept if len(progress.kept) > 1 else None,
             "resumed_after": progress.resumed_after,
+            "spent_seconds": {name: round(one, 3) for name, one in progress.spent.items()},
             "history": progress.history,
             "label_noise": fit.suspects,
             **(found[""] if len(found) == 1 else {"tasks": found}),

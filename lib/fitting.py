@@ -4,7 +4,7 @@ Which rows a step sees and in which order is decided by (seed, step) alone, so a
 its last evaluation left it. Knows Ray Train's worker side, not the cluster.
 """
 
-import itertools
+import contextlib
 import json
 import logging
 import math
@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,14 @@ from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card
 from lib.config import FitConfig, StoppingSection, masked
 from lib.errors import UsageError
 from lib.learning import Stepper, Team
-from lib.mapped import Selection
+from lib.mapped import Selection, places_text
 from lib.metrics import is_better, shown
 from lib.model import choose_dtype
-from lib.sharding import broadcast_weights, load_optimizer, load_weights, whole, whole_state
+from lib.sharding import Weights, broadcast_weights, copy_weights, load_optimizer, load_weights, mean_of, whole_state
 from lib.storage import Store
 from lib.tracking import About, Places, Tracker, params_of
 
 METRICS_NAME = "metrics.json"
-
-Weights = dict[str, torch.Tensor]
-"""A model's parameters and buffers by name, in host memory."""
 
 PROGRESS_SECONDS = 5.0
 
@@ -87,6 +84,8 @@ class Progress:
     resumed_after: list[int] = field(default_factory=list)
     """steps after which the run went on because workers had died"""
     history: list[dict[str, float]] = field(default_factory=list)
+    spent: dict[str, float] = field(default_factory=dict)
+    """seconds of the first worker by what they went for: steps, reading rows (a part of these), evaluation, saving"""
 
 
 def join_team(job: Job) -> Team:
@@ -149,14 +148,26 @@ class Fit(ABC):
             if epoch != loaded:
                 loaded, batches = epoch, self.batches_of(epoch)
                 learner.begin_epoch(epoch)
-            learner.step(progress.step, train.data, train.chosen[batches[place]])
+            before = float(train.data.read_seconds[0])
+            with self.spending("steps"):
+                learner.step(progress.step, train.data, train.chosen[batches[place]])
+            progress.spent["reading"] = progress.spent.get("reading", 0) + float(train.data.read_seconds[0]) - before
             progress.step += 1
             self.after_step()
             if place + 1 in places:
-                self.assess()
-                self.save()
+                with self.spending("evaluation"):
+                    self.assess()
+                with self.spending("saving"):
+                    self.save()
         if progress.failure is None:
             self.restore_kept()
+
+    @contextlib.contextmanager
+    def spending(self, what: str) -> Iterator[None]:
+        """Add the seconds of a block to what was spent. On GPUs a step is waited for where its result is looked at."""
+        begun = time.monotonic()
+        yield
+        self.progress.spent[what] = self.progress.spent.get(what, 0) + time.monotonic() - begun
 
     def after_step(self) -> None:
         """What follows each optimizer step."""
@@ -339,15 +350,6 @@ def new_tracker(job: Job, last_step: int) -> Tracker | None:
     return Tracker(job.tracking, about, last_step)
 
 
-def places_text(places: list[dict[str, Any]]) -> str:
-    """Rows by the files that they are in; those of packed texts have none, and are numbers among all."""
-    order = sorted(places, key=lambda one: (one["shard"] or "", one["row"]))
-    shards = itertools.groupby(order, key=lambda one: one["shard"])
-    return "; ".join(
-        f"{f'{shard}: ' if shard else ''}{', '.join(str(one['row']) for one in ones)}" for shard, ones in shards
-    )
-
-
 def steps_to_keep(history: list[dict[str, float]], stopping: StoppingSection, metric: str) -> list[int]:
     """Steps of the best evaluations, or of the last ones, first those; of equally good ones the earlier."""
     if stopping.keep == "last":
@@ -359,24 +361,6 @@ def steps_to_keep(history: list[dict[str, float]], stopping: StoppingSection, me
             key=lambda one: sign * one[metric],
         )
     return [int(one["step"]) for one in entries[: stopping.average]]
-
-
-def mean_of(several: Sequence[Weights]) -> Weights:
-    """The mean of several models' weights; whole numbers, such as positions, are the first one's."""
-    first = several[0]
-    if len(several) == 1:
-        return first
-    return {
-        name: torch.stack([one[name] for one in several]).double().mean(0).to(value.dtype)
-        if value.is_floating_point()
-        else value
-        for name, value in first.items()
-    }
-
-
-def copy_weights(model: torch.nn.Module) -> Weights:
-    """A model's weights as they are now, whole and in host memory."""
-    return {name: whole(one.detach()).cpu().clone() for name, one in model.state_dict().items()}
 
 
 def evaluation_places(steps_per_epoch: int, evaluations: int) -> set[int]:

@@ -258,7 +258,7 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 
 def read_batch(model: nn.Module, read: Read, data: TokenSet, rows: IntArray, team: Team) -> torch.Tensor:
     """What `read` takes (B, ...) from one pass over some rows, that of a row's windows pooled."""
-    ids, mask, type_ids = data.gather(rows)
+    ids, mask, type_ids = data.read(rows)
     ids_tensor, mask_tensor = (torch.from_numpy(one).to(team.device) for one in (ids, mask.astype(np.int64)))
     segments = None if type_ids is None else torch.from_numpy(type_ids).to(team.device)
     with team.autocast:

@@ -6,6 +6,8 @@ Letters: B rows of a forward pass, L padded length, C classes, N rows of a set.
 import contextlib
 import fcntl
 import hashlib
+import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +58,18 @@ class TokenSet:
             self.parts.append(Part(lists.values.to_numpy(), lists.offsets.to_numpy(), segments, shard, rows))
         self.lengths: npt.NDArray[np.int32] = np.concatenate([np.diff(part.offsets) for part in self.parts])
         self.starts = np.cumsum([0, *(len(part.offsets) - 1 for part in self.parts)])
+        self.read_seconds = np.zeros(1)
+        """(1,) what gathering rows has taken so far; views of a set share it"""
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def read(self, rows: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_], IntArray | None]:
+        """`gather`, and count what it takes."""
+        begun = time.perf_counter()
+        found = self.gather(rows)
+        self.read_seconds += time.perf_counter() - begun
+        return found
 
     def gather(self, rows: IntArray) -> tuple[IntArray, npt.NDArray[np.bool_], IntArray | None]:
         """Pad rows, or with windows all windows of the rows, into `(B, L)` ids, mask and, for pairs, segment ids."""
@@ -98,6 +109,15 @@ def record_batches(paths: Sequence[str]) -> Iterator[tuple[str | None, pa.Record
         for number in range(table.num_record_batches):
             batch, said = table.get_batch_with_custom_metadata(number)
             yield said[SHARD_KEY].decode() if said is not None and SHARD_KEY in said else None, batch
+
+
+def places_text(places: list[dict[str, Any]]) -> str:
+    """Rows by the files that they are in; those of packed texts have none, and are numbers among all."""
+    order = sorted(places, key=lambda one: (one["shard"] or "", one["row"]))
+    shards = itertools.groupby(order, key=lambda one: one["shard"])
+    return "; ".join(
+        f"{f'{shard}: ' if shard else ''}{', '.join(str(one['row']) for one in ones)}" for shard, ones in shards
+    )
 
 
 class LabelledSet(TokenSet):
@@ -146,6 +166,7 @@ class LabelledSet(TokenSet):
             weights = [np.ones(len(one), np.float32) if one.weights is None else one.weights for one in sets]
             found.weights = np.concatenate(weights)
         found.hashes = np.concatenate([one.hashes for one in sets])
+        found.read_seconds = np.zeros(1)
         start = 0
         for number, one in enumerate(sets):
             rows = found.targets[start : start + len(one)]

@@ -131,6 +131,7 @@ def publish(fit: PretrainFit, found: FloatArray) -> None:
         "best": best,
         "averaged_steps": progress.kept if len(progress.kept) > 1 else None,
         "resumed_after": progress.resumed_after,
+        "spent_seconds": {name: round(one, 3) for name, one in progress.spent.items()},
         "history": progress.history,
     }
     card = Card(

@@ -52,7 +52,7 @@ class Asked:
 
 def ask(data: TokenSet, rows: IntArray, masking: Masking, seed: int, step: int) -> Asked:
     """Hide tokens of some rows as a step does."""
-    ids, mask, _ = data.gather(rows)
+    ids, mask, _ = data.read(rows)
     seen, chosen = masking.draw(ids, mask, [(seed, step, int(row)) for row in rows])
     return Asked(ids, seen, mask, chosen)
 

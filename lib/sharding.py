@@ -1,9 +1,9 @@
-"""Weights that several workers hold in parts (FSDP2): divided once, and put together where all of them are wanted.
+"""Weights: those that several workers hold in parts (FSDP2), put together where all of them are wanted, and means of several.
 
 What `whole` is called for is put together by all workers: each of them has to call it, in the same order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,9 @@ from lib.tuning import layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Weights = dict[str, torch.Tensor]
+"""A model's parameters and buffers by name, in host memory."""
 
 
 def shard(model: "PreTrainedModel") -> None:
@@ -75,3 +78,21 @@ def broadcast_weights(model: nn.Module, weights: Mapping[str, torch.Tensor] | No
             found.copy_(weights[name])
         dist.broadcast(found, src=0)
         one.copy_(part_of(found, one))
+
+
+def mean_of(several: Sequence[Weights]) -> Weights:
+    """The mean of several models' weights; whole numbers, such as positions, are the first one's."""
+    first = several[0]
+    if len(several) == 1:
+        return first
+    return {
+        name: torch.stack([one[name] for one in several]).double().mean(0).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in first.items()
+    }
+
+
+def copy_weights(model: torch.nn.Module) -> Weights:
+    """A model's weights as they are now, whole and in host memory."""
+    return {name: whole(one.detach()).cpu().clone() for name, one in model.state_dict().items()}

@@ -39,6 +39,8 @@ class Source:
     """the text, and as key columns what else is learned from"""
     fingerprint: str
     """of the listing: path and identity of every shard"""
+    block_bytes: int
+    """text of one chunk, which the shards' identities tell of"""
 
 
 def find_source(name: str, path: str, columns_of: Callable[[Store, str], Columns]) -> Source:
@@ -68,6 +70,7 @@ def find_source(name: str, path: str, columns_of: Callable[[Store, str], Columns
         blocks=tuple(bundle(chunks, BLOCK_BYTES)),
         columns=columns,
         fingerprint=hashlib.sha256(json.dumps([store.url, listing]).encode()).hexdigest()[:16],
+        block_bytes=BLOCK_BYTES,
     )
 
 
@@ -139,7 +142,7 @@ def read_block(source: Source, chunks: list[Chunk]) -> Iterator[tuple[str, int, 
             with explained(where, "read"):
                 read = 0
                 before: Chunk | None = None
-                for chunk, rows in read_rows(source.store, list(group), source.columns, BLOCK_BYTES):
+                for chunk, rows in read_rows(source.store, list(group), source.columns, source.block_bytes):
                     read = read if chunk is before else 0
                     yield shard, chunk.start + read, rows
                     before, read = chunk, read + len(rows.errors)

@@ -66,7 +66,7 @@ def test_every_row_knows_its_file_and_its_number_there(
     rows: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut into chunks of a few rows, several of a file; against plain transformers on the rows as pandas reads them."""
-    monkeypatch.setattr("lib.labelled.BLOCK_BYTES", 1500)
+    monkeypatch.setattr("lib.sources.BLOCK_BYTES", 1500)
     config, folder = configure(rows), open_store(f"{rows}/tokenized")
     (source,) = find_sources(config)
     assert len(source.blocks) > 2 * len(FILES)

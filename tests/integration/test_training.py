@@ -276,6 +276,15 @@ def test_names_in_the_report_are_text_and_nothing_else(one: tuple[TrainConfig, d
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
 
 
+def test_what_the_time_went_for_is_kept(one: tuple[TrainConfig, dict[str, Any]]) -> None:
+    found = one[1]
+    spent = found["spent_seconds"]
+    assert spent.keys() == {"steps", "reading", "evaluation", "saving"}
+    assert 0 < spent["reading"] < spent["steps"]
+    assert spent["evaluation"] > 0 and spent["saving"] > 0
+    assert spent["steps"] <= found["seconds"]
+
+
 def test_a_run_leaves_nothing_but_its_checkpoint(
     one: tuple[TrainConfig, dict[str, Any]], two: tuple[TrainConfig, dict[str, Any]]
 ) -> None:

@@ -15,12 +15,12 @@ from transformers import AutoModelForMaskedLM
 from lib.augmentation import DROP, SWAP, Augmenter, check_augment, new_augmenter, reorder
 from lib.config import AugmentSection, OptimSection, TrainConfig, validate
 from lib.errors import UsageError
-from lib.fitting import copy_weights
 from lib.learning import Learner, logits_of_rows
 from lib.loss import Objective
 from lib.mapped import LabelledSet, Subset
 from lib.model import new_classifier
 from lib.schema import Task
+from lib.sharding import copy_weights
 from lib.tokenization import Tokenizer, load_tokenizer
 from tests import fakes
 from tests.labelled import LABELS, difference
