@@ -47,22 +47,22 @@ class Head:
         return {**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
 
     def submit(
-        self, *arguments: str, address: str = "", stdin: int = subprocess.DEVNULL, **environment: str
+        self, *arguments: str, address: str = "", stdin: int = subprocess.DEVNULL, extra: dict[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """Start `python -m jobs.submit`."""
+        """Start `python -m jobs.submit`, with `extra` variables in its environment."""
         return subprocess.Popen(
             [sys.executable, "-m", "jobs.submit", *arguments, "--address", address or self.address],
             cwd=self.project,
-            env={**self.environment, **environment},
+            env={**self.environment, **(extra or {})},
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    def run(self, *arguments: str, extra: dict[str, str] | None = None) -> tuple[int, str, str]:
         """Run `python -m jobs.submit` to its end: exit code, standard output, standard error."""
-        return finish(self.submit(*arguments, address="", stdin=subprocess.DEVNULL, **environment))
+        return finish(self.submit(*arguments, extra=extra))
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str, str]:

@@ -175,7 +175,7 @@ def test_what_is_wrong_is_one_line_and_no_submission(
     (tmp_path / "outside.toml").write_text("")
     words = [word.replace("{outside}", str(tmp_path / "outside.toml")) for word in arguments]
     before = info(head)
-    code, output, errors = head.run("scripted", *words, **variables)
+    code, output, errors = head.run("scripted", *words, extra=variables)
     assert code == 2, errors
     assert not output
     assert says in errors
@@ -187,7 +187,7 @@ def test_a_real_job_works_and_no_secret_is_shown(head: Head, s3: LoopbackS3) -> 
     """A job that reads S3 on the cluster; token and keys of whoever submits stand nowhere, whatever is told about it."""
     secret = "planted-secret-8d1f"
     words = ["publish", "list", "--set", f"output.path={s3.bucket()}/scores", "--run-id", "nightly:1"]
-    code, output, errors = head.run(*words, AWS_SECRET_ACCESS_KEY=secret)
+    code, output, errors = head.run(*words, extra={"AWS_SECRET_ACCESS_KEY": secret})
     assert code == 0, output + errors
     assert "0 runs below s3://" in output
 
