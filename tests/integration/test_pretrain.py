@@ -55,7 +55,7 @@ def configure(data: str, base: str, output: str, **sections: dict[str, Any]) -> 
         "model": {"base": base, "precision": "fp32", "max_length": 32, "dropout": 0.0},
         "mlm": {"whole_words": True},
         "optim": {"batch_size": 16, "epochs": 2, "learning_rate": 3e-3, "ema_decay": 0.5},
-        "stopping": {"evaluations_per_epoch": 3, "patience": 100},
+        "stopping": {"evaluations_per_epoch": 4, "patience": 100},
         "output": {"path": output},
     }
     for name, section in sections.items():
@@ -82,11 +82,11 @@ def test_a_killed_run_of_two_workers_gives_what_one_worker_gives(
     """Weights in parts, too, with the decoder tied to the embeddings."""
     output = str(tmp_path / "killed")
     config = configure(data, base, output, resources={"num_workers": 2, "strategy": "fsdp"})
-    with killing(Path(output), 2) as killed:
+    with killing(Path(output), 3) as killed:
         found = pretrain(config, "night-1", cluster_facts())
     assert len(killed) == len(found["resumed_after"]) == 1
     assert one[1]["resumed_after"] == []
-    assert len(found["history"]) == len(one[1]["history"]) == 6
+    assert len(found["history"]) == len(one[1]["history"]) == 8
     for left, right in zip(one[1]["history"], found["history"], strict=True):
         for name in ("train_loss", "grad_norm", "loss"):
             assert left[name] == pytest.approx(right[name], abs=1e-4), name
@@ -131,7 +131,7 @@ def test_it_is_a_base_of_training_with_changed_rows_and_of_masked_prompts(
             "model": {"base": one[0], "precision": "fp32", "dropout": 0.0},
             "augment": {"drop": 0.2, "swap": 0.2, "replace": 0.3},
             "optim": {"batch_size": 16, "epochs": 1, "learning_rate": 5e-4},
-            "stopping": {"metric": "loss", "evaluations_per_epoch": 4, "patience": 100},
+            "stopping": {"metric": "loss", "evaluations_per_epoch": 8, "patience": 100},
             "output": {"path": str(output)},
             "resources": {"num_workers": workers},
         }
@@ -139,7 +139,7 @@ def test_it_is_a_base_of_training_with_changed_rows_and_of_masked_prompts(
         if workers == 1:
             metrics = train(config, "night-1", cluster_facts())
         else:
-            with killing(output, 2) as killed:
+            with killing(output, 3) as killed:
                 metrics = train(config, "night-1", cluster_facts())
             assert len(killed) == len(metrics["resumed_after"]) == 1
         found.append((metrics, weights_of(str(output))))
