@@ -169,8 +169,12 @@ def test_whatever_is_killed_there_is_one_job_and_its_end_is_seen(head: Head, tmp
                 seconds,
             )
 
-        for task in ("triggerer_killed", "worker_killed", "ended_by_a_person"):
-            wait_until(lambda task=task: [job["status"] for job in head.named(task)] == ["RUNNING"], f"the job of {task}", 600)  # type: ignore[misc]  # fmt: skip
+        waiting = ("triggerer_killed", "worker_killed", "ended_by_a_person")
+        wait_until(
+            lambda: all([job["status"] for job in head.named(task)] == ["RUNNING"] for task in waiting),
+            "three jobs",
+            600,
+        )
         state("triggerer_killed", "deferred")
         state("ended_by_a_person", "deferred")
 
