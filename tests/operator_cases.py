@@ -68,8 +68,11 @@ def case(
     """Run the operator once, against a server of its own."""
     from ray_jobs import SubmitRayJobOperator
 
-    handler: Any = type("Case", (JobsApi,), {"jobs": there or {}, "becomes": becomes, "taken": taken, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    class Case(JobsApi):
+        pass
+
+    Case.jobs, Case.becomes, Case.taken, Case.asked = there or {}, becomes, taken, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Case)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     connection = {"conn_type": "http", "host": "127.0.0.1", "port": server.server_port, "password": token}
     os.environ["AIRFLOW_CONN_RAY"] = json.dumps(connection)
@@ -91,7 +94,7 @@ def case(
         raised = type(error).__name__
     server.shutdown()
     server.server_close()
-    return {"raised": raised, "asked": handler.asked, "waited_for": operator.job_at_work}
+    return {"raised": raised, "asked": Case.asked, "waited_for": operator.job_at_work}
 
 
 def ended(status: str, code: int | None = None) -> dict[str, Any]:
