@@ -177,19 +177,7 @@ def score(
 
     Raises `IncompleteError` when the cluster or the storage fails for good; whatever was finished by then stays finished.
     """
-    tokenizer = load_tokenizer(
-        fetch(job.model_url, job.trust), job.max_length, job.trust.code, job.truncation, job.windows, job.prompt
-    )
-    run = Running(
-        job=job,
-        layout=layout,
-        limits=limits,
-        tokenizer=share_tokenizer(tokenizer),
-        progress=start_progress(),
-        outcome=Outcome(),
-        show=show,
-        meter=meter,
-    )
+    run = start(job, layout, limits, show, meter)
     blocks = bundle(with_rows(run, plan_chunks(run, shards, selected)), job.chunk_bytes)
     try:
         while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
@@ -199,7 +187,25 @@ def score(
     except BudgetError as error:
         run.outcome.over_budget = error
     run.outcome.mark("ended")
+    run.outcome.counts = read_progress(run.progress) or run.outcome.counts
     return run.outcome
+
+
+def start(job: ScoreJob, layout: Layout, limits: LimitsSection, show: Show, meter: Meter | None = None) -> Running:
+    """What every task of a run shares, brought to the cluster."""
+    tokenizer = load_tokenizer(
+        fetch(job.model_url, job.trust), job.max_length, job.trust.code, job.truncation, job.windows, job.prompt
+    )
+    return Running(
+        job=job,
+        layout=layout,
+        limits=limits,
+        tokenizer=share_tokenizer(tokenizer),
+        progress=start_progress(),
+        outcome=Outcome(),
+        show=show,
+        meter=meter,
+    )
 
 
 def with_rows(run: Running, chunks: Iterator[Chunk]) -> Iterator[Chunk]:

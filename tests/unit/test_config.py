@@ -23,6 +23,7 @@ from lib.errors import ExitCode, UsageError
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 SCHEMAS: dict[str, type[Section]] = {
     "score": ScoreConfig,
+    "plan": ScoreConfig,
     "train": TrainConfig,
     "predict": PredictConfig,
     "publish": PublishConfig,

@@ -15,6 +15,7 @@ ORDER = (
     # one thing each
     *(
         "planning",
+        "estimate",
         "archive",
         "selection",
         "template",
@@ -35,6 +36,9 @@ ORDER = (
         "tuning",
         "sharding",
         "runtime",
+        "cost",
+        "throughput",
+        "forecast",
         "progress",
         "mapped",
         "publishing",
@@ -43,9 +47,9 @@ ORDER = (
     *("checkpoint", "attribution", "plots", "highlight", "model_card", "training_report"),
     *("packing", "engine", "budget"),
     # the work of one process
-    *("labelled", "blocks", "predictor", "learning", "contrastive", "fitting", "zero_shot"),
+    *("labelled", "blocks", "sampling", "predictor", "learning", "contrastive", "fitting", "zero_shot"),
     # the work of a cluster
-    *("training", "outcome", "watch", "tasks", "actors", "suspects", "pipeline", "report", "scoring"),
+    *("training", "outcome", "watch", "tasks", "actors", "suspects", "pipeline", "report", "scoring", "survey"),
 )
 """From the lowest to the highest; each may import those before it."""
 
@@ -60,6 +64,7 @@ MAY_IMPORT_RAY = {
     "actors",
     "suspects",
     "pipeline",
+    "survey",
 }
 MAY_IMPORT_TORCH = {
     "tracking",
