@@ -17,6 +17,10 @@ from lib.errors import UsageError
 from lib.planning import Chunk
 from lib.progress import Reporter, reported
 from lib.schema import to_results
+from lib.throughput import Throughput
+
+MEASURED_ROWS = 262_144
+"""Scored at a time when speed is measured, at most."""
 
 
 class PredictBlock:
@@ -79,6 +83,21 @@ class LoneWorker:
 
     def ready(self) -> None:
         """Return when the model is loaded."""
+
+    def measure(self, table: pa.Table, seconds: float) -> Throughput:
+        """Predict rows of token ids again, twice as many each time, until that takes so long: how fast is it?"""
+        predictor = self.predict.predictor
+        took = 0.0
+        while took < seconds and table.num_rows <= MEASURED_ROWS:
+            ids = table[IDS].combine_chunks()
+            type_ids = table[TYPE_IDS].combine_chunks().values.to_numpy() if TYPE_IDS in table.column_names else None
+            begun = time.perf_counter()
+            predictor.predict(ids.values.to_numpy(), ids.offsets.to_numpy(), type_ids)
+            took = time.perf_counter() - begun
+            table = pa.concat_tables([table, table])
+        return Throughput(
+            device=predictor.describe(), actors=1, tokens=len(ids.values), seconds=took, busy_seconds=took
+        )
 
     def score(self, chunk: Chunk) -> dict[str, Any] | None:
         """Make a chunk's object; returns what it says of itself, or None if it is there or its shard changed."""

@@ -171,14 +171,18 @@ def matches(parts: list[str], pattern: list[str]) -> bool:
     return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
-def open_parquet(store: Store, path: str) -> tuple[pq.ParquetFile, WatchedFile]:
-    """Open one shard. Raises `BadShardError` if its footer cannot be read, storage errors as they are."""
+def open_parquet(store: Store, path: str, step_bytes: int | None = None) -> tuple[pq.ParquetFile, WatchedFile]:
+    """Open one shard. Raises `BadShardError` if its footer cannot be read, storage errors as they are.
+
+    `step_bytes`: read so much of a column at a time, as rows are asked for; without, all that a row group has of it.
+    """
     watched = WatchedFile(*store.open_described(path))
     for name in RAY_TYPES:
         with contextlib.suppress(pa.ArrowKeyError):  # not registered: Ray Data is not imported, or it was done before
             pa.unregister_extension_type(f"ray.data.{name}")
     try:
-        parquet = pq.ParquetFile(watched, pre_buffer=True, page_checksum_verification=True)
+        options = {"pre_buffer": True} if step_bytes is None else {"pre_buffer": False, "buffer_size": step_bytes}
+        parquet = pq.ParquetFile(watched, page_checksum_verification=True, **options)
     except BAD_FILE as error:
         if watched.failure is not None:
             raise watched.failure from watched.failure.__cause__  # which says what S3 answered

@@ -185,6 +185,26 @@ class ForecastSection(Section):
     """price of one CPU for an hour"""
     node_hour: Price | None = None
     """price of one node for an hour, beside that of its CPUs and GPUs, if these have one of their own"""
+    gpus: int | None = Field(default=None, ge=0)
+    """jobs.plan: of the cluster to forecast for; default: that of the cluster at hand, and none if cpus or nodes are given"""
+    cpus: int | None = Field(default=None, ge=1)
+    """jobs.plan: of the cluster to forecast for, all nodes together; default: 8 for each GPU and at least 8 for each node"""
+    nodes: int | None = Field(default=None, ge=1)
+    """jobs.plan: of the cluster to forecast for; default: one for each 8 GPUs, without GPUs one"""
+    device: str | None = None
+    """jobs.plan: take the speed of this GPU or processor, by a part of its name as run.json has it (H100)"""
+    tokens_per_second: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """jobs.plan: speed of one GPU, without GPUs of one CPU; or a table {H100 = 400000, A10G = 60000}, see device; default: what earlier
+    runs below output.path reached, else measured here"""
+    measure_seconds: float = Field(default=3, ge=0)
+    """jobs.plan: how long to measure, if no earlier run says how fast it is; 0: do not"""
+    sample_rows: int | None = Field(default=None, ge=1)
+    """jobs.plan: read so many rows to know how many tokens there are; default: 0.1% of the rows to score, 1,024 to 65,536"""
+
+    @property
+    def describes_cluster(self) -> bool:
+        """Whether it says what to forecast for."""
+        return any(number is not None for number in (self.gpus, self.cpus, self.nodes))
 
     @property
     def has_price(self) -> bool:

@@ -4,6 +4,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from lib.config import ForecastSection
 from lib.errors import BudgetError, UsageError
 from lib.runtime import Cluster, cluster_facts
@@ -92,3 +95,13 @@ class Meter:
         if self.spent is None:
             return ""
         return f"{self.spent:,.2f} spent" if self.budget is None else f"{self.spent:,.2f} of {self.budget:g} spent"
+
+
+def budget_spent(why: BudgetError, num_shards: int, left: pa.Table, num_chunks: int) -> BudgetError:
+    """What a budget has brought when it was spent: chunks that were finished, and the shards (with their sizes) that are left."""
+    size = int(pc.sum(left["size"]).as_py() or 0) / 1e6
+    too_small = "" if num_chunks else "; not one chunk was finished: raise it, jobs.plan says what is needed"
+    return BudgetError(
+        f"{why}; of {num_shards:,} shards to do {left.num_rows:,} ({size:,.1f} MB) are left; what is finished is kept, nothing is"
+        f" published{too_small}; run the same command again, and it goes on with a new budget"
+    )

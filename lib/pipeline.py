@@ -178,10 +178,28 @@ def score(
 
     Raises `IncompleteError` when the cluster or the storage fails for good; whatever was finished by then stays finished.
     """
+    run = start(job, layout, limits, show, meter, run_id)
+    blocks = bundle(with_rows(run, plan_chunks(run, shards, selected)), job.chunk_bytes)
+    try:
+        while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
+            run.outcome.mark("planned")
+            run_wave(run, wave)
+            run.outcome.close_wave()
+    except BudgetError as error:
+        run.outcome.over_budget = error
+    run.outcome.mark("ended")
+    run.outcome.counts = read_progress(run.progress) or run.outcome.counts
+    return run.outcome
+
+
+def start(
+    job: ScoreJob, layout: Layout, limits: LimitsSection, show: Show, meter: Meter | None = None, run_id: str = ""
+) -> Running:
+    """What every task of a run shares, brought to the cluster."""
     tokenizer = load_tokenizer(
         fetch(job.model_url, job.trust), job.max_length, job.trust.code, job.truncation, job.windows, job.prompt
     )
-    run = Running(
+    return Running(
         job=job,
         layout=layout,
         limits=limits,
@@ -192,16 +210,6 @@ def score(
         meter=meter,
         run_id=run_id,
     )
-    blocks = bundle(with_rows(run, plan_chunks(run, shards, selected)), job.chunk_bytes)
-    try:
-        while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
-            run.outcome.mark("planned")
-            run_wave(run, wave)
-            run.outcome.close_wave()
-    except BudgetError as error:
-        run.outcome.over_budget = error
-    run.outcome.mark("ended")
-    return run.outcome
 
 
 def with_rows(run: Running, chunks: Iterator[Chunk]) -> Iterator[Chunk]:

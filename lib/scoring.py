@@ -14,8 +14,8 @@ from lib.archive import Columns, find_root, list_shards, refuse_output_inside, r
 from lib.atomicity import check_output
 from lib.blocks import ScoreJob
 from lib.config import ScoreConfig
-from lib.cost import Meter, Usage
-from lib.errors import BudgetError, ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
+from lib.cost import Meter, Usage, budget_spent
+from lib.errors import ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
 from lib.history import Baseline, find_baseline, recent_runs
 from lib.outcome import Outcome
 from lib.planning import (
@@ -242,7 +242,7 @@ def judge(run: Run, outcome: Outcome, manifest: pa.Table) -> TextsweepError | No
     if outcome.over_budget is not None:
         left = find_left(run, outcome, manifest)
         if left.num_rows or outcome.finished_rows != outcome.planned_rows:
-            return describe_budget(run, outcome, left)
+            return budget_spent(outcome.over_budget, run.unfinished.num_rows, left, outcome.finished_chunks)
     problems = []
     if outcome.missing:
         problems.append(
@@ -293,18 +293,6 @@ def find_left(run: Run, outcome: Outcome, manifest: pa.Table) -> pa.Table:
     made = manifest.select(["shard", "identity"])
     left = run.unfinished.join(made, ["path", "identity"], ["shard", "identity"], join_type="left anti")
     return left.filter(pc.invert(pc.is_in(left["path"], bad)))
-
-
-def describe_budget(run: Run, outcome: Outcome, left: pa.Table) -> BudgetError:
-    """What a budget that is spent has brought, and what is left."""
-    todo, size = run.unfinished.num_rows, int(pc.sum(left["size"]).as_py() or 0) / 1e6
-    too_small = (
-        "" if outcome.finished_chunks else "; not one chunk was finished: raise it, jobs.plan says what is needed"
-    )
-    return BudgetError(
-        f"{outcome.over_budget}; of {todo:,} shards to do {left.num_rows:,} ({size:,.1f} MB) are left; what is finished is kept,"
-        f" nothing is published{too_small}; run the same command again, and it goes on with a new budget"
-    )
 
 
 def find_bad(run: Run, outcome: Outcome) -> list[dict[str, str]]:

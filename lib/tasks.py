@@ -19,6 +19,7 @@ from lib.blocks import Footer, ScoreJob
 from lib.checkpoint import fetch
 from lib.planning import Block
 from lib.progress import reported
+from lib.sampling import Sampled, Window, sample_shard
 from lib.storage import Store
 from lib.tokenization import Tokenizer, load_tokenizer
 
@@ -82,6 +83,15 @@ def start_reader() -> None:
 def read_footer_batch(archive: Store, columns: Columns, shards: list[str]) -> list[Footer]:
     """Read the footers of some shards; one that cannot be read says why."""
     return [work.read_footer(archive, columns, shard) for shard in shards]
+
+
+@ray.remote(num_cpus=0.25, max_retries=1)
+def sample_shards(
+    job: ScoreJob, windows: dict[tuple[str, str], list[Window]], tokenizer: Any, whole: bool
+) -> list[Sampled]:
+    """Read and tokenize windows of some shards, which are named with their identities."""
+    known = get_tokenizer(tokenizer[0], job)
+    return [sample_shard(job, shard, content, some, known, whole) for (shard, content), some in windows.items()]
 
 
 def share_tokenizer(tokenizer: Tokenizer) -> Any:

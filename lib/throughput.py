@@ -52,7 +52,7 @@ class Throughput(BaseModel):
 
     def record(self) -> dict[str, object]:
         """Plain JSON values."""
-        rounded = {name: round(getattr(self, name), 1) for name in ("seconds", "busy_seconds", "tokens_per_second")}
+        rounded = {name: round(getattr(self, name), 3) for name in ("seconds", "busy_seconds", "tokens_per_second")}
         return self.model_dump() | rounded
 
 

@@ -9,6 +9,7 @@ from lib import pipeline
 from lib.cost import Meter
 from lib.errors import BudgetError, ExitCode, UsageError
 from lib.storage import open_store
+from lib.versions import list_runs
 from tests import fakes
 from tests.integration.test_growth import objects
 from tests.integration.test_scoring import read_json, read_predictions, run_score, texts_table
@@ -16,6 +17,9 @@ from tests.integration.test_scoring import read_json, read_predictions, run_scor
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 SHARDS, ROWS = 4, 120
+
+FAST = ("model.engine=torch", "planning.chunk_mb=0.002")
+"""The engine that starts fastest, and six chunks a shard."""
 
 
 def record_of(output: str, run_id: str) -> Any:
@@ -45,7 +49,7 @@ def test_a_spent_budget_keeps_what_is_done_and_the_next_run_finishes(
 
     monkeypatch.setattr(Meter, "look", look_later)
     with pytest.raises(BudgetError) as caught:
-        run_score(archive, classifier, output, prices, "limits.budget=20", "model.engine=torch", run_id="first")
+        run_score(archive, classifier, output, prices, "limits.budget=20", *FAST, run_id="first")
     monkeypatch.undo()
     assert caught.value.exit_code == 6
     assert "limits.budget = 20 is spent: " in str(caught.value)
@@ -58,10 +62,12 @@ def test_a_spent_budget_keeps_what_is_done_and_the_next_run_finishes(
     assert first["cost"]["cost"] >= 20 == first["cost"]["budget"]
     assert first["cost"]["cpu_seconds"] == pytest.approx(first["cost"]["cost"] * 3_600, rel=1e-3)
     assert open_store(output).read("_published.json") is None
+    assert [one.state for one in list_runs(open_store(output))] == ["over_budget"]
     stamps = {path: Path(output, path).stat().st_mtime_ns for path in kept}
 
-    run_score(archive, classifier, output, prices, "limits.budget=20", "model.engine=torch", run_id="second")
+    run_score(archive, classifier, output, prices, "limits.budget=20", *FAST, run_id="second")
     assert {path: Path(output, path).stat().st_mtime_ns for path in kept} == stamps, "nothing was scored twice"
+    assert len(objects(output)) == 6 * SHARDS
     found = read_predictions(output)
     assert found.num_rows == SHARDS * ROWS
     assert found["error"].null_count == found.num_rows

@@ -26,6 +26,7 @@ from lib.space import SearchConfig
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 SCHEMAS: dict[str, type[Section]] = {
     "score": ScoreConfig,
+    "plan": ScoreConfig,
     "train": TrainConfig,
     "pretrain": PretrainConfig,
     "predict": PredictConfig,

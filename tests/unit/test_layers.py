@@ -15,6 +15,7 @@ ORDER = (
     # one thing each
     *(
         "planning",
+        "estimate",
         "archive",
         "selection",
         "template",
@@ -40,6 +41,7 @@ ORDER = (
         "runtime",
         "cost",
         "throughput",
+        "forecast",
         "telemetry",
         "progress",
         "mapped",
@@ -55,6 +57,7 @@ ORDER = (
         "corpus",
         "labelled",
         "blocks",
+        "sampling",
         "predictor",
         "answers",
         "learning",
@@ -71,7 +74,7 @@ ORDER = (
     ),
     # the work of a cluster
     *("workers", "training", "halving", "search", "pretraining", "course", "outcome", "history", "drift"),
-    *("watch", "tasks", "actors", "suspects", "pipeline", "run_page", "report", "scoring"),
+    *("watch", "tasks", "actors", "suspects", "pipeline", "run_page", "report", "scoring", "survey"),
     # jobs on another machine's cluster
     *("packaging", "submission", "job_log", "job_server"),
 )
@@ -95,6 +98,7 @@ MAY_IMPORT_RAY = {
     "pipeline",
     "job_log",
     "job_server",
+    "survey",
 }
 MAY_IMPORT_TORCH = {
     "tracking",

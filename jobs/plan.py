@@ -1,0 +1,180 @@
+"""Say what jobs.score would do with the same configuration: shards, chunks, rows, tokens, time and cost. Scores nothing.
+
+Reads   listings of archive and output, the footers of shards that are not finished, and some of their rows (0.1%, at least 1,024).
+Writes  nothing but standard output: text, or with --json one JSON object. Needs no GPU.
+
+    python -m jobs.plan --config jobs/configs/score.toml --set input.path=s3://bucket/archive --set output.path=s3://bucket/scores
+    python -m jobs.plan ... --set forecast.gpus=32 --set forecast.gpu_hour=3.5          # a cluster that is not there yet
+    python -m jobs.plan ... --set forecast.gpus=32 --set forecast.tokens_per_second=400000 --json > plan.json
+
+How fast it will be is, in this order: forecast.tokens_per_second; what an earlier run of the same version reached, or one of another
+version with the same weights; a measurement on the cluster at hand, if that has GPUs or none like the one to forecast for. Time is
+for a cluster that is used by this run alone and is there when it starts. The interval is that of the tokens: how fast the model
+is on the day is not in it.
+
+Exit codes: 0 done, also if the time cannot be told; 2 the command or configuration is wrong; 4 storage or cluster failed, run it
+again; 5 stopped on request; 1 a bug.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow.compute as pc
+
+from lib import scoring, survey
+from lib.config import ScoreConfig, ScoreResources, parse_command
+from lib.errors import at_work, run_job
+from lib.estimate import CONFIDENCE, Estimate
+from lib.forecast import Forecast, Speed, described_cluster, forecast, layout_of
+from lib.report import duration
+from lib.runtime import Cluster, Layout, plan_layout, ray_session
+
+UNKNOWN_SPEED = (
+    "not known: no earlier run below output.path says how fast one {unit} is with this model, and there is none here to measure;"
+    " set forecast.tokens_per_second to the tokens a second of one {unit}"
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Plan, look at footers and a few rows, and say what that means."""
+    extra = argparse.ArgumentParser(add_help=False)
+    extra.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    command = parse_command(ScoreConfig, argv, prog="jobs.plan", description=__doc__ or "", extra=extra)
+    record = plan(command.config, command.run_id)
+    print(json.dumps(record, indent=2) if command.arguments.json else "\n".join(lines(record)))
+
+
+def plan(config: ScoreConfig, run_id: str) -> dict[str, Any]:
+    """Everything that can be said before a run, as plain JSON values."""
+    run = scoring.prepare(config, run_id)
+    with ray_session() as here, at_work():
+        wanted = config.forecast
+        cluster = described_cluster(wanted) if wanted.describes_cluster else here
+        layout = layout_of(cluster, config.resources)
+        # On this cluster nothing but footers and a sample is read: it need not be able to hold what is asked for.
+        found, running = survey.take_survey(run, plan_layout(here, ScoreResources()))
+        planning_seconds = time.monotonic() - run.begun - found.sampling_seconds
+        is_gpu = layout.actor_gpus > 0
+        can_measure = (here.gpus >= 1) == is_gpu and not run.is_published
+        speed = survey.find_speed(run, found, running, is_gpu, can_measure)
+    expected = None
+    if speed is not None and found.tokens is not None:
+        expected = forecast(found.tokens, found.block_guesses, cluster, layout, speed, planning_seconds, wanted)
+    return describe(run, found, cluster, layout, speed, expected)
+
+
+def describe(
+    run: scoring.Run,
+    found: survey.Survey,
+    cluster: Cluster,
+    layout: Layout,
+    speed: Speed | None,
+    expected: Forecast | None,
+) -> dict[str, Any]:
+    """The record that --json prints."""
+    outcome, rows = found.outcome, int(found.tally.numbers("rows").sum())
+    unit = "GPU" if layout.actor_gpus else "CPU"
+    return {
+        "input": run.job.archive.url,
+        "output": run.output.url,
+        "model": run.config.model.path,
+        "version": run.job.version,
+        "is_published": run.is_published,
+        "shards": {**survey.count_shards(run), "bad": len(outcome.bad_shards)},
+        "bad_shards": outcome.bad_shards,
+        "bytes_to_do": int(pc.sum(run.unfinished["size"]).as_py() or 0),
+        "chunks_planned": outcome.planned_chunks,
+        "rows_planned": outcome.planned_rows,
+        "chunks": len(found.tally.rows),
+        "rows": rows,
+        "blocks": found.tally.num_blocks,
+        "tokens": rounded(found.tokens),
+        "confidence": CONFIDENCE,
+        "sampled_rows": found.sampled_rows,
+        "sampled_errors": found.sampled_errors,
+        "cluster": {
+            "nodes": len(cluster.nodes),
+            "cpus": cluster.cpus,
+            "gpus": cluster.gpus,
+            "actors": layout.num_actors,
+        },
+        "speed": None if speed is None else describe_speed(speed, layout),
+        "problem": UNKNOWN_SPEED.format(unit=unit) if speed is None else None,
+        "seconds": None if expected is None else rounded(expected.seconds),
+        "phases": None
+        if expected is None
+        else {
+            "planning": round(expected.planning_seconds, 1),
+            "starting": round(expected.starting_seconds, 1),
+            "scoring": round(expected.scoring_seconds.value, 1),
+            "finishing": round(expected.finishing_seconds, 1),
+        },
+        "cost": None if expected is None or expected.cost is None else rounded(expected.cost, 2),
+        "budget": run.config.limits.budget,
+    }
+
+
+def describe_speed(speed: Speed, layout: Layout) -> dict[str, Any]:
+    """How fast one actor is, and who says so."""
+    return {
+        "actor_tokens_per_second": round(speed.per_unit * (1 if layout.actor_gpus else layout.threads)),
+        "source": speed.source,
+        "device": None if speed.device is None else str(speed.device),
+    }
+
+
+def rounded(found: Estimate | None, digits: int | None = None) -> dict[str, float] | None:
+    """An estimate as JSON."""
+    return None if found is None else {name: round(number, digits) for name, number in asdict(found).items()}
+
+
+def lines(record: dict[str, Any]) -> list[str]:
+    """What people read."""
+    shards, cluster, tokens = record["shards"], record["cluster"], record["tokens"]
+    there, speed = record["chunks_planned"] - record["chunks"], record["speed"]
+    said = [
+        f"{record['input']}: {shards['all']:,} shards: {shards['finished']:,} finished, {shards['to_do']:,} to do"
+        f" ({shards['new']:,} new, {shards['changed']:,} changed, {shards['begun']:,} begun; {shards['bad']:,} of them bad),"
+        f" {shards['deleted']:,} deleted; version {record['version']}",
+        f"to score: {record['rows']:,} rows in {record['chunks']:,} chunks, {record['blocks']:,} blocks"
+        f" (planned: {record['rows_planned']:,} rows in {record['chunks_planned']:,} chunks; {there:,} need no scoring)",
+    ]
+    if tokens:
+        said.append(
+            f"tokens: {tokens['value']:,} ({tokens['low']:,} to {tokens['high']:,} with {record['confidence']:.0%} confidence;"
+            f" {record['sampled_rows']:,} rows were read, {record['sampled_errors']:,} of them have an error)"
+        )
+    where = (
+        f"{cluster['nodes']:,} nodes, {cluster['cpus']:g} CPUs, {cluster['gpus']:g} GPUs, {cluster['actors']:,} actors"
+    )
+    if record["problem"]:
+        said.append(f"time on {where}: {record['problem']}")
+    if speed:
+        device = f" ({speed['device']})" if speed["device"] else ""
+        said.append(f"speed: {speed['actor_tokens_per_second']:,} tokens/s an actor: {speed['source']}{device}")
+    if seconds := record["seconds"]:
+        parts = ", ".join(f"{name} {duration(took)}" for name, took in record["phases"].items())
+        low, high = duration(seconds["low"]), duration(seconds["high"])
+        said.append(f"time on {where}: {duration(seconds['value'])} ({low} to {high}): {parts}")
+    if cost := record["cost"]:
+        budget = "" if record["budget"] is None else f"; limits.budget = {record['budget']:g} is {enough(record)}"
+        said.append(f"cost: {cost['value']:,.2f} ({cost['low']:,.2f} to {cost['high']:,.2f}){budget}")
+    said += [f"bad shard {shard!r}: {why}" for shard, why in sorted(record["bad_shards"].items())[:5]]
+    return said
+
+
+def enough(record: dict[str, Any]) -> str:
+    """Whether the budget is."""
+    budget, cost = record["budget"], record["cost"]
+    if budget >= cost["high"]:
+        return "enough"
+    return f"not enough: about {budget / cost['value']:.0%} of it" if budget < cost["low"] else "perhaps not enough"
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,123 @@
+"""The forecast's arithmetic: blocks on actors, waves, the driver's part, which speed is believed, and what a cluster costs."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib import forecast as forecasts
+from lib.config import ForecastSection, ScoreResources
+from lib.errors import UsageError
+from lib.estimate import Estimate
+from lib.forecast import (
+    BLOCK_SECONDS,
+    Speed,
+    described_cluster,
+    earlier_speed,
+    forecast,
+    given_speed,
+    layout_of,
+    makespan,
+    scoring_seconds,
+)
+from lib.runtime import Cluster, Node
+from lib.throughput import Device, Throughput
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=50), st.integers(1, 9))
+def test_a_schedule_is_within_the_bounds_of_list_scheduling(blocks: list[float], actors: int) -> None:
+    """Graham 1966: at least the mean load and the longest block, at most the mean load and a part of the longest block."""
+    found, mean, longest = makespan(np.array(blocks), actors), sum(blocks) / actors, max(blocks)
+    assert found >= max(mean, longest) - 1e-6
+    assert found <= mean + (1 - 1 / actors) * longest + 1e-6
+
+
+def test_the_tail_is_the_last_block_that_begins() -> None:
+    assert makespan(np.array([1.0, 1, 1, 9]), 2) == 10
+    assert makespan(np.array([]), 4) == 0
+
+
+def test_waves_have_a_tail_each_and_new_actors_for_each_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecasts, "MAX_WAVE_BLOCKS", 3)
+    assert scoring_seconds(np.full(6, 100.0), 2, 10.0, 7.0) == 20 + 7 + 20
+
+
+def test_the_driver_limits_what_many_actors_can_do() -> None:
+    blocks = np.full(1_000, 100.0)
+    assert scoring_seconds(blocks, 1_000, 100.0, 0.0) == pytest.approx(1_000 * BLOCK_SECONDS)
+    assert scoring_seconds(blocks, 1, 100.0, 0.0) == pytest.approx(1_000)
+
+
+def test_a_forecast_adds_up_and_costs_the_whole_cluster() -> None:
+    cluster = Cluster((Node(16, 2),))
+    layout = layout_of(cluster, ScoreResources())
+    tokens = Estimate(value=1e6, low=0.5e6, high=2e6)
+    speed = Speed(per_unit=1_000, source="a test", starting_seconds=20, finishing_seconds=5)
+    found = forecast(tokens, np.ones(100), cluster, layout, speed, 10.0, ForecastSection(gpu_hour=3.6, cpu_hour=0.36))
+    assert found.seconds == Estimate(value=535, low=285, high=1_035)
+    assert found.cost is not None
+    assert found.cost.value == pytest.approx(535 / 3_600 * (2 * 3.6 + 16 * 0.36))
+    free = forecast(tokens, np.ones(100), cluster, layout, speed, 10.0, ForecastSection())
+    assert free.cost is None
+
+
+def test_clusters_are_described_by_a_part_of_what_they_are() -> None:
+    assert described_cluster(ForecastSection(gpus=32)) == Cluster((Node(64, 8),) * 4)
+    assert described_cluster(ForecastSection(cpus=64, nodes=2)) == Cluster((Node(32, 0),) * 2)
+    assert described_cluster(ForecastSection(gpus=0, nodes=3)) == Cluster((Node(8, 0),) * 3)
+
+
+def test_threads_are_those_of_the_described_cluster() -> None:
+    assert layout_of(described_cluster(ForecastSection(cpus=96, nodes=2)), ScoreResources()).threads == 48
+
+
+def record(run: str, name: str, seconds: float, tokens: int = 1_000, is_gpu: bool = True) -> dict[str, Any]:
+    device = Device(
+        name=name, is_gpu=is_gpu, engine="torch", precision="bf16", threads=1 if is_gpu else 4, parameters=1
+    )
+    done = Throughput(device=device, actors=2, tokens=tokens, seconds=seconds, busy_seconds=seconds)
+    return {"run_id": run, "throughput": [done.record()], "phases": {"starting": 33.0}}
+
+
+def test_the_latest_run_that_was_long_enough_is_believed_with_its_start() -> None:
+    records = [
+        record("short", "NVIDIA H100", 2.0),
+        record("late", "NVIDIA H100", 20.0),
+        record("early", "NVIDIA H100", 90),
+    ]
+    found = earlier_speed(records, True, None, "of this version")
+    assert found is not None
+    assert (found.per_unit, found.source) == (50, "run late of this version")
+    assert (found.starting_seconds, found.finishing_seconds) == (33, forecasts.FINISHING_SECONDS)
+
+
+def test_of_runs_that_were_all_too_short_the_longest_is_believed_and_says_so() -> None:
+    found = earlier_speed([record("a", "x", 2.0), record("b", "x", 4.0)], True, None, "")
+    assert found is not None
+    assert "run b" in found.source
+    assert "for 4 s only" in found.source
+
+
+def test_other_devices_and_old_records_say_nothing() -> None:
+    records = [{"run_id": "old"}, record("cpu", "EPYC", 50, is_gpu=False), record("gpu", "NVIDIA A10G", 50)]
+    assert earlier_speed(records, True, "h100", "") is None
+    a10, cpu = earlier_speed(records, True, "a10", ""), earlier_speed(records, False, None, "")
+    assert a10 is not None
+    assert a10.per_unit == 20
+    assert cpu is not None
+    assert cpu.per_unit == 5, "of one of its four threads"
+
+
+def test_a_table_of_speeds_is_read_by_the_device() -> None:
+    table = {"H100": 400.0, "A10G": 60.0}
+    for device, expected in (("H100", 400), ("NVIDIA A10G", 60)):
+        found = given_speed(ForecastSection(tokens_per_second=table, device=device))
+        assert found is not None
+        assert found.per_unit == expected
+    with pytest.raises(UsageError, match=r"has H100, A10G, and forecast\.device = None does not say which"):
+        given_speed(ForecastSection(tokens_per_second=table))
+    with pytest.raises(UsageError, match=r"forecast\.device = 'L4' does not say which"):
+        given_speed(ForecastSection(tokens_per_second=table, device="L4"))
+    assert given_speed(ForecastSection()) is None
