@@ -31,7 +31,7 @@ from lib.config import ScoreConfig, ScoreResources, parse_command
 from lib.errors import at_work, run_job
 from lib.estimate import CONFIDENCE, Estimate
 from lib.forecast import Forecast, Speed, described_cluster, forecast, layout_of
-from lib.report import duration
+from lib.run_page import duration
 from lib.runtime import Cluster, Layout, plan_layout, ray_session
 
 UNKNOWN_SPEED = (
