@@ -88,9 +88,7 @@ def test_a_shift_keeps_readers_at_the_old_run_until_it_is_accepted(
 
     # Without a limit it is only told.
     capsys.readouterr()
-    fakes.write_archive(
-        archive, {"friday.parquet": pa.table({"id": range(200), "text": ["a longer one, again"] * 200})}
-    )
+    fakes.write_archive(archive, {"friday.parquet": texts_table(300)})
     run_score(archive, classifier, url, run_id="friday")
     assert "drift: text lengths: population stability index" in capsys.readouterr().out
     assert published() == "friday"
