@@ -24,7 +24,8 @@ from pathlib import Path
 from lib import checkpoint, gate
 from lib.answers import answers_of, find_test_set
 from lib.checkpoint import Checkpoint
-from lib.config import CompareConfig, parse_command
+from lib.config import parse_command
+from lib.encoder_config import CompareConfig
 from lib.errors import OverLimitError, UsageError, run_job
 from lib.schema import Task
 

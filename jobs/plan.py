@@ -27,12 +27,13 @@ from typing import Any
 import pyarrow.compute as pc
 
 from lib import scoring, survey
-from lib.config import ScoreConfig, ScoreResources, parse_command
+from lib.config import parse_command
 from lib.errors import at_work, run_job
 from lib.estimate import CONFIDENCE, Estimate
 from lib.forecast import Forecast, Speed, described_cluster, forecast, layout_of
 from lib.run_page import duration
 from lib.runtime import Cluster, Layout, plan_layout, ray_session
+from lib.score_config import ScoreConfig, ScoreResources
 
 UNKNOWN_SPEED = (
     "not known: no earlier run below output.path says how fast one {unit} is with this model, and there is none here to measure;"

@@ -31,12 +31,13 @@ import pyarrow.compute as pc
 
 from lib import checkpoint
 from lib.attribution import check_captum, explain_texts
-from lib.config import PredictConfig, parse_command
+from lib.config import parse_command
 from lib.errors import UsageError, nearest, run_job
 from lib.highlight import explanation_page, terminal_lines
 from lib.predictor import Predictor
 from lib.reading import check_texts
 from lib.schema import PredictionSchema, RowError, to_results
+from lib.score_config import PredictConfig
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
 """A cell that starts like this is run as a formula by spreadsheets; written with an apostrophe before it, it is text."""

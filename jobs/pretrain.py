@@ -16,7 +16,8 @@ request; 1 a bug.
 import sys
 from collections.abc import Sequence
 
-from lib.config import PretrainConfig, masked, parse_command
+from lib.config import masked, parse_command
+from lib.encoder_config import PretrainConfig
 from lib.errors import run_job
 from lib.metrics import shown
 from lib.pretraining import pretrain

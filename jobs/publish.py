@@ -34,8 +34,9 @@ from typing import Any
 import pyarrow.compute as pc
 
 from lib import publishing, versions
-from lib.config import PublishConfig, parse_command
+from lib.config import parse_command
 from lib.errors import IncompleteError, UsageError, run_job, stop_on_signals
+from lib.score_config import PublishConfig
 from lib.storage import Store, open_store
 from lib.verification import verify
 

@@ -22,12 +22,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from lib import pipeline, scoring
-from lib.config import ScoreConfig, parse_command
+from lib.config import parse_command
 from lib.cost import Meter
 from lib.errors import at_work, run_job
 from lib.outcome import Outcome
 from lib.report import ProgressLine
 from lib.runtime import plan_layout, ray_session
+from lib.score_config import ScoreConfig
 
 
 def main(argv: Sequence[str]) -> None:

@@ -19,10 +19,11 @@ from typing import Any
 
 import pandas as pd
 
-from lib.config import TrainConfig, masked, parse_command
+from lib.config import masked, parse_command
 from lib.errors import run_job
 from lib.metrics import shown, top_confusions
 from lib.runtime import ray_session
+from lib.train_config import TrainConfig
 from lib.training import train
 
 MAX_TABLE_ROWS = 30

@@ -15,7 +15,8 @@ Exit codes: 0 done; 2 the command, the configuration or the data is wrong; 4 sto
 import sys
 from collections.abc import Sequence
 
-from lib.config import ZeroShotConfig, parse_command
+from lib.config import parse_command
+from lib.encoder_config import ZeroShotConfig
 from lib.errors import run_job
 from lib.metrics import shown
 from lib.zero_shot import make_zero_shot

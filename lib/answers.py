@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.checkpoint import Checkpoint, tokenizer_of
-from lib.config import TrainConfig, validate
+from lib.config import validate
 from lib.errors import UsageError, nearest, say
 from lib.labelled import LabelledSource, find_source, usable_rows
 from lib.predictor import Predictor
 from lib.schema import Task
 from lib.sources import read_block
+from lib.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

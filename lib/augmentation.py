@@ -15,13 +15,13 @@ import torch
 
 from lib.batching import IntArray
 from lib.checkpoint import fetch
-from lib.config import AugmentSection, TrainConfig
 from lib.errors import UsageError
 from lib.facts import check_weights
 from lib.language_model import load_language_model, logits_at
 from lib.mapped import LabelledSet
 from lib.pieces import BoolArray, Pieces, find_pieces
 from lib.tokenization import Tokenizer, load_tokenizer
+from lib.train_config import AugmentSection, TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

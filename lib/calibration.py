@@ -11,9 +11,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.metrics import precision_recall_curve
 
-from lib.config import DecisionSection
 from lib.errors import UsageError, say
 from lib.schema import MULTI_LABEL_THRESHOLD, Targets, Task
+from lib.train_config import DecisionSection
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]

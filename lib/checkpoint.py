@@ -15,10 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lib.config import TRUST_NOTHING, ScoreConfig, Truncation, Trust
+from lib.config import TRUST_NOTHING, Truncation, Trust
 from lib.errors import IncompleteError, UsageError
 from lib.facts import PICKLED_WEIGHTS, ModelFacts, has_safetensors, read_facts
 from lib.schema import Head, Task
+from lib.score_config import ScoreConfig
 from lib.storage import Store, cache_folder, explained, open_store
 from lib.tokenization import Tokenizer, load_tokenizer
 from lib.windows import Windows

@@ -13,7 +13,6 @@ from lib.augmentation import new_augmenter
 from lib.batching import IntArray, epoch_batches, sample_rows
 from lib.calibration import Decision, FloatArray
 from lib.checkpoint import fetch
-from lib.config import TrainConfig
 from lib.contrastive import head_of, tune
 from lib.errors import UsageError, say
 from lib.fitting import Fit, Job
@@ -27,6 +26,7 @@ from lib.model import new_classifier
 from lib.schema import Head, label_name, slices_of, task_of
 from lib.storage import Store
 from lib.tokenization import load_tokenizer
+from lib.train_config import TrainConfig
 from lib.tuning import add_adapters, compile_passes, freeze, recompute_layers
 
 SUSPECTS_NAME = "label_noise.json"

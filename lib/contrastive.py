@@ -19,12 +19,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from lib.batching import IntArray
-from lib.config import ContrastiveSection, HeadSection, TrainConfig
 from lib.errors import UsageError
 from lib.heads import PooledClassifier
 from lib.learning import Team, read_rows
 from lib.mapped import LabelledSet, Subset
 from lib.schema import Task
+from lib.train_config import ContrastiveSection, HeadSection, TrainConfig
 
 PROGRESS_SECONDS = 5.0
 

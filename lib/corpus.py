@@ -17,7 +17,7 @@ from lib import sources
 from lib.archive import Columns, check_columns, open_parquet
 from lib.batching import IntArray
 from lib.checkpoint import fetch
-from lib.config import PretrainConfig
+from lib.encoder_config import PretrainConfig
 from lib.errors import UsageError
 from lib.planning import Chunk
 from lib.reading import Rows

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.config import ForecastSection
 from lib.errors import BudgetError, UsageError
 from lib.runtime import Cluster, cluster_facts
+from lib.score_config import ForecastSection
 
 ASK_EVERY_SECONDS = 10
 """A cluster that grows or shrinks is seen after so long at most; asking Ray takes a few milliseconds."""

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from lib.batching import IntArray
 from lib.calibration import FloatArray
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card
-from lib.config import FitConfig, StoppingSection, masked
+from lib.config import masked
+from lib.encoder_config import FitConfig
 from lib.errors import UsageError
 from lib.learning import Stepper, Team
 from lib.mapped import Selection, places_text
@@ -35,6 +36,7 @@ from lib.model import choose_dtype
 from lib.sharding import Weights, broadcast_weights, copy_weights, load_optimizer, load_weights, mean_of, whole_state
 from lib.storage import Store
 from lib.tracking import About, Places, Tracker, params_of
+from lib.train_config import StoppingSection
 
 METRICS_NAME = "metrics.json"
 

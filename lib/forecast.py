@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from lib.config import ForecastSection, ScoreResources
 from lib.cost import Usage
 from lib.errors import UsageError
 from lib.estimate import Estimate
 from lib.planning import MAX_WAVE_BLOCKS
 from lib.runtime import Cluster, Layout, Node, plan_layout
+from lib.score_config import ForecastSection, ScoreResources
 from lib.throughput import Device, Throughput
 
 BLOCK_SECONDS = 0.023

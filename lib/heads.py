@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib.config import HeadSection, TokenPooling
+from lib.config import TokenPooling
 from lib.errors import UsageError
+from lib.train_config import HeadSection
 
 ARCHITECTURE = "TextsweepForSequenceClassification"
 """Its name in `config.json`."""

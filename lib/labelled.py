@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict
 from lib import sources
 from lib.archive import BadShardError, Columns, check_columns, find_type, key_type, open_parquet
 from lib.checkpoint import fetch
-from lib.config import TrainConfig, TrainModelSection
 from lib.errors import UsageError, nearest
 from lib.planning import Chunk
 from lib.reading import Rows
@@ -37,6 +36,7 @@ from lib.sources import (
 )
 from lib.storage import Store
 from lib.tokenization import load_tokenizer
+from lib.train_config import TrainConfig, TrainModelSection
 
 IntArray = npt.NDArray[np.int64]
 

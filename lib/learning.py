@@ -25,11 +25,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 
 from lib.batching import IntArray, cut_by_tokens, share_of
-from lib.config import OptimSection
 from lib.loss import Objective, SeveralObjectives
 from lib.mapped import LabelledSet, Selection, TokenSet
 from lib.model import logits_of, mean_state, pool_windows
 from lib.sharding import shard, whole
+from lib.train_config import OptimSection
 from lib.tuning import depth_of, learning_at, peak_rate
 from lib.windows import split
 

@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from lib.config import LossSection
 from lib.errors import UsageError, nearest
 from lib.schema import Targets, Task
+from lib.train_config import LossSection
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from lib.batching import IntArray, epoch_batches
 from lib.calibration import FloatArray
 from lib.checkpoint import Card, commit, fetch
-from lib.config import PretrainConfig
 from lib.corpus import CorpusIndex
+from lib.encoder_config import PretrainConfig
 from lib.fitting import METRICS_NAME, Fit, Job, deciding, find_committed, join_team
 from lib.language_model import load_language_model, save_language_model
 from lib.learning import Team

@@ -17,11 +17,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lib.batching import IntArray, cut_by_tokens, share_of
-from lib.config import OptimSection
 from lib.language_model import logits_at
 from lib.learning import EVALUATION_TOKENS, UNSCALED, Stepper, Team, gradients_stay, together
 from lib.mapped import Selection, TokenSet
 from lib.masking import Masking
+from lib.train_config import OptimSection
 
 MAX_LOGITS = 2**27
 """Of one forward pass of an evaluation, about: 512 MB in fp32."""

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from lib.config import TRUST_NOTHING, HeadSection, TokenPooling, TrainPrecisionChoice, Trust
+from lib.config import TRUST_NOTHING, TokenPooling, TrainPrecisionChoice, Trust
 from lib.errors import UsageError
 from lib.facts import PROMPT, has_safetensors, import_transformers, read_config
 from lib.heads import SPECIFICATION, PooledClassifier, VectorBeside, load_pooled, new_head, read_to
 from lib.prompts import PromptClassifier
 from lib.schema import Task
+from lib.train_config import HeadSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

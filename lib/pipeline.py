@@ -24,13 +24,13 @@ from lib import blocks as work
 from lib.actors import PredictBlock
 from lib.blocks import Footer, ScoreJob
 from lib.checkpoint import fetch
-from lib.config import LimitsSection
 from lib.cost import Meter
 from lib.errors import BudgetError, UsageError
 from lib.outcome import Outcome
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity, select_rows
 from lib.progress import Counts, end_actors, read_progress, start_progress
 from lib.runtime import Layout, ray_session
+from lib.score_config import LimitsSection
 from lib.suspects import settle
 from lib.tasks import MAX_ATTEMPTS, ChunkSource, read_footer_batch, share_tokenizer, start_reader, write_counted
 from lib.tokenization import load_tokenizer

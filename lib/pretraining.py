@@ -8,8 +8,8 @@ import time
 from typing import Any
 
 from lib.checkpoint import fetch
-from lib.config import PretrainConfig
 from lib.corpus import CorpusIndex, find_corpus, prepare_corpus
+from lib.encoder_config import PretrainConfig
 from lib.errors import UsageError
 from lib.fitting import deciding, find_committed
 from lib.language_model import check_family

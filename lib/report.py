@@ -11,7 +11,7 @@ from hashlib import sha256
 from importlib.metadata import version as package_version
 from typing import Any
 
-from lib.config import ScoreConfig, masked
+from lib.config import masked
 from lib.cost import Meter, Usage
 from lib.drift import Shift
 from lib.errors import ExitCode
@@ -19,6 +19,7 @@ from lib.history import Baseline
 from lib.outcome import Outcome, Tally
 from lib.run_page import duration, render
 from lib.schema import Head
+from lib.score_config import ScoreConfig
 from lib.storage import Store
 
 PACKAGES = ("ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "s3fs")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import ray
 
-from lib.config import ScoreResources
 from lib.errors import IncompleteError, UsageError, stop_on_signals
+from lib.score_config import ScoreResources
 
 TASK_CPUS_WITHOUT_GPU = 0.25
 """Reading and tokenizing take under 5% of the time that a CPU forward pass takes: they share what the actor leaves."""

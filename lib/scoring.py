@@ -13,7 +13,6 @@ from lib import checkpoint, drift, publishing
 from lib.archive import Columns, find_root, list_shards, refuse_output_inside, resolve_columns
 from lib.atomicity import check_output
 from lib.blocks import ScoreJob
-from lib.config import ScoreConfig
 from lib.cost import Meter, Usage, budget_spent
 from lib.errors import ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
 from lib.history import Baseline, find_baseline, recent_runs
@@ -30,6 +29,7 @@ from lib.planning import (
 )
 from lib.report import RunFacts, run_record, write_report
 from lib.schema import DEAD_LETTER_SCHEMA, PredictionSchema
+from lib.score_config import ScoreConfig
 from lib.selection import Selection, read_selection
 from lib.storage import Store, open_store
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from lib.checkpoint import COMMIT_NAME
 from lib.classifying import ClassifierJob, TaskJob
-from lib.config import TrainConfig
 from lib.errors import UsageError
 from lib.fitting import deciding
 from lib.halving import clear_copies, percents_of, read_records, run_trials
@@ -25,6 +24,7 @@ from lib.space import Point, SearchConfig, configuration_at, point_text, points_
 from lib.storage import Store, open_store
 from lib.toml import to_toml
 from lib.tracking import find_places
+from lib.train_config import TrainConfig
 from lib.training import (
     absolute,
     check_base,

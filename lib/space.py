@@ -14,9 +14,10 @@ import numpy as np
 from pydantic import Field
 from scipy.stats import qmc
 
-from lib.config import Section, TrainConfig, masked, validate
+from lib.config import Section, masked, validate
 from lib.errors import UsageError
 from lib.toml import value_text
+from lib.train_config import TrainConfig
 
 Value = Any
 """What a key of the configuration may hold."""

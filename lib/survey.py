@@ -15,7 +15,6 @@ import ray
 from lib import pipeline
 from lib.actors import LoneWorker
 from lib.blocks import IDS
-from lib.config import ForecastSection
 from lib.errors import TextsweepError, raise_if_stopped, say
 from lib.estimate import Draws, Estimate, draw, estimate, guess_tokens
 from lib.forecast import Speed, earlier_speed, given_speed
@@ -24,6 +23,7 @@ from lib.planning import Chunk, bundle
 from lib.progress import SILENT
 from lib.runtime import Layout
 from lib.sampling import Sampled, Window
+from lib.score_config import ForecastSection
 from lib.scoring import Run
 from lib.tasks import sample_shards
 from lib.versions import VERSION, read_json

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lib.config import FitConfig, masked
+from lib.config import masked
+from lib.encoder_config import FitConfig
 from lib.errors import UsageError, say
 from lib.storage import Store, open_store
 

@@ -15,16 +15,8 @@ from lib.augmentation import check_augment, new_augmenter
 from lib.calibration import check_decision
 from lib.checkpoint import fetch
 from lib.classifying import ClassifierJob, TaskJob
-from lib.config import (
-    LabelledSection,
-    PretrainModelSection,
-    TestSection,
-    TrainConfig,
-    TrainModelSection,
-    TrainSection,
-    ValidSection,
-)
 from lib.contrastive import check_contrastive, check_contrastive_task
+from lib.encoder_config import PretrainModelSection
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config
 from lib.finetuning import work
@@ -37,6 +29,7 @@ from lib.schema import Task
 from lib.storage import Store, open_store
 from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
+from lib.train_config import LabelledSection, TestSection, TrainConfig, TrainModelSection, TrainSection, ValidSection
 from lib.tuning import check_tuning
 from lib.workers import RUNS_FOLDER, claim, place_workers, remove_run, run_workers
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lib.config import LoraSection, OptimSection, TrainConfig
 from lib.errors import UsageError
+from lib.train_config import LoraSection, OptimSection, TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,12 +9,12 @@ import ray
 
 from lib import telemetry
 from lib.blocks import ScoreJob
-from lib.config import LimitsSection
 from lib.cost import Meter
 from lib.errors import IncompleteError, UsageError, raise_if_stopped
 from lib.outcome import Outcome
 from lib.progress import Counts, read_progress, take_hung
 from lib.runtime import Layout
+from lib.score_config import LimitsSection
 
 AGAIN = "finished chunks are kept, run the same command again"
 

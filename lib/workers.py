@@ -17,7 +17,7 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
-from lib.config import FitConfig
+from lib.encoder_config import FitConfig
 from lib.errors import IncompleteError, TextsweepError, UsageError
 from lib.fitting import Job
 from lib.runtime import Cluster

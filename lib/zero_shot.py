@@ -21,7 +21,7 @@ from lib.answers import answers_of, find_test_set
 from lib.batching import cut_by_tokens, pad
 from lib.calibration import Decision
 from lib.checkpoint import COMMIT_NAME, Card, Checkpoint, commit, deciding_files, digest_of, fetch
-from lib.config import HeadSection, ZeroShotConfig
+from lib.encoder_config import ZeroShotConfig
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config, read_facts
 from lib.heads import PooledClassifier
@@ -31,6 +31,7 @@ from lib.prompts import find_verbalizers, save_prompted
 from lib.schema import Task
 from lib.storage import open_store
 from lib.tokenization import Tokenizer, load_tokenizer
+from lib.train_config import HeadSection
 
 METRICS_NAME = "metrics.json"
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lib.config import TrainConfig
+from lib.train_config import TrainConfig
 
 Numbers = dict[str, list[tuple[int, float]]]
 """By name: step and value, as they were written."""

@@ -31,9 +31,10 @@ from transformers import AutoModel
 
 from lib.batching import cut_by_tokens, pad
 from lib.checkpoint import fetch
-from lib.config import TrainConfig, read_file, validate
+from lib.config import read_file, validate
 from lib.runtime import cluster_facts
 from lib.tokenization import load_tokenizer
+from lib.train_config import TrainConfig
 from lib.training import train
 from tests.benchmarks.material import hardware, versions
 

@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.demo_store import LoopbackS3
-from lib.config import ScoreConfig, validate
+from lib.config import validate
+from lib.score_config import ScoreConfig
 from lib.scoring import prepare
 from lib.storage import Store, open_store
 from tests import fakes

@@ -25,12 +25,12 @@ from transformers import AutoTokenizer
 
 from lib.batching import epoch_batches
 from lib.checkpoint import fetch
-from lib.config import OptimSection
 from lib.learning import Learner, Team, logits_of_rows, new_optimizer, rate_factor
 from lib.loss import Objective
 from lib.mapped import LabelledSet
 from lib.model import choose_dtype, new_classifier
 from lib.schema import Task
+from lib.train_config import OptimSection
 from tests.benchmarks.material import ENCODER, hardware, versions
 
 LENGTH = 128

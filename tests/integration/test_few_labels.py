@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
 from lib import checkpoint
-from lib.config import TrainConfig, validate
+from lib.config import validate
 from lib.errors import UsageError
 from lib.predictor import Predictor
 from lib.runtime import cluster_facts
+from lib.train_config import TrainConfig
 from lib.training import train
 from tests import fakes
 from tests.labelled import LABELS, make_rows

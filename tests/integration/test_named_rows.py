@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from lib.config import TrainConfig, validate
+from lib.config import validate
 from lib.labelled import find_sources, prepare
 from lib.mapped import map_set
 from lib.runtime import cluster_facts
 from lib.storage import open_store
+from lib.train_config import TrainConfig
 from lib.training import train
 from tests import fakes
 from tests.labelled import make_rows

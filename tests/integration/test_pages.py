@@ -13,7 +13,7 @@ import pytest
 from lib import drift
 from lib.attribution import Explanation
 from lib.checkpoint import Card
-from lib.config import ScoreConfig, validate
+from lib.config import validate
 from lib.cost import Usage
 from lib.errors import ExitCode
 from lib.highlight import explanation_page
@@ -24,6 +24,7 @@ from lib.progress import Counts
 from lib.report import RunFacts, run_record
 from lib.run_page import render
 from lib.schema import Head, Task
+from lib.score_config import ScoreConfig
 from lib.training_report import training_report
 from lib.words import Word
 

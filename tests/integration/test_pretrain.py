@@ -14,11 +14,13 @@ from jobs import pretrain as job
 from jobs import zero_shot
 from jobs.demo_store import LoopbackS3
 from lib import checkpoint
-from lib.config import PretrainConfig, TrainConfig, validate
+from lib.config import validate
+from lib.encoder_config import PretrainConfig
 from lib.errors import UsageError
 from lib.pretraining import pretrain
 from lib.runtime import cluster_facts
 from lib.storage import open_store
+from lib.train_config import TrainConfig
 from lib.training import train
 from tests import fakes
 from tests.killing import killing

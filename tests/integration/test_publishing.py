@@ -13,9 +13,10 @@ import pytest
 
 from jobs.demo_store import LoopbackS3
 from lib import publishing
-from lib.config import ScoreConfig, validate
+from lib.config import validate
 from lib.errors import IncompleteError, UsageError
 from lib.publishing import POINTER_NAME, Pointer, read_published
+from lib.score_config import ScoreConfig
 from lib.scoring import prepare
 from lib.storage import Store, open_store
 from lib.verification import verify

@@ -24,13 +24,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from jobs import score
 from jobs.demo_store import LoopbackS3
 from lib import checkpoint, pipeline, tasks
-from lib.config import ScoreConfig, ScoreResources, validate
+from lib.config import validate
 from lib.errors import IncompleteError, OverLimitError, UsageError
 from lib.outcome import Outcome
 from lib.planning import Chunk
 from lib.progress import read_progress, start_progress
 from lib.runtime import Cluster, Node, plan_layout
 from lib.schema import Head, Task
+from lib.score_config import ScoreConfig, ScoreResources
 from lib.scoring import Run, prepare
 from lib.storage import Store, open_store
 from lib.watch import Running, Watch

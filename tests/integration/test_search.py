@@ -19,13 +19,14 @@ import pytest
 from jobs import search as search_job
 from jobs import train as train_job
 from jobs.demo_store import LoopbackS3
-from lib.config import TrainConfig, validate
+from lib.config import validate
 from lib.errors import StoppedError, UsageError
 from lib.halving import run_trials
 from lib.runtime import cluster_facts
 from lib.search import as_trial, search
 from lib.space import SearchConfig, SearchSection
 from lib.storage import open_store
+from lib.train_config import TrainConfig
 from lib.trial import TrialPlan
 from tests import fakes
 from tests.labelled import make_rows

@@ -13,11 +13,12 @@ from sklearn.metrics import confusion_matrix, f1_score
 
 from jobs import predict
 from lib import checkpoint
-from lib.config import TrainConfig, validate
+from lib.config import validate
 from lib.errors import UsageError
 from lib.runtime import cluster_facts
 from lib.schema import Task
 from lib.storage import open_store
+from lib.train_config import TrainConfig
 from lib.training import train
 from tests import fakes
 from tests.integration.test_scoring import read_predictions, run_score

@@ -29,13 +29,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from jobs.demo_store import LoopbackS3
 from jobs.train import main
 from lib import checkpoint
-from lib.config import TrainConfig, validate
+from lib.config import validate
 from lib.errors import IncompleteError, UsageError
 from lib.model import load_classifier
 from lib.predictor import Predictor
 from lib.runtime import Cluster, Node, cluster_facts
 from lib.schema import Task
 from lib.storage import open_store
+from lib.train_config import TrainConfig
 from lib.training import train
 from lib.training_report import training_report
 from lib.windows import Windows

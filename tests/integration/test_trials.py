@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from sklearn.model_selection import train_test_split
 
-from lib.config import TrainConfig, read_file, validate
+from lib.config import read_file, validate
 from lib.runtime import cluster_facts
+from lib.train_config import TrainConfig
 from lib.training import train
 
 ROOT = Path(__file__).parents[2]

@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 
 from jobs import predict
 from lib import checkpoint
-from lib.config import ModelSection, ScoreConfig, TrainConfig, TrainModelSection, Trust, validate
+from lib.config import Trust, validate
 from lib.errors import UsageError
 from lib.model import new_classifier
 from lib.predictor import Predictor
 from lib.schema import Task
+from lib.score_config import ModelSection, ScoreConfig
 from lib.storage import open_store
 from lib.tokenization import Tokenizer
+from lib.train_config import TrainConfig, TrainModelSection
 from lib.training import check_base
 
 PICKLE, CODE = Trust(pickle=True), Trust(code=True)

@@ -16,9 +16,10 @@ from transformers import AutoModelForMaskedLM
 from jobs import predict, zero_shot
 from jobs.demo_store import LoopbackS3
 from lib import checkpoint
-from lib.config import ScoreConfig, validate
+from lib.config import validate
 from lib.errors import IncompleteError, UsageError
 from lib.predictor import Predictor
+from lib.score_config import ScoreConfig
 from tests import fakes
 from tests.integration.test_scoring import read_predictions, run_score
 

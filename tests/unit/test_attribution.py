@@ -16,12 +16,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from lib import checkpoint, finetuning
 from lib.attribution import Explainer, Explanation, explain, explain_rows, explain_texts, new_explainer, row_of
 from lib.checkpoint import Card
-from lib.config import HeadSection, TrainConfig, validate
+from lib.config import validate
 from lib.errors import UsageError
 from lib.mapped import LabelledSet, Subset
 from lib.model import load_classifier, new_classifier
 from lib.schema import Head, Task
 from lib.tokenization import load_tokenizer
+from lib.train_config import HeadSection, TrainConfig
 from lib.windows import Windows
 from tests import fakes
 from tests.labelled import make_set

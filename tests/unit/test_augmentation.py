@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from lib.augmentation import DROP, SWAP, Augmenter, check_augment, new_augmenter, reorder
-from lib.config import AugmentSection, OptimSection, TrainConfig, validate
+from lib.config import validate
 from lib.errors import UsageError
 from lib.learning import Learner, logits_of_rows
 from lib.loss import Objective
@@ -22,6 +22,7 @@ from lib.model import new_classifier
 from lib.schema import Task
 from lib.sharding import copy_weights
 from lib.tokenization import Tokenizer, load_tokenizer
+from lib.train_config import AugmentSection, OptimSection, TrainConfig
 from tests import fakes
 from tests.labelled import LABELS, difference
 from tests.unit.test_learning import ALONE, process_group

@@ -14,9 +14,10 @@ import pytest
 from lib import blocks, checkpoint, tasks
 from lib.actors import PredictBlock
 from lib.blocks import ScoreJob
-from lib.config import ScoreConfig, validate
+from lib.config import validate
 from lib.planning import Block, chunks_of
 from lib.predictor import Predictor
+from lib.score_config import ScoreConfig
 from lib.scoring import prepare
 from tests import fakes
 from tests.conftest import REPOSITORY

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from lib.blocks import summarise
 from lib.calibration import Decision, calibration_error, check_decision, decide, find_temperature, find_thresholds
-from lib.config import DecisionSection
 from lib.errors import UsageError
 from lib.metrics import describe
 from lib.schema import Head, PredictionSchema, Task, to_results
+from lib.train_config import DecisionSection
 
 ROWS, CLASSES = 20_000, 5
 

@@ -9,9 +9,10 @@ import pytest
 
 from lib import checkpoint
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, Checkpoint, commit, load, version_of
-from lib.config import ScoreConfig, keys_of, validate
+from lib.config import keys_of, validate
 from lib.errors import IncompleteError, UsageError
 from lib.schema import Task
+from lib.score_config import ScoreConfig
 from lib.storage import Store, open_store
 from lib.windows import Windows
 from tests import fakes

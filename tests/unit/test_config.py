@@ -5,23 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from lib.config import (
-    Command,
-    CompareConfig,
-    PredictConfig,
-    PretrainConfig,
-    PublishConfig,
-    ScoreConfig,
-    Section,
-    TrainConfig,
-    ZeroShotConfig,
-    keys_of,
-    parse_command,
-    read_file,
-    validate,
-)
+from lib.config import Command, Section, keys_of, parse_command, read_file, validate
+from lib.encoder_config import CompareConfig, PretrainConfig, ZeroShotConfig
 from lib.errors import ExitCode, UsageError
+from lib.score_config import PredictConfig, PublishConfig, ScoreConfig
 from lib.space import SearchConfig
+from lib.train_config import TrainConfig
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 SCHEMAS: dict[str, type[Section]] = {

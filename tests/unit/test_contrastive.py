@@ -10,13 +10,14 @@ import torch
 import transformers
 from sklearn.linear_model import LogisticRegression
 
-from lib.config import ContrastiveSection, HeadSection, TrainConfig, validate
+from lib.config import validate
 from lib.contrastive import check_contrastive, draw_pairs, fit_head, head_of, tune
 from lib.errors import UsageError
 from lib.learning import Team
 from lib.mapped import Subset
 from lib.model import new_classifier
 from lib.schema import Task
+from lib.train_config import ContrastiveSection, HeadSection, TrainConfig
 from tests import fakes
 from tests.labelled import LABELS, make_set
 

@@ -2,11 +2,12 @@
 
 import pytest
 
-from lib.config import ForecastSection, ScoreConfig, validate
+from lib.config import validate
 from lib.cost import ASK_EVERY_SECONDS, Meter, Usage
 from lib.errors import BudgetError, ExitCode, UsageError
 from lib.report import phases
 from lib.runtime import Cluster, Node
+from lib.score_config import ForecastSection, ScoreConfig
 from lib.throughput import Device, Throughput, add_up
 
 SMALL, LARGE = Cluster((Node(8, 2),)), Cluster((Node(8, 2), Node(8, 2)))

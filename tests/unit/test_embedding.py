@@ -11,11 +11,12 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from lib import checkpoint
-from lib.config import EngineChoice, HeadSection, PrecisionChoice, TokenPooling
+from lib.config import EngineChoice, PrecisionChoice, TokenPooling
 from lib.errors import UsageError
 from lib.model import new_classifier
 from lib.predictor import Predictor, Vector
 from lib.schema import PredictionSchema, Task, to_results
+from lib.train_config import HeadSection
 from lib.windows import Windows
 from tests import fakes
 from tests.integration.test_equality import BOUNDS, ENGINES

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib import forecast as forecasts
-from lib.config import ForecastSection, ScoreResources
 from lib.errors import UsageError
 from lib.estimate import Estimate
 from lib.forecast import (
@@ -23,6 +22,7 @@ from lib.forecast import (
     scoring_seconds,
 )
 from lib.runtime import Cluster, Node
+from lib.score_config import ForecastSection, ScoreResources
 from lib.throughput import Device, Throughput
 
 

@@ -9,7 +9,6 @@ import torch
 import transformers
 
 from lib import checkpoint
-from lib.config import HeadSection, OptimSection
 from lib.errors import UsageError
 from lib.learning import Learner, Team
 from lib.loss import Objective
@@ -17,6 +16,7 @@ from lib.model import load_classifier, new_classifier
 from lib.predictor import Predictor
 from lib.schema import Task
 from lib.tokenization import load_tokenizer
+from lib.train_config import HeadSection, OptimSection
 from tests import fakes
 from tests.labelled import LABELS, make_set
 

@@ -11,7 +11,18 @@ ORDER = (
     # what everything speaks of
     *("errors", "schema", "windows"),
     # the world outside
-    *("config", "toml", "space", "listing", "storage", "atomicity", "tracking"),
+    *(
+        "config",
+        "score_config",
+        "train_config",
+        "encoder_config",
+        "toml",
+        "space",
+        "listing",
+        "storage",
+        "atomicity",
+        "tracking",
+    ),
     # one thing each
     *(
         "planning",

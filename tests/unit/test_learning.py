@@ -17,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from lib.batching import share_of
 from lib.calibration import Decision
-from lib.config import OptimSection, StoppingSection
 from lib.finetuning import find_errors
 from lib.fitting import steps_to_keep
 from lib.learning import Learner, Team, accumulate, features_of_rows, logits_of_rows, new_optimizer, together
@@ -27,6 +26,7 @@ from lib.metrics import describe
 from lib.model import new_classifier
 from lib.schema import Task
 from lib.sharding import copy_weights, mean_of
+from lib.train_config import OptimSection, StoppingSection
 from lib.tuning import depth_of
 from lib.windows import Windows
 from tests import fakes

@@ -9,12 +9,12 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from lib.batching import share_of
-from lib.config import LossSection
 from lib.errors import UsageError
 from lib.learning import Team, accumulate
 from lib.loss import Objective, make_objective
 from lib.model import new_classifier
 from lib.schema import Task
+from lib.train_config import LossSection
 from tests import fakes
 from tests.labelled import LABELS, make_set
 

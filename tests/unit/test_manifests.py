@@ -18,7 +18,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from lib.config import ScoreConfig, Section, TrainConfig, parse_command
+from lib.config import Section, parse_command
+from lib.score_config import ScoreConfig
+from lib.train_config import TrainConfig
 
 REPOSITORY = Path(__file__).parents[2]
 KUBERAY = REPOSITORY / "cluster" / "kuberay"

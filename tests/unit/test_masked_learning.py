@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from lib.batching import share_of
-from lib.config import TRUST_NOTHING, OptimSection, PretrainConfig, validate
+from lib.config import TRUST_NOTHING, validate
 from lib.corpus import find_corpus, is_aside, pack, rows_of, tokenize_block
+from lib.encoder_config import PretrainConfig
 from lib.errors import UsageError
 from lib.language_model import load_language_model, save_language_model
 from lib.learning import Team
@@ -23,6 +24,7 @@ from lib.masking import Masking, new_masking
 from lib.sources import items_of
 from lib.storage import open_store
 from lib.tokenization import WHOLE, load_tokenizer
+from lib.train_config import OptimSection
 from tests import fakes
 
 ROWS = 32

@@ -12,13 +12,13 @@ from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
-from lib.config import HeadSection, LoraSection, OptimSection
 from lib.learning import Learner, Team
 from lib.loss import Objective
 from lib.mapped import LabelledSet, Subset
 from lib.model import new_classifier
 from lib.schema import Task
 from lib.sharding import copy_weights, load_optimizer, load_weights, whole_state
+from lib.train_config import HeadSection, LoraSection, OptimSection
 from lib.tuning import add_adapters, recompute_layers
 from tests import fakes
 from tests.labelled import LABELS, difference, make_set

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.config import TrainConfig, parse_command, validate
+from lib.config import parse_command, validate
 from lib.errors import UsageError
 from lib.halving import percents_of
 from lib.space import (
@@ -20,6 +20,7 @@ from lib.space import (
     read_domain,
     read_space,
 )
+from lib.train_config import TrainConfig
 
 
 def configure(space: dict[str, Any] | None = None, **sections: dict[str, Any]) -> SearchConfig:

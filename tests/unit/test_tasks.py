@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.batching import sample_rows, share_of
-from lib.config import TrainConfig, parse_command, validate
+from lib.config import parse_command, validate
 from lib.errors import UsageError
 from lib.learning import Team, accumulate
 from lib.loss import Objective, SeveralObjectives, rdrop_losses
 from lib.mapped import LabelledSet
 from lib.model import logits_of, new_classifier
 from lib.schema import Task
+from lib.train_config import TrainConfig
 from tests import fakes
 
 ALONE = Team(rank=0, size=1, device=torch.device("cpu"), dtype=torch.float32)

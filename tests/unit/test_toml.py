@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.config import TrainConfig, read_file, validate
+from lib.config import read_file, validate
 from lib.toml import float_text, to_toml, value_text
+from lib.train_config import TrainConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("train_*.toml"))
 TASKS: dict[str, Any] = {

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from lib.config import TrainConfig, validate
+from lib.config import validate
 from lib.errors import UsageError
 from lib.storage import Store, open_store
 from lib.tracking import About, Places, Tracker, find_places, params_of
+from lib.train_config import TrainConfig
 from tests.tracked import Numbers, metrics_of, mlflow_runs, scalars, vanishing_server
 
 REPOSITORY = Path(__file__).parents[2]

@@ -10,13 +10,14 @@ import torch
 import transformers
 
 from lib.batching import IntArray
-from lib.config import HeadSection, OptimSection, TrainConfig, validate
+from lib.config import validate
 from lib.errors import UsageError
 from lib.learning import Learner, Team, rate_factor, read_batch
 from lib.loss import Objective
 from lib.mapped import LabelledSet
 from lib.model import logits_of, new_classifier
 from lib.schema import Task
+from lib.train_config import HeadSection, OptimSection, TrainConfig
 from lib.tuning import (
     ADAPTER,
     add_adapters,
