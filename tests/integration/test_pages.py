@@ -78,7 +78,10 @@ def training_page() -> str:
         "dropped": {"train": {"null label": 3, "empty text": 4}},
         "known_from_training": {"valid": 0, "test": 12},
         "history": [{"step": step, "train_loss": 0.5, "loss": 0.4, "macro_f1": 0.7} for step in (10, 20)],
-        "errors": [{"row": 123_456, **error, "explained": explained}, {"row": 7, **error}],
+        "errors": [
+            {"shard": f"{LONG}/part-00000.parquet", "row": 123_456, **error, "explained": explained},
+            {"shard": "a.parquet", "row": 7, **error},
+        ],
         "label_counts": {"train": dict.fromkeys(LABELS, 1_000)},
         "lengths": {
             "rows": 1_000,
@@ -88,8 +91,22 @@ def training_page() -> str:
             "rows": 1_000,
             "found": 2,
             "listed": [
-                {"row": 123_456, "label": LABELS[0], "likelier": LABELS[1], "confidence": 0.98, "text": LONG},
-                {"row": 5, "label": "d", "likelier": LABELS[2], "confidence": 0.98, "text": "short"},
+                {
+                    "shard": "part-00000.parquet",
+                    "row": 123_456,
+                    "label": LABELS[0],
+                    "likelier": LABELS[1],
+                    "confidence": 0.98,
+                    "text": LONG,
+                },
+                {
+                    "shard": f"{LONG}.parquet",
+                    "row": 5,
+                    "label": "d",
+                    "likelier": LABELS[2],
+                    "confidence": 0.98,
+                    "text": "short",
+                },
             ],
         },
     }

@@ -132,7 +132,8 @@ def test_one_pass_over_an_archive_gives_all_heads_columns(
     assert [list(row) for row in found["flags_labels"][1:]] == [
         [name for name, one in zip(names, row, strict=True) if one >= 0.5] for row in flags
     ]
-    assert "tone/" in next((tmp_path / "scores").glob("*/_runs/run/report.html")).read_text()
+    page = next((tmp_path / "scores").glob("*/_runs/run/report.html")).read_text()
+    assert "Labels of tone" in page and "Labels of flags" in page
 
     capsys.readouterr()
     predict.main(["--set", f"model.path={folder}", "--set", "model.precision=fp32", texts[0]])

@@ -39,6 +39,7 @@ def config(**changes: Any) -> ScoreConfig:
         "input": {"path": "s3://b/archive"},
         "model": {"path": "s3://b/model"},
         "output": {"path": "s3://b/out"},
+        "forecast": {"node_hour": 1.0},  # a budget is refused without a price
     }
     for key, value in changes.items():
         section, name = key.split("__")
@@ -264,8 +265,21 @@ OTHER_VALUES: dict[str, tuple[bool, Any]] = {
     "limits.stall_seconds": (False, 1.0),
     "limits.hang_seconds": (False, 1.0),
     "limits.max_probes": (False, 1),
+    "limits.budget": (False, 5.0),
+    "drift.baseline": (False, "night-1"),
+    "drift.max_psi": (False, 0.25),
     "resources.num_actors": (False, 3),
     "resources.token_budget": (False, 100),
+    "forecast.gpu_hour": (False, 3.5),
+    "forecast.cpu_hour": (False, 0.1),
+    "forecast.node_hour": (False, 2.0),
+    "forecast.gpus": (False, 32),
+    "forecast.cpus": (False, 64),
+    "forecast.nodes": (False, 4),
+    "forecast.device": (False, "NVIDIA H200"),
+    "forecast.tokens_per_second": (False, 400_000.0),
+    "forecast.measure_seconds": (False, 1.0),
+    "forecast.sample_rows": (False, 100),
 }
 """For every key: whether it decides a score or a column of the output, and a value that is not the default."""
 
