@@ -28,6 +28,9 @@ RUNS_FOLDER = "_train"
 MAX_FAILURES = 3
 """Restarts of the workers in one execution of the job."""
 
+SHOWN_CHARACTERS = 300
+"""Of what Ray says of a worker's death, which is a page."""
+
 RESIZE_SECONDS = 30.0
 """Between looks for room for more workers, if there may be more: taking them costs what was trained since the last evaluation."""
 
@@ -175,18 +178,18 @@ def explain(error: TrainingFailedError, job: Job) -> None:
         if isinstance(cause, TextsweepError):
             raise cause from error
     if any(isinstance(cause, (RayActorError, WorkerCrashedError, OutOfMemoryError)) for cause in causes):
+        first = " ".join(str(failures[0]).split())[:SHOWN_CHARACTERS]
         raise IncompleteError(
-            f"workers died more than {MAX_FAILURES} times: {failures[0]}; run the same command again to go on after the"
-            " last evaluation"
+            f"workers died more than {MAX_FAILURES} times: {first}; run the same command again to go on after the last evaluation"
         ) from error
 
 
 def chain_of(error: BaseException | None) -> list[BaseException]:
-    """An exception and its causes."""
+    """An exception and its causes; what a worker died of, Ray Train 2.60 keeps as `health_check_failure` alone."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
-        error = getattr(error, "cause", None) or error.__cause__
+        error = getattr(error, "cause", None) or getattr(error, "health_check_failure", None) or error.__cause__
     return chain
 
 
