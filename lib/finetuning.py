@@ -1,24 +1,19 @@
 """Fine-tuning: what every worker of `jobs.train` does, up to the committed checkpoint with all that is known of it."""
 
 import json
-import platform
-import shutil
 import tempfile
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import ray.train
-import torch.distributed as dist
 
 from lib.attribution import check_captum, explain_rows, new_explainer
 from lib.calibration import Decision, FloatArray, decide
 from lib.checkpoint import Card, commit, fetch
 from lib.classifying import ClassifierFit, ClassifierJob, add_texts, name_rows
+from lib.committing import METRICS_NAME
 from lib.errors import UsageError, say
-from lib.fitting import METRICS_NAME, deciding, find_committed, join_team
-from lib.mapped import Subset, local_copy
+from lib.fitting import run_worker
+from lib.mapped import Subset
 from lib.metrics import describe, worst_errors
 from lib.model import load_classifier
 from lib.model_card import model_card
@@ -35,24 +30,17 @@ EXPLAINED_SECONDS = 60.0
 
 
 def work(settings: dict[str, Any]) -> str | None:
-    """What each worker runs: train, evaluate on the test rows, commit. Returns why the run is hopeless, if it is."""
+    """What each worker runs. Returns why the run is hopeless, if it is."""
     job: ClassifierJob = settings["job"]
-    team = join_team(job)
-    done = team.rank == 0 and find_committed(job.output, job.config, job.run_id) is not None
-    if team.broadcast(done):  # killed between the commit and the end
-        return None
-    fit = ClassifierFit(job, team)
-    fit.run()
-    if fit.progress.failure is None:
-        valid, test = fit.learner.evaluate(fit.sets["valid"]), fit.sets.get("test")
-        found = None if test is None else fit.learner.evaluate(test)
-        if valid is not None:
-            publish(fit, valid, found)
-    dist.barrier(group=team.control)
-    if not job.folder.is_local and ray.train.get_context().get_local_rank() == 0:
-        for task in job.tasks:
-            shutil.rmtree(local_copy(task.data), ignore_errors=True)
-    return fit.progress.failure
+    return run_worker(job, ClassifierFit, conclude, [task.data for task in job.tasks])
+
+
+def conclude(fit: ClassifierFit) -> None:
+    """Evaluate on the validation and test rows, on all workers, and commit, on the first."""
+    valid, test = fit.learner.evaluate(fit.sets["valid"]), fit.sets.get("test")
+    found = None if test is None else fit.learner.evaluate(test)
+    if valid is not None:
+        publish(fit, valid, found)
 
 
 def publish(fit: ClassifierFit, valid: FloatArray, test: FloatArray | None) -> None:
@@ -65,22 +53,10 @@ def publish(fit: ClassifierFit, valid: FloatArray, test: FloatArray | None) -> N
         decision = decide(job.config.decision, logits, sets["valid"].targets, head.task)
         heads.append(replace(head, temperature=decision.temperature, thresholds=decision.thresholds))
         found[head.name] = task_metrics(fit, number, decision, logits, tests.get(number))
-    rows = {name: len(one) for name, one in fit.sets.items()}
+    counts = {task.name: task.index.label_counts for task in job.tasks}
     trained = {
-        "run_id": job.run_id,
-        "config": deciding(job.config),
-        "seed": job.config.optim.seed,
-        "data": "|".join(task.index.fingerprint for task in job.tasks),
-        "rows": rows,
-        "label_counts": {task.name: task.index.label_counts for task in job.tasks}
-        if len(found) > 1
-        else job.tasks[0].index.label_counts,
-        "precision": str(fit.team.dtype).removeprefix("torch."),
-        "workers": fit.team.size,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "ray")},
-        },
+        **fit.provenance("|".join(task.index.fingerprint for task in job.tasks)),
+        "label_counts": counts if len(found) > 1 else job.tasks[0].index.label_counts,
     }
     briefly = {name: brief(one["test"]) for name, one in found.items()}
     card = Card(
@@ -103,15 +79,8 @@ def publish(fit: ClassifierFit, valid: FloatArray, test: FloatArray | None) -> N
             found[head.name]["unexplained"] = explain_errors(fit, number, found[head.name], card, folder)
             name_rows(found[head.name]["errors"], evaluated(fit, number, found[head.name]).data)
         metrics: dict[str, Any] = {
-            "run_id": job.run_id,
-            "seconds": progress.seconds,
-            "rows": rows,
-            "metric": job.metric,
-            "best": best,
-            "averaged_steps": progress.kept if len(progress.kept) > 1 else None,
-            "resumed_after": progress.resumed_after,
-            "spent_seconds": {name: round(one, 3) for name, one in progress.spent.items()},
-            "history": progress.history,
+            **fit.run_record(best),
+            "rows": trained["rows"],
             "label_noise": fit.suspects,
             **(found[""] if len(found) == 1 else {"tasks": found}),
         }

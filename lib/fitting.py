@@ -5,17 +5,17 @@ its last evaluation left it. Knows Ray Train's worker side, not the cluster.
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray.train
 import ray.train.torch
@@ -25,20 +25,16 @@ from transformers import PreTrainedModel
 
 from lib.batching import IntArray
 from lib.calibration import FloatArray
-from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card
+from lib.committing import find_committed, provenance
 from lib.config import masked
 from lib.encoder_config import FitConfig
-from lib.errors import UsageError
 from lib.learning import Stepper, Team
-from lib.mapped import Selection, places_text
-from lib.metrics import is_better, shown
+from lib.mapped import Selection, local_copy, places_text
+from lib.metrics import is_better, shown, steps_to_keep
 from lib.model import choose_dtype
 from lib.sharding import Weights, broadcast_weights, copy_weights, load_optimizer, load_weights, mean_of, whole_state
 from lib.storage import Store
 from lib.tracking import About, Places, Tracker, params_of
-from lib.train_config import StoppingSection
-
-METRICS_NAME = "metrics.json"
 
 PROGRESS_SECONDS = 5.0
 
@@ -106,6 +102,10 @@ def join_team(job: Job) -> Team:
         control=dist.new_group(backend="gloo"),
         sharded=job.config.resources.strategy == "fsdp" and context.get_world_size() > 1,
     )
+
+
+JobT = TypeVar("JobT", bound=Job)
+FitT = TypeVar("FitT", bound="Fit")
 
 
 class Fit(ABC):
@@ -330,6 +330,26 @@ class Fit(ABC):
             return best
         return best | self.summary(logits)
 
+    def run_record(self, best: dict[str, float]) -> dict[str, Any]:
+        """What `metrics.json` says of the run itself."""
+        progress = self.progress
+        return {
+            "run_id": self.job.run_id,
+            "seconds": progress.seconds,
+            "metric": self.job.metric,
+            "best": best,
+            "averaged_steps": progress.kept if len(progress.kept) > 1 else None,
+            "resumed_after": progress.resumed_after,
+            "spent_seconds": {name: round(one, 3) for name, one in progress.spent.items()},
+            "history": progress.history,
+        }
+
+    def provenance(self, data: str) -> dict[str, Any]:
+        """How the checkpoint was made, for its card; `data`: fingerprint of the files that were learned from."""
+        rows = {name: len(one) for name, one in self.sets.items()}
+        precision = str(self.team.dtype).removeprefix("torch.")
+        return provenance(self.job.config, self.job.run_id, data, rows, precision, self.team.size)
+
     def restore_kept(self) -> None:
         """Make the weights that rank 0 keeps, or the mean of several, every worker's candidate."""
         kept = mean_of(list(self.kept.values())) if self.team.rank == 0 else None
@@ -352,44 +372,28 @@ def new_tracker(job: Job, last_step: int) -> Tracker | None:
     return Tracker(job.tracking, about, last_step)
 
 
-def steps_to_keep(history: list[dict[str, float]], stopping: StoppingSection, metric: str) -> list[int]:
-    """Steps of the best evaluations, or of the last ones, first those; of equally good ones the earlier."""
-    if stopping.keep == "last":
-        entries = history[::-1]
-    else:
-        sign = 1 if metric == "loss" else -1
-        entries = sorted(
-            (one for one in history if is_better(one[metric], None, metric)),
-            key=lambda one: sign * one[metric],
-        )
-    return [int(one["step"]) for one in entries[: stopping.average]]
-
-
 def evaluation_places(steps_per_epoch: int, evaluations: int) -> set[int]:
     """After which steps of an epoch (1 is the first) validation runs; always after the last one."""
     return {math.ceil(steps_per_epoch * part / evaluations) for part in range(1, evaluations + 1)}
 
 
-def find_committed(output: Store, config: FitConfig, run_id: str) -> dict[str, Any] | None:
-    """What `metrics.json` of a checkpoint that this very run committed holds, or None if there is no checkpoint.
+def run_worker(
+    job: JobT, new_fit: Callable[[JobT, Team], FitT], conclude: Callable[[FitT], None], data: Sequence[Store]
+) -> str | None:
+    """What each worker runs: train, then `conclude`, which all of them call and which commits what was learned.
 
-    Raises `UsageError` if the checkpoint there is another run's.
+    `data`: tokenized rows, whose copies on this node go at the end. Returns why the run is hopeless, if it is.
     """
-    if output.info(COMMIT_NAME) is None:
+    team = join_team(job)
+    done = team.rank == 0 and find_committed(job.output, job.config, job.run_id) is not None
+    if team.broadcast(done):  # killed between the commit and the end
         return None
-    raw = output.read(CARD_NAME)
-    trained = Card.model_validate_json(raw).trained if raw else {}
-    if trained.get("run_id") != run_id or trained.get("config") != deciding(config):
-        same = trained.get("run_id") == run_id
-        raise UsageError(
-            f"output.path {output.url}: holds the checkpoint of run {trained.get('run_id', 'unknown')!r}"
-            f"{' with another configuration' if same else ''}, this is run {run_id!r}; a committed checkpoint is never"
-            " changed: give this run another output.path"
-        )
-    return json.loads(output.read(METRICS_NAME) or b"{}")
-
-
-def deciding(config: FitConfig) -> dict[str, Any]:
-    """The configuration as plain JSON, without credentials, and what decides no result: a run may go on with other workers."""
-    found: dict[str, Any] = json.loads(masked(config.model_dump_json(exclude={"resources", "tracking"})))
-    return found
+    fit = new_fit(job, team)
+    fit.run()
+    if fit.progress.failure is None:
+        conclude(fit)
+    dist.barrier(group=team.control)
+    if not job.folder.is_local and ray.train.get_context().get_local_rank() == 0:
+        for store in data:
+            shutil.rmtree(local_copy(store), ignore_errors=True)
+    return fit.progress.failure

@@ -2,28 +2,24 @@
 
 import json
 import math
-import platform
-import shutil
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray.train
-import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from lib.batching import IntArray, epoch_batches
 from lib.calibration import FloatArray
 from lib.checkpoint import Card, commit, fetch
+from lib.committing import METRICS_NAME
 from lib.corpus import CorpusIndex
 from lib.encoder_config import PretrainConfig
-from lib.fitting import METRICS_NAME, Fit, Job, deciding, find_committed, join_team
+from lib.fitting import Fit, Job, run_worker
 from lib.language_model import load_language_model, save_language_model
 from lib.learning import Team
-from lib.mapped import Selection, TokenSet, local_copy, local_paths
+from lib.mapped import Selection, TokenSet, local_paths
 from lib.masked_learning import MaskedLearner, summarize_masked
 from lib.masking import new_masking
 from lib.metrics import shown
@@ -97,22 +93,16 @@ def new_model(job: PretrainJob) -> tuple[PreTrainedModel, bool]:
 
 
 def work(settings: dict[str, Any]) -> str | None:
-    """What each worker runs: train, commit. Returns why the run is hopeless, if it is."""
+    """What each worker runs. Returns why the run is hopeless, if it is."""
     job: PretrainJob = settings["job"]
-    team = join_team(job)
-    done = team.rank == 0 and find_committed(job.output, job.config, job.run_id) is not None
-    if team.broadcast(done):  # killed between the commit and the end
-        return None
-    fit = PretrainFit(job, team)
-    fit.run()
-    if fit.progress.failure is None:
-        found = fit.learner.evaluate(fit.sets["valid"])
-        if found is not None:
-            publish(fit, found)
-    dist.barrier(group=team.control)
-    if not job.folder.is_local and ray.train.get_context().get_local_rank() == 0:
-        shutil.rmtree(local_copy(job.data), ignore_errors=True)
-    return fit.progress.failure
+    return run_worker(job, PretrainFit, conclude, [job.data])
+
+
+def conclude(fit: PretrainFit) -> None:
+    """Evaluate on the validation rows, on all workers, and commit, on the first."""
+    found = fit.learner.evaluate(fit.sets["valid"])
+    if found is not None:
+        publish(fit, found)
 
 
 def publish(fit: PretrainFit, found: FloatArray) -> None:
@@ -120,38 +110,19 @@ def publish(fit: PretrainFit, found: FloatArray) -> None:
     job, progress, trust = fit.job, fit.progress, fit.job.config.model.trust
     best, index = fit.validation(found), job.index
     metrics: dict[str, Any] = {
-        "run_id": job.run_id,
-        "seconds": progress.seconds,
+        **fit.run_record(best),
         "texts": index.texts,
         "rows": index.rows,
         "tokens": index.tokens,
         "dropped": index.dropped,
         "new_head": fit.has_new_head,
-        "metric": job.metric,
-        "best": best,
-        "averaged_steps": progress.kept if len(progress.kept) > 1 else None,
-        "resumed_after": progress.resumed_after,
-        "spent_seconds": {name: round(one, 3) for name, one in progress.spent.items()},
-        "history": progress.history,
     }
     card = Card(
         labels=(),
         task=Task.EMBEDDING,
         max_length=job.max_length,
         metrics={"valid": best},
-        trained={
-            "run_id": job.run_id,
-            "config": deciding(job.config),
-            "seed": job.config.optim.seed,
-            "data": index.fingerprint,
-            "rows": index.rows,
-            "precision": str(fit.team.dtype).removeprefix("torch."),
-            "workers": fit.team.size,
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers", "ray")},
-            },
-        },
+        trained=fit.provenance(index.fingerprint),
     )
     with tempfile.TemporaryDirectory() as folder:
         base = fetch(job.base, trust)

@@ -22,6 +22,7 @@ from sklearn.metrics import (
 from lib.calibration import Decision, FloatArray, calibration_error
 from lib.errors import UsageError
 from lib.schema import Targets, Task
+from lib.train_config import StoppingSection
 
 CHOOSING = {
     Task.MULTI_CLASS: ("macro_f1", "micro_f1", "accuracy", "loss"),
@@ -213,3 +214,16 @@ def top_confusions(metrics: dict[str, Any], count: int = 10) -> list[tuple[str, 
     order = np.argsort(-matrix, axis=None, kind="stable")[:count]
     pairs = [(int(place) // len(names), int(place) % len(names)) for place in order]
     return [(names[true], names[answer], int(matrix[true, answer])) for true, answer in pairs if matrix[true, answer]]
+
+
+def steps_to_keep(history: list[dict[str, float]], stopping: StoppingSection, metric: str) -> list[int]:
+    """Steps of the best evaluations, or of the last ones, first those; of equally good ones the earlier."""
+    if stopping.keep == "last":
+        entries = history[::-1]
+    else:
+        sign = 1 if metric == "loss" else -1
+        entries = sorted(
+            (one for one in history if is_better(one[metric], None, metric)),
+            key=lambda one: sign * one[metric],
+        )
+    return [int(one["step"]) for one in entries[: stopping.average]]

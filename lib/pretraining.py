@@ -8,10 +8,10 @@ import time
 from typing import Any
 
 from lib.checkpoint import fetch
+from lib.committing import deciding, find_committed
 from lib.corpus import CorpusIndex, find_corpus, prepare_corpus
 from lib.encoder_config import PretrainConfig
 from lib.errors import UsageError
-from lib.fitting import deciding, find_committed
 from lib.language_model import check_family
 from lib.masked_fitting import PretrainJob, work
 from lib.masking import new_masking
@@ -21,7 +21,7 @@ from lib.storage import open_store
 from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
 from lib.training import absolute, check_base
-from lib.workers import RUNS_FOLDER, claim, place_workers, remove_run, run_workers
+from lib.workers import RUNS_FOLDER, check_output, claim, place_workers, run_to_commit
 
 
 def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
@@ -35,10 +35,8 @@ def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str,
         print(f"{output.url}: run {run_id} committed this encoder already", flush=True)
         return found
     check_optim(config)
-    output.check_writable()
+    check_output(output, cluster)
     use_gpu, cpus_per_worker = place_workers(config, cluster)
-    if output.is_local and len(cluster.nodes) > 1:
-        print(f"output.path {output.url} is a local path: all {len(cluster.nodes)} nodes must see it there", flush=True)
     base = absolute(config.model.base)
     max_length, pad_token_id = check_base(base, config.model)
     check_masking(config, base, max_length)
@@ -63,11 +61,7 @@ def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str,
         index=index,
         data=folder.at("data"),
     )
-    run_workers(work, job, use_gpu)
-    metrics = find_committed(output, config, run_id)
-    assert metrics is not None, f"{output.url}: the workers ended without an error and without an encoder"
-    remove_run(folder)
-    return metrics
+    return run_to_commit(work, job, use_gpu)
 
 
 def check_optim(config: PretrainConfig) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from lib.checkpoint import COMMIT_NAME
 from lib.classifying import ClassifierJob, TaskJob
+from lib.committing import deciding
 from lib.errors import UsageError
-from lib.fitting import deciding
 from lib.halving import clear_copies, percents_of, read_records, run_trials
 from lib.labelled import LabelledIndex, LabelledSource
 from lib.metrics import is_better

@@ -15,12 +15,12 @@ from lib.augmentation import check_augment, new_augmenter
 from lib.calibration import check_decision
 from lib.checkpoint import fetch
 from lib.classifying import ClassifierJob, TaskJob
+from lib.committing import deciding, find_committed
 from lib.contrastive import check_contrastive, check_contrastive_task
 from lib.encoder_config import PretrainModelSection
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config
 from lib.finetuning import work
-from lib.fitting import deciding, find_committed
 from lib.labelled import LabelledIndex, LabelledSource, find_sources, prepare
 from lib.loss import Objective, check_loss, make_objective
 from lib.metrics import choose_metric
@@ -31,13 +31,14 @@ from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
 from lib.train_config import LabelledSection, TestSection, TrainConfig, TrainModelSection, TrainSection, ValidSection
 from lib.tuning import check_tuning
-from lib.workers import RUNS_FOLDER, claim, place_workers, remove_run, run_workers
+from lib.workers import RUNS_FOLDER, check_output, claim, place_workers, run_to_commit
 
 
 def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None = None) -> dict[str, Any]:
     """Fine-tune, commit the best checkpoint to `output.path`, and return what its `metrics.json` holds.
 
-    `data`: a folder that holds the tokenized rows already, if there is one. Raises `UsageError` before any weights are loaded, `IncompleteError` if the same command can finish the run later.
+    `data`: a folder that holds the tokenized rows already, if there is one. Raises `UsageError` before any weights are loaded,
+    `IncompleteError` if the same command can finish the run later.
     """
     output = open_store(config.output.path)
     found = find_committed(output, config, run_id)
@@ -45,10 +46,8 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None
         print(f"{output.url}: run {run_id} committed this checkpoint already", flush=True)
         return found
     check_recipe(config)
-    output.check_writable()
+    check_output(output, cluster)
     use_gpu, cpus_per_worker = place_workers(config, cluster)
-    if output.is_local and len(cluster.nodes) > 1:
-        print(f"output.path {output.url} is a local path: all {len(cluster.nodes)} nodes must see it there", flush=True)
     base = absolute(config.model.base)
     max_length, pad_token_id = check_base(base, config.model)
     replacing = find_replacing(config, base, max_length)
@@ -75,11 +74,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None
         cpus_per_worker=cpus_per_worker,
         tracking=tracking,
     )
-    run_workers(work, job, use_gpu)
-    metrics = find_committed(output, config, run_id)
-    assert metrics is not None, f"{output.url}: the workers ended without an error and without a checkpoint"
-    remove_run(folder)
-    return metrics
+    return run_to_commit(work, job, use_gpu)
 
 
 def prepare_task(

@@ -17,6 +17,7 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
+from lib.committing import find_committed
 from lib.encoder_config import FitConfig
 from lib.errors import IncompleteError, TextsweepError, UsageError
 from lib.fitting import Job
@@ -70,6 +71,13 @@ def place_workers(config: FitConfig, cluster: Cluster) -> tuple[bool, int]:
         f"{asked} with a CPU each, the cluster has {cluster};"
         f" lower {asked.split()[0]} to at most {int(cluster.cpus)}, or add nodes"
     )
+
+
+def check_output(output: Store, cluster: Cluster) -> None:
+    """Raise what forbids writing there; say so if several nodes must see the same folder."""
+    output.check_writable()
+    if output.is_local and len(cluster.nodes) > 1:
+        print(f"output.path {output.url} is a local path: all {len(cluster.nodes)} nodes must see it there", flush=True)
 
 
 def claim(folder: Store, mine: dict[str, Any], run_id: str) -> None:
@@ -149,6 +157,15 @@ def run_workers(work: Callable[[dict[str, Any]], str | None], job: Job, use_gpu:
     failure = getattr(result, "return_value", None)
     if failure:
         raise UsageError(f"{failure}; lower optim.learning_rate or raise optim.warmup_fraction, under another --run-id")
+
+
+def run_to_commit(work: Callable[[dict[str, Any]], str | None], job: Job, use_gpu: bool) -> dict[str, Any]:
+    """Run `work` on all workers, remove what the run needed, and return what its `metrics.json` holds."""
+    run_workers(work, job, use_gpu)
+    metrics = find_committed(job.output, job.config, job.run_id)
+    assert metrics is not None, f"{job.output.url}: the workers ended without an error, and committed nothing"
+    remove_run(job.folder)
+    return metrics
 
 
 def run_interruptibly(function: Callable[[], Any]) -> Any:

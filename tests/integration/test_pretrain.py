@@ -199,7 +199,7 @@ def test_mistakes_end_before_any_weights_are_loaded(
         key, _, value = change.partition("=")
         head, slash, rest = value.partition("/")
         argv.append(f"{key}={places.get(head, head)}{slash}{rest}")
-    monkeypatch.setattr("lib.pretraining.run_workers", None)
+    monkeypatch.setattr("lib.pretraining.run_to_commit", None)
     with pytest.raises(UsageError, match=message) as caught:
         job.main([word for assignment in argv for word in ("--set", assignment)])
     assert caught.value.exit_code == 2

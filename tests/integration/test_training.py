@@ -326,7 +326,7 @@ def test_a_finished_run_returns_at_once_and_another_is_refused(
     two: tuple[TrainConfig, dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, result = two
-    monkeypatch.setattr("lib.training.run_workers", None)  # nothing is run again
+    monkeypatch.setattr("lib.training.run_to_commit", None)  # nothing is run again
     assert train(config, "night-1", cluster_facts()) == result
     assert "committed this checkpoint already" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"checkpoint of run 'night-1', this is run 'night-2'"):
@@ -571,7 +571,7 @@ def test_an_unfinished_run_goes_on_only_as_it_was_started(
 
     config = configure(data, base, str(tmp_path / "checkpoint"), optim={"epochs": 1})
     with monkeypatch.context() as patch:
-        patch.setattr("lib.training.run_workers", die)
+        patch.setattr("lib.training.run_to_commit", die)
         with pytest.raises(KeyboardInterrupt):
             train(config, "night-1", cluster_facts())
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"learning_rate": 0.5})})
@@ -658,7 +658,7 @@ def test_mistakes_end_before_any_weights_are_loaded(
         key, _, value = change.partition("=")
         head, slash, rest = value.partition("/")
         argv.append(f"{key}={places.get(head, head)}{slash}{rest}")
-    monkeypatch.setattr("lib.training.run_workers", None)
+    monkeypatch.setattr("lib.training.run_to_commit", None)
     with pytest.raises(UsageError, match=message) as caught:
         main([word for assignment in argv for word in ("--set", assignment)])
     assert caught.value.exit_code == 2

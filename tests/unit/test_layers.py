@@ -75,6 +75,7 @@ ORDER = (
         "masked_learning",
         "augmentation",
         "contrastive",
+        "committing",
         "fitting",
         "masked_fitting",
         "classifying",

@@ -18,11 +18,10 @@ from torch.optim.swa_utils import AveragedModel
 from lib.batching import share_of
 from lib.calibration import Decision
 from lib.finetuning import find_errors
-from lib.fitting import steps_to_keep
 from lib.learning import Learner, Team, accumulate, features_of_rows, logits_of_rows, new_optimizer, together
 from lib.loss import Objective, rdrop_losses
 from lib.mapped import LabelledSet, Subset
-from lib.metrics import describe
+from lib.metrics import describe, steps_to_keep
 from lib.model import new_classifier
 from lib.schema import Task
 from lib.sharding import copy_weights, mean_of
