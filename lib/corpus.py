@@ -30,6 +30,7 @@ from lib.sources import (
     items_of,
     read_block,
     read_index,
+    share,
     tokenize_all,
     write_batches,
 )
@@ -81,8 +82,16 @@ def prepare_corpus(
     if kept is not None:
         return CorpusIndex.model_validate_json(kept)
     named = {source.name: source for source in sets}
+    trust, room = config.model.trust, WHOLE if config.mlm.packing else max_length
+
+    def load() -> tuple[Tokenizer, ...]:
+        return (load_tokenizer(fetch(base, trust), room, trust.code),)
+
+    around = load()[0].find_around()
+    tokenizers = share(load)
     reports = tokenize_all(
-        items_of(sets), lambda item: tokenize_block(item, named[item["set"]], base, config, max_length, folder)
+        items_of(sets),
+        lambda item: tokenize_block(item, named[item["set"]], *tokenizers(), around, config, max_length, folder),
     )
     parts = [
         (name, report["parts"][name]) for name in ("train", "valid") for report in reports if name in report["parts"]
@@ -113,11 +122,18 @@ def prepare_corpus(
 
 
 def tokenize_block(
-    item: dict[str, Any], source: Source, base: str, config: PretrainConfig, max_length: int, folder: Store
+    item: dict[str, Any],
+    source: Source,
+    tokenizer: Tokenizer,
+    around: tuple[int, int],
+    config: PretrainConfig,
+    max_length: int,
+    folder: Store,
 ) -> dict[str, Any]:
-    """Read and tokenize one block of chunks into an Arrow file for each set; running it again writes the same files."""
-    trust, packing = config.model.trust, config.mlm.packing
-    tokenizer = load_tokenizer(fetch(base, trust), WHOLE if packing else max_length, trust.code)
+    """Read and tokenize one block of chunks into an Arrow file for each set; running it again writes the same files.
+
+    `around`: how many special tokens the tokenizer puts before and behind a text.
+    """
     dropped: Counter[str] = Counter()
     found: dict[str, list[Tokens]] = {}
     for _, _, rows in read_block(source, [Chunk(**chunk) for chunk in json.loads(item["chunks"])]):
@@ -132,7 +148,7 @@ def tokenize_block(
                 found.setdefault(name, []).append(tokenizer.encode(some))
     parts = {}
     for name, several in found.items():
-        ids, lengths = rows_of(tokenizer, several, max_length, packing)
+        ids, lengths = rows_of(several, around, max_length, config.mlm.packing)
         if len(lengths):
             file = f"{source.name}-{item['number']:05d}-{name}.arrow"
             lists = pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]).astype(np.int32)), pa.array(ids))
@@ -162,11 +178,10 @@ def is_aside(texts: pa.Array, fraction: float, seed: int) -> npt.NDArray[np.bool
 
 
 def rows_of(
-    tokenizer: Tokenizer, several: Sequence[Tokens], max_length: int, packing: bool
+    several: Sequence[Tokens], around: tuple[int, int], max_length: int, packing: bool
 ) -> tuple[npt.NDArray[np.integer], IntArray]:
     """Rows of at most `max_length` ids, one after the other, and the length of each (R,)."""
     ids, lengths = (np.concatenate(some) for some in zip(*((one.ids, one.lengths) for one in several), strict=True))
-    around = tokenizer.find_around()
     full = lengths > sum(around)
     if packing:
         return pack(ids, lengths, around, max_length)

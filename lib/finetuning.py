@@ -29,9 +29,8 @@ EXPLAINED_SECONDS = 60.0
 """For all of the worst errors together."""
 
 
-def work(settings: dict[str, Any]) -> str | None:
+def work(job: ClassifierJob) -> str | None:
     """What each worker runs. Returns why the run is hopeless, if it is."""
-    job: ClassifierJob = settings["job"]
     return run_worker(job, ClassifierFit, conclude, [task.data for task in job.tasks])
 
 

@@ -31,12 +31,13 @@ from lib.sources import (
     items_of,
     read_block,
     read_index,
+    share,
     tokenize_all,
     write_batches,
 )
 from lib.storage import Store
-from lib.tokenization import load_tokenizer
-from lib.train_config import TrainConfig, TrainModelSection
+from lib.tokenization import Tokenizer, load_tokenizer
+from lib.train_config import TrainConfig
 
 IntArray = npt.NDArray[np.int64]
 
@@ -165,20 +166,28 @@ def prepare(
     if kept is not None:
         return LabelledIndex.model_validate_json(kept)
     named, model = {source.name: source for source in sets}, config.model
-    reports = tokenize_all(
-        items_of(sets), lambda item: tokenize_block(item, named[item["set"]], base, model, max_length, folder)
-    )
+
+    def load() -> tuple[Tokenizer, ...]:
+        here, code = fetch(base, model.trust), model.trust.code
+        return (
+            load_tokenizer(here, max_length, code, model.truncation, model.windows),
+            load_tokenizer(here, LENGTHS[-1] + 1, code),
+        )
+
+    tokenizers = share(load)
+    reports = tokenize_all(items_of(sets), lambda item: tokenize_block(item, named[item["set"]], *tokenizers(), folder))
     index = build_index(fingerprint, sets, reports, config)
     folder.replace(INDEX_NAME, index.model_dump_json().encode())
     return index
 
 
 def tokenize_block(
-    item: dict[str, Any], source: LabelledSource, base: str, model: TrainModelSection, max_length: int, folder: Store
+    item: dict[str, Any], source: LabelledSource, tokenizer: Tokenizer, to_the_end: Tokenizer, folder: Store
 ) -> dict[str, Any]:
-    """Read and tokenize one block of chunks into one Arrow file; running it again writes the same file."""
-    tokenizer = load_tokenizer(fetch(base, model.trust), max_length, model.trust.code, model.truncation, model.windows)
-    to_the_end = load_tokenizer(fetch(base, model.trust), LENGTHS[-1] + 1, model.trust.code)
+    """Read and tokenize one block of chunks into one Arrow file; running it again writes the same file.
+
+    `to_the_end` counts the tokens of some texts that the other one cuts.
+    """
     sampled, longer = 0, np.zeros(len(LENGTHS), np.int64)
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()

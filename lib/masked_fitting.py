@@ -92,9 +92,8 @@ def new_model(job: PretrainJob) -> tuple[PreTrainedModel, bool]:
     )
 
 
-def work(settings: dict[str, Any]) -> str | None:
+def work(job: PretrainJob) -> str | None:
     """What each worker runs. Returns why the run is hopeless, if it is."""
-    job: PretrainJob = settings["job"]
     return run_worker(job, PretrainFit, conclude, [job.data])
 
 

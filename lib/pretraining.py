@@ -61,7 +61,7 @@ def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str,
         index=index,
         data=folder.at("data"),
     )
-    return run_to_commit(work, job, use_gpu)
+    return run_to_commit(lambda: work(job), job, use_gpu)
 
 
 def check_optim(config: PretrainConfig) -> None:

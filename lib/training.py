@@ -74,7 +74,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None
         cpus_per_worker=cpus_per_worker,
         tracking=tracking,
     )
-    return run_to_commit(work, job, use_gpu)
+    return run_to_commit(lambda: work(job), job, use_gpu)
 
 
 def prepare_task(
