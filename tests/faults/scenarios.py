@@ -310,14 +310,14 @@ def at_rate(share: float, chance: random.Random, faults: Sequence[Fault]) -> Rul
     return rule
 
 
-def through_proxy(share: float, *faults: Fault) -> Scenario:
-    """A share of all requests meets one of these faults."""
+def through_proxy(share: float, *faults: Fault, play: Callable[[Scene], object] = Scene.run) -> Scenario:
+    """A share of all requests meets one of these faults, while another scenario plays or a run just goes its way."""
 
     def scenario(scene: Scene) -> Ending:
         with FaultyProxy(scene.s3.url) as proxy:
             proxy.rule = at_rate(share, scene.chance, faults)
             scene.endpoint = proxy.url
-            scene.run()
+            play(scene)
             return Ending(count(proxy))
 
     return scenario
@@ -470,6 +470,7 @@ SCENARIOS: dict[str, Scenario] = {
     "bodies truncated for 5%": through_proxy(0.05, Fault.TRUNCATED),
     "false 403 for 5%": through_proxy(0.05, Fault.DENIED),
     "everything for 5%": through_proxy(0.05, *MIXED),
+    "node replaced, everything for 5%": through_proxy(0.05, *MIXED, play=replace_node),
     "everything for 30% and a minute": store_in_trouble,
     "acknowledgements lost": lose_acknowledgements,
     "store gone for 30 s": store_gone,

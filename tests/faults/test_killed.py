@@ -96,34 +96,44 @@ def objects(output: str) -> set[str]:
     return {unquote(path) for path in open_store(output).list()["path"].to_pylist() if "-of-" in path}
 
 
+def contents(output: str) -> dict[str, bytes | None]:
+    """Every prediction object with its bytes."""
+    return {name: open_store(output).read(name) for name in objects(output)}
+
+
 def run_to_end(arguments: Sequence[str], log: Path) -> int:
     with started(arguments, log) as process:
         return process.wait(DEADLINE_SECONDS)
 
 
-@pytest.mark.parametrize(("stop", "exit_code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 5)])
-def test_killed_in_the_middle_and_run_again(
-    stop: signal.Signals, exit_code: int, s3: LoopbackS3, archive: str, classifier: str, tmp_path: Path
+def interrupt(stop: signal.Signals, arguments: Sequence[str], output: str, log: Path) -> int:
+    """Start a job, send it a signal once it has made three objects more than there are; returns its exit code."""
+    kept = len(objects(output))
+    with started(arguments, log) as process:
+        wait_for(lambda: len(objects(output)) >= kept + 3, process, log)
+        process.send_signal(stop)
+        code = process.wait(30)
+    assert len(objects(output)) < SHARDS, "the fault must hit a run that has begun and has not ended"
+    return code
+
+
+def test_stopped_then_killed_in_the_middle_and_run_again(
+    s3: LoopbackS3, archive: str, classifier: str, tmp_path: Path
 ) -> None:
     output = f"{s3.bucket()}/scores"
-    first = tmp_path / "first.log"
-    with started(command(archive, classifier, output, "first"), first) as process:
-        wait_for(lambda: len(objects(output)) >= 3, process, first)
-        process.send_signal(stop)
-        stopped_at = time.monotonic()
-        assert process.wait(60) == exit_code, first.read_text()[-2000:]
-        if stop is signal.SIGTERM:
-            assert time.monotonic() - stopped_at < 30
-            assert "run the same command again" in first.read_text()
-    survivors = objects(output)
-    assert 0 < len(survivors) < SHARDS, "the fault must hit a run that has begun and has not ended"
+    log = tmp_path / "stopped.log"
+    assert interrupt(signal.SIGTERM, command(archive, classifier, output, "stopped"), output, log) == 5, log.read_text()
+    assert "run the same command again" in log.read_text()
+    stopped = contents(output)
+    log = tmp_path / "killed.log"
+    assert interrupt(signal.SIGKILL, command(archive, classifier, output, "killed"), output, log) == -signal.SIGKILL
+    survivors = contents(output)
+    assert stopped.items() < survivors.items(), "what a stopped run has made is kept, and the next one goes on"
     assert open_store(output).read("_published.json") is None
-    contents = {name: open_store(output).read(name) for name in survivors}
 
     before = len(s3.requests())
-    assert run_to_end(command(archive, classifier, output, "second"), tmp_path / "second.log") == 0, (
-        tmp_path / "second.log"
-    ).read_text()[-2000:]
+    log = tmp_path / "third.log"
+    assert run_to_end(command(archive, classifier, output, "third"), log) == 0, log.read_text()[-2000:]
     requests = s3.requests()[before:]
     finished = set(parse_objects(pa.chunked_array([sorted(survivors)]))["shard"].to_pylist())
     finished = {shard.rpartition("/")[2] for shard in finished}
@@ -133,15 +143,15 @@ def test_killed_in_the_middle_and_run_again(
         if method == "GET" and path.partition("?")[0].rpartition("/")[2] in finished
     ]
     assert len(read_again) <= 1, "only the schema of the first shard is looked at again"
-    assert {name: open_store(output).read(name) for name in survivors} == contents
+    assert survivors.items() < contents(output).items()
 
     found = read_predictions(output).to_pandas()
     assert found.groupby("shard").size().to_dict() == {f"part-{shard:03d}.parquet": ROWS for shard in range(SHARDS)}
     assert all(rows["row"].tolist() == list(range(ROWS)) for _, rows in found.groupby("shard"))
 
     before = len(s3.requests())
-    assert run_to_end(command(archive, classifier, output, "third"), tmp_path / "third.log") == 0
-    assert "nothing to do" in (tmp_path / "third.log").read_text()
+    assert run_to_end(command(archive, classifier, output, "fourth"), tmp_path / "fourth.log") == 0
+    assert "nothing to do" in (tmp_path / "fourth.log").read_text()
     assert [request for request in s3.requests()[before:] if request[0] in ("PUT", "POST", "DELETE")] == []
 
 

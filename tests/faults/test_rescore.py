@@ -12,7 +12,7 @@ from lib.publishing import POINTER_NAME, read_published
 from lib.storage import Store, open_store
 from lib.verification import verify
 from tests import fakes
-from tests.faults.test_killed import SHARDS, archive, command, objects, run_to_end, started, wait_for
+from tests.faults.test_killed import SHARDS, archive, command, objects, started, wait_for
 from tests.integration.test_scoring import read_predictions, run_score, texts_table
 
 __all__ = ["archive"]  # a fixture
@@ -64,11 +64,12 @@ def test_a_run_executed_again_under_its_id_and_over_its_limit_changes_nothing_th
     assert read_predictions(output.url).num_rows == 62
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_killed_rescore_changes_nothing_that_readers_see(
     s3: LoopbackS3, archive: str, classifier: str, tmp_path: Path
 ) -> None:
     output = open_store(f"{s3.bucket()}/scores")
-    assert run_to_end(command(archive, classifier, output.url, "old"), tmp_path / "old.log") == 0
+    run_score(archive, classifier, output.url, "planning.chunk_mb=0.2", run_id="old")
     published = read_published(output)
     assert published is not None
     version = published.pointer.version
