@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         PretrainConfig, argv, prog="jobs.pretrain", description="Train an encoder further on texts without labels."
     )
     print(f"run {command.run_id}: {masked(command.config.model_dump_json())}", flush=True)
-    with ray_session() as cluster:
+    with ray_session(command.config.resources) as cluster:
         print(f"cluster: {cluster}", flush=True)
         result = pretrain(command.config, command.run_id, cluster)
     best, history = result["best"], result["history"]

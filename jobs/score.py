@@ -49,7 +49,7 @@ def score(config: ScoreConfig, run_id: str) -> None:
 
     outcome, where, meter = Outcome(), "not needed", None
     if run.unfinished.num_rows:
-        with ray_session() as cluster:
+        with ray_session(config.resources) as cluster:
             layout, where = plan_layout(cluster, config.resources), str(cluster)
             print(f"cluster: {cluster}; {layout.num_actors} predictor actors", flush=True)
             meter = Meter(config.forecast, config.limits.budget, run.begun, cluster)

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         description="Search the hyperparameters of a fine-tuning over a few trials, and train the best one.",
     )
     print(f"run {command.run_id}: {masked(command.config.model_dump_json())}", flush=True)
-    with ray_session() as cluster:
+    with ray_session(command.config.resources) as cluster:
         print(f"cluster: {cluster}", flush=True)
         result = search(command.config, command.run_id, cluster)
     print(f"\n{table_of(result)}\n")

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         TrainConfig, argv, prog="jobs.train", description="Fine-tune a classifier on labelled Parquet and evaluate it."
     )
     print(f"run {command.run_id}: {masked(command.config.model_dump_json())}", flush=True)
-    with ray_session() as cluster:
+    with ray_session(command.config.resources) as cluster:
         print(f"cluster: {cluster}", flush=True)
         result = train(command.config, command.run_id, cluster)
     best = result["best"]

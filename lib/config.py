@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.errors import UsageError, nearest
 
@@ -40,6 +40,17 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     of_each: ClassVar[type["Section"] | None] = None
     """of a section that holds records by name: what each of them is"""
+
+
+class Resources(Section):
+    """What a job of any kind needs of its cluster."""
+
+    min_gpus: int = Field(default=0, ge=0)
+    """GPUs that the cluster must have before work begins; an autoscaler is asked for those that are not there"""
+    min_cpus: int = Field(default=0, ge=0)
+    """the same of CPUs"""
+    wait_seconds: float = Field(default=900, ge=0)
+    """for nodes, if min_gpus or min_cpus ask for more than there are"""
 
 
 @dataclass(frozen=True, kw_only=True)

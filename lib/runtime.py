@@ -4,16 +4,24 @@ import contextlib
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
 
+from lib.config import Resources
 from lib.errors import IncompleteError, UsageError, stop_on_signals
 from lib.score_config import ScoreResources
 
 TASK_CPUS_WITHOUT_GPU = 0.25
 """Reading and tokenizing take under 5% of the time that a CPU forward pass takes: they share what the actor leaves."""
+
+NOTHING = Resources()
+"""needed"""
+
+WAIT_POLL_SECONDS = 1.0
+WAIT_LINE_SECONDS = 30.0
 
 READERS_PER_CPU_ACTOR = 2
 """More would only wait for the actor, and take from it what starting them costs: 3.4 s of processor time and 265 MB each."""
@@ -48,10 +56,10 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def ray_session() -> Iterator[Cluster]:
+def ray_session(needed: Resources = NOTHING) -> Iterator[Cluster]:
     """Connect to the cluster that `RAY_ADDRESS` names, or start a local one; a connection that is there already is used and left.
 
-    Raises `UsageError` if unsafe settings are on, `IncompleteError` if the cluster cannot be reached.
+    Waits for nodes if fewer are there than needed, see `wait_for_nodes`. Raises `UsageError` if unsafe settings are on, `IncompleteError` if the cluster cannot be reached.
     """
     unsafe = sorted(name for name in os.environ if name.startswith("RAY_DATA_AUTOLOAD_"))
     if unsafe:
@@ -59,7 +67,7 @@ def ray_session() -> Iterator[Cluster]:
             f"{', '.join(unsafe)} is set: it lets a Parquet file run code while its schema is read; unset it"
         )
     if ray.is_initialized():
-        yield cluster_facts()
+        yield wait_for_nodes(needed)
         return
     try:
         start_ray()
@@ -69,7 +77,7 @@ def ray_session() -> Iterator[Cluster]:
         ) from error
     stop_on_signals()
     try:
-        yield cluster_facts()
+        yield wait_for_nodes(needed)
     finally:
         ray.shutdown()
 
@@ -86,6 +94,46 @@ def cluster_facts() -> Cluster:
     """Ask Ray for its live nodes."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Cluster(tuple(Node(cpus=found.get("CPU", 0), gpus=found.get("GPU", 0)) for found in alive))
+
+
+def holds(cluster: Cluster, needed: Resources) -> bool:
+    """Whether a cluster has what a job needs, used or not."""
+    return cluster.gpus >= needed.min_gpus and cluster.cpus >= needed.min_cpus
+
+
+def wait_for_nodes(needed: Resources) -> Cluster:
+    """Return what the cluster has once that is enough; an autoscaler is asked for what lacks.
+
+    The request is a placement group: Ray drops it when this process ends, however it ends, so that no node is paid for a job that
+    is dead. It is given back before work begins, for the nodes are held by their idle time until then.
+
+    Raises `IncompleteError` after `wait_seconds`.
+    """
+    if holds(cluster := cluster_facts(), needed):
+        return cluster
+    request = ray.util.placement_group([{"GPU": 1}] * needed.min_gpus + [{"CPU": 1}] * needed.min_cpus)
+    begun = time.monotonic()
+    shown = -WAIT_LINE_SECONDS
+    try:
+        while not holds(cluster := cluster_facts(), needed):
+            waited = time.monotonic() - begun
+            if waited > needed.wait_seconds:
+                raise IncompleteError(
+                    f"resources.min_gpus = {needed.min_gpus} and min_cpus = {needed.min_cpus}, but after resources.wait_seconds ="
+                    f" {needed.wait_seconds:g} the cluster has {cluster}; add nodes, look at the autoscaler, wait longer or ask for less,"
+                    " and run the same command again"
+                )
+            if waited - shown >= WAIT_LINE_SECONDS:
+                print(
+                    f"waiting for {needed.min_gpus} GPUs and {needed.min_cpus} CPUs: the cluster has {cluster} ({waited:.0f} of"
+                    f" {needed.wait_seconds:g} s)",
+                    flush=True,
+                )
+                shown = waited
+            time.sleep(WAIT_POLL_SECONDS)
+    finally:
+        ray.util.remove_placement_group(request)
+    return cluster
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lib.config import EngineChoice, PrecisionChoice, Section, TokenPooling, Trust
+from lib.config import EngineChoice, PrecisionChoice, Resources, Section, TokenPooling, Trust
 
 Share = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
 """A limit: a whole number counts, a number with a point (0.0 to 1.0) is a fraction."""
@@ -105,7 +105,7 @@ class DriftSection(Section):
     small shift, 0.25 a large one; default: only reported"""
 
 
-class ScoreResources(Section):
+class ScoreResources(Resources):
     """What the cluster gives."""
 
     num_actors: int | None = Field(default=None, ge=1)

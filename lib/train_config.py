@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from lib.config import CREDENTIALS, Section, TrainPrecisionChoice, Truncation, Trust
+from lib.config import CREDENTIALS, Resources, Section, TrainPrecisionChoice, Truncation, Trust
 from lib.windows import Windows
 
 Trackers = Annotated[
@@ -286,7 +286,7 @@ class TrainOutputSection(Section):
     texts may be personal, so they are left out otherwise"""
 
 
-class TrainResources(Section):
+class TrainResources(Resources):
     """What the cluster gives."""
 
     num_workers: int = Field(default=1, ge=1)
