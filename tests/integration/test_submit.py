@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -295,11 +293,3 @@ def compare(damaged: str, whole: str) -> None:
         tables.append(read_rows(open_store(url), manifest))
     assert tables[0].num_rows == tables[1].num_rows > 0
     assert_alike(*tables)
-
-
-def test_a_folder_that_was_never_started_has_no_cluster(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(heads.SCRIPT), "down", "--folder", str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "no cluster was started from here" in done.stderr
