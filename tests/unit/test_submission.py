@@ -66,13 +66,24 @@ def test_an_end_has_an_exit_code(status: str, code: int | None, expected: ExitCo
     assert outcome(status, code, "lost its node")[0] == expected
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "http://localhost:8265", "https://head.example.com"])
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:8265", "http://localhost:8265", "http://[::1]:8265", "https://head.example.com"]
+)
 def test_an_address_is_taken(address: str) -> None:
     assert check_address(address, insecure=False) == address
 
 
 @pytest.mark.parametrize(
-    "address", ["", "head:8265", "ray://head:10001", "http://me:secret@127.0.0.1", "http://head:8265"]
+    "address",
+    [
+        "",
+        "head:8265",
+        "ray://head:10001",
+        "http://me:secret@127.0.0.1",
+        "http://head:8265",
+        "http://127.example.com",
+        "http://localhost.example.com",
+    ],
 )
 def test_an_address_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
