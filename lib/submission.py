@@ -67,8 +67,8 @@ def plan(job: str, argv: Sequence[str], command: Command[Any], package: Package)
             "a URL with user:password@ is in the command, and Ray would show it to everybody who sees the job; credentials"
             " come from the environment of the cluster"
         )
-    check_paths(package, config)
     own = {name: value for name, value in vars(command.arguments).items() if name not in ("config", "set", "run_id")}
+    check_paths(package, config, own)
     identity = json.dumps([job, command.run_id, config, own], sort_keys=True, default=str)
     words = list(argv)
     if command.arguments.config:
