@@ -104,7 +104,7 @@ with DAG(
 
     @task
     def promote(checkpoint: str) -> str:
-        """Let the nights score with the new model."""
+        """Let the nights score with the new model: the next one scores the whole archive with it."""
         Variable.set("textsweep_model", checkpoint)
         return checkpoint
 
