@@ -4,6 +4,8 @@ import json
 import runpy
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +47,29 @@ def test_what_a_cluster_left_is_ended_before_another_one(monkeypatch: pytest.Mon
     assert not session.exists()
     assert not folder.exists()
     assert run(monkeypatch, "up", folder) == [str(folder)], "a new folder"
+
+
+def test_a_proxy_does_not_see_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster is on loopback; with the proxy of an office in its environment a cluster never came up."""
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Silent."""
+
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        # Nobody listens at the proxy's port.
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+        thread = threading.Thread(target=server.handle_request, daemon=True)
+        thread.start()
+        assert runpy.run_path(str(SCRIPT))["answers"](f"http://127.0.0.1:{server.server_port}", "token")
+        thread.join()
+    assert seen == ["/api/jobs/"]
