@@ -130,3 +130,8 @@ def test_loopback_is_reached_without_a_proxy(server: Answers, monkeypatch: pytes
         # Nobody answers there: a request that takes the proxy ends by its time limit.
         monkeypatch.setattr("lib.job_server.REQUEST_SECONDS", (1, 1))
         assert reach(server.url).find("x") is None
+
+
+def test_a_job_that_its_head_forgot_is_incomplete(server: Answers) -> None:
+    with pytest.raises(IncompleteError, match="x-1: the cluster does not know it any more: its head was started anew"):
+        reach(server.url).known("x-1")
