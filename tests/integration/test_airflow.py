@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests import fakes
-from tests.orchestration import AIRFLOW, REPOSITORY, Airflow, Head, ray_head
+from tests import fakes, heads
+from tests.heads import Head
+from tests.orchestration import AIRFLOW, REPOSITORY, Airflow
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(
@@ -114,7 +115,7 @@ def test_the_dags_are_read_without_the_project_ray_or_torch(tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with ray_head(tmp_path_factory.mktemp("head")) as found:
+    with heads.started(tmp_path_factory.mktemp("head"), "--nodes", "1", "--cpus", "2", "--no-s3") as found:
         yield found
 
 
