@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from jobs.demo_corpus import PACKAGES, SPLITS, Docstring, corpus, write_corpus
 from jobs.demo_store import LoopbackS3
-from lib.errors import ExitCode, TextsweepError, run_job, stop_on_signals
+from lib.errors import ExitCode, TextsweepError, UsageError, run_job, stop_on_signals
 from lib.storage import Store, open_store
 
 REPOSITORY = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ STOP_SECONDS = 30
 def main(argv: Sequence[str]) -> None:
     """Corpus, training, scoring, results."""
     if argv:
-        raise SystemExit(__doc__)
+        raise UsageError(f"the demo takes no arguments, found {list(argv)}: python -m jobs.demo")
     stop_on_signals()
     steps = Steps()
     shutil.rmtree(FOLDER, ignore_errors=True)

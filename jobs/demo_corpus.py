@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lib.errors import run_job
+from lib.errors import UsageError, run_job
 from lib.storage import Store, open_store
 
 PACKAGES = ("matplotlib", "networkx", "pandas", "ray", "scipy", "sklearn", "sympy", "transformers")
@@ -56,7 +56,9 @@ TESTS = re.compile(r"(^|/)(tests?|testing|conftest|test_\w+)(/|\.py$)")
 def main(argv: Sequence[str]) -> None:
     """Write the corpus."""
     if len(argv) != 1:
-        raise SystemExit(__doc__)
+        raise UsageError(
+            f"expected one URL of a folder, found {list(argv)}: python -m jobs.demo_corpus s3://bucket/folder"
+        )
     store = open_store(argv[0])
     write_corpus(store, corpus())
     print(f"{store.url}: train.parquet, valid.parquet, test.parquet, and {NUM_SHARDS} shards in archive/")

@@ -18,6 +18,8 @@ from typing import Self
 
 import boto3
 
+from lib.errors import UsageError, run_job
+
 START_SECONDS = 60
 STOP_SECONDS = 10
 
@@ -121,7 +123,7 @@ class LoopbackS3:
 def main(argv: Sequence[str]) -> None:
     """Serve until somebody ends it."""
     if len(argv) != 1:
-        raise SystemExit(__doc__)
+        raise UsageError(f"expected the path of a log, found {list(argv)}: python -m jobs.demo_store LOG")
     for one in (signal.SIGTERM, signal.SIGINT):
         signal.signal(one, lambda *_: sys.exit(0))
     with LoopbackS3(Path(argv[0])) as server:
@@ -134,4 +136,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_job(main))

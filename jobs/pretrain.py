@@ -16,12 +16,13 @@ request; 1 a bug.
 import sys
 from collections.abc import Sequence
 
-from lib.config import masked, parse_command
+from lib.config import parse_command
 from lib.encoder_config import PretrainConfig
 from lib.errors import run_job
 from lib.metrics import shown
 from lib.pretraining import pretrain
 from lib.runtime import ray_session
+from lib.toml import announcement
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     command = parse_command(
         PretrainConfig, argv, prog="jobs.pretrain", description="Train an encoder further on texts without labels."
     )
-    print(f"run {command.run_id}: {masked(command.config.model_dump_json())}", flush=True)
+    print(announcement(command.run_id, command.config), flush=True)
     with ray_session(command.config.resources) as cluster:
         print(f"cluster: {cluster}", flush=True)
         result = pretrain(command.config, command.run_id, cluster)

@@ -19,13 +19,14 @@ from typing import Any
 
 import pandas as pd
 
-from lib.config import masked, parse_command
+from lib.config import parse_command
 from lib.errors import run_job
 from lib.metrics import shown
 from lib.runtime import ray_session
 from lib.search import search
 from lib.search_report import ranked
 from lib.space import SearchConfig
+from lib.toml import announcement
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         prog="jobs.search",
         description="Search the hyperparameters of a fine-tuning over a few trials, and train the best one.",
     )
-    print(f"run {command.run_id}: {masked(command.config.model_dump_json())}", flush=True)
+    print(announcement(command.run_id, command.config), flush=True)
     with ray_session(command.config.resources) as cluster:
         print(f"cluster: {cluster}", flush=True)
         result = search(command.config, command.run_id, cluster)

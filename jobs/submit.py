@@ -78,16 +78,18 @@ def main(argv: Sequence[str]) -> None:
         current = last.id
     else:
         current = send(server, submission, last, package, arguments.entrypoint_num_cpus)
-    named = any(word.startswith("--run-id") for word in own)
-    again = shlex.join(["python", "-m", "jobs.submit", *argv, *([] if named else ["--run-id", submission.run_id])])
+    again = same_command(argv, own, submission.run_id)
     if arguments.detach:
-        say(f"{current}: not followed; to follow it, the same without --detach: {again}")
+        say(f"{current}: not followed; to follow it: {again}")
         return
     follow(server, current, again)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     """Our own arguments, the job's name, and the job's arguments as they are."""
+    head, behind = list(argv), []
+    if "--" in head:
+        head, behind = head[: head.index("--")], head[head.index("--") + 1 :]
     others = (path for path in (ROOT / "jobs").glob("*.py") if path.stem != Path(__file__).stem)
     jobs = sorted(path.stem for path in others if "parse_command(" in path.read_text("utf-8"))
     parser = argparse.ArgumentParser(
@@ -98,6 +100,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(json=False)
     add = parser.add_argument
     add("--address", metavar="URL", help="the cluster's job server (default: RAY_API_SERVER_ADDRESS)")
     add(
@@ -107,7 +110,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     )
     add("--detach", action="store_true", help="do not follow the job")
     add("--status", action="store_true", help="say how the last attempt is; start nothing")
-    add("--json", action="store_true", help="with --status: as one JSON object on standard output")
+    if {"--status", "--help", "-h"} & set(head):  # otherwise it is the job's
+        add("--json", action="store_true", help="with --status: as one JSON object on standard output")
     add("--logs", action="store_true", help="print the last attempt's log so far; start nothing")
     add("--stop", action="store_true", help="end the job: SIGTERM, and after 40 s SIGKILL; start nothing")
     add(
@@ -115,7 +119,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
         metavar="N",
         type=float,
         default=0,
-        help="CPUs that the job's driver takes; 0, the default: none, it runs on the head; otherwise on any node that has them free",
+        help="CPUs that the job's driver takes, on any node that has them free; 0, the default: none, it runs on the head. Give compare"
+        " and predict some: they compute in the driver, with as many threads",
     )
     add(
         "--patience",
@@ -124,9 +129,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
         default=300,
         help="how long to try again when the cluster cannot be reached (default: 300)",
     )
-    head, behind = list(argv), []
-    if "--" in head:
-        head, behind = head[: head.index("--")], head[head.index("--") + 1 :]
     job = head.pop(0) if head and not head[0].startswith("-") else None
     arguments, own = parser.parse_known_args(head)
     if job not in jobs:
@@ -134,9 +136,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
         raise UsageError(f"expected a job's name first: {found} (jobs: {', '.join(jobs)})")
     if sum([arguments.status, arguments.logs, arguments.stop, arguments.detach]) > 1:
         raise UsageError("--status, --logs, --stop and --detach: expected at most one of them")
-    if arguments.json and not arguments.status:
-        own.append("--json")  # jobs have one of their own
     return arguments, job, own + behind
+
+
+def same_command(argv: Sequence[str], own: Sequence[str], run_id: str) -> str:
+    """The command that follows what `argv` submitted; `own` are the job's arguments in it."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    words = [word for word in argv[:end] if word != "--detach"]
+    named = any(word.startswith("--run-id") for word in own)
+    return shlex.join(["python", "-m", "jobs.submit", *words, *argv[end:], *([] if named else ["--run-id", run_id])])
 
 
 def other_code(last: Found, package: packaging.Package) -> str:

@@ -19,10 +19,11 @@ from typing import Any
 
 import pandas as pd
 
-from lib.config import masked, parse_command
+from lib.config import parse_command
 from lib.errors import run_job
 from lib.metrics import shown, top_confusions
 from lib.runtime import ray_session
+from lib.toml import announcement
 from lib.train_config import TrainConfig
 from lib.training import train
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     command = parse_command(
         TrainConfig, argv, prog="jobs.train", description="Fine-tune a classifier on labelled Parquet and evaluate it."
     )
-    print(f"run {command.run_id}: {masked(command.config.model_dump_json())}", flush=True)
+    print(announcement(command.run_id, command.config), flush=True)
     with ray_session(command.config.resources) as cluster:
         print(f"cluster: {cluster}", flush=True)
         result = train(command.config, command.run_id, cluster)

@@ -19,6 +19,7 @@ from lib.config import parse_command
 from lib.encoder_config import ZeroShotConfig
 from lib.errors import run_job
 from lib.metrics import shown
+from lib.toml import announcement
 from lib.zero_shot import make_zero_shot
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     command = parse_command(
         ZeroShotConfig, argv, prog="jobs.zero_shot", description="Make a classifier from labels and their descriptions."
     )
-    print(f"run {command.run_id}: {command.config.model_dump_json()}", flush=True)
+    print(announcement(command.run_id, command.config), flush=True)
     result = make_zero_shot(command.config, command.run_id)
     print(f"{len(result['labels'])} labels, in {result['seconds']:.0f} s")
     if result["test"]:

@@ -12,7 +12,7 @@ import os
 import secrets
 
 made_token = ""
-"""The token made here for a local cluster, if any. No other cluster knows it: see `lib.submission`."""
+"""The token made here for a local cluster, if any. No other cluster knows it: see `lib.job_server.find_token`."""
 
 if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_AUTH_MODE", "token")

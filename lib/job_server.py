@@ -3,15 +3,17 @@
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from ray.dashboard.modules.job.pydantic_models import JobDetails
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RuntimeEnvSetupError
 from ray.job_submission import JobSubmissionClient
+from requests.exceptions import HTTPError, JSONDecodeError, SSLError
 
 import lib
 from lib.errors import IncompleteError, UsageError, say
@@ -39,6 +41,8 @@ MAX_BACKOFF_SECONDS = 30
 MAX_BROKEN_TAILS = 5
 """in a row without a new character: the log cannot be read, which is no reason to give up the job"""
 
+MAY_RUN = "; what was submitted may still be running: run the same command again"
+
 Answer = TypeVar("Answer")
 
 
@@ -55,6 +59,9 @@ class Client(JobSubmissionClient):
     """Ray's client, with a time limit for each request and errors that know their HTTP status."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        if is_loopback(urlsplit(self.get_address()).hostname or ""):
+            # A proxy of the environment would be another machine, which would read the token and reach its own loopback.
+            options["proxies"] = {"http": "", "https": ""}
         return super()._do_request(method, endpoint, timeout=REQUEST_SECONDS, **options)
 
     def _raise_error(self, r: Any) -> None:
@@ -72,11 +79,19 @@ def connect(address: str | None, *, insecure: bool, patience_seconds: float) -> 
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     # Ray lets these win over the address that it is given.
     overriding = {name: os.environ.pop(name, None) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    def contact() -> Client:
+        try:
+            return Client(url, headers=headers)
+        except OSError as error:
+            if found := lasting(error):
+                raise ValueError(f"{type(found).__name__}: {found}") from None
+            raise
+
     try:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        client = patiently(lambda: Client(url, headers=headers), url, min(patience_seconds, FIRST_CONTACT_SECONDS))
-        return Server(client, patience_seconds)
-    except (RuntimeError, ValueError, KeyError) as error:
+        return Server(patiently(contact, url, min(patience_seconds, FIRST_CONTACT_SECONDS)), patience_seconds)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--address {url}: no Ray job server: {str(error).splitlines()[0]}") from None
     finally:
         os.environ.update({name: value for name, value in overriding.items() if value is not None})
@@ -94,13 +109,20 @@ def check_address(address: str | None, *, insecure: bool) -> str:
         raise UsageError(f"--address {url}: {expected}")
     if parts.username or parts.password:
         raise UsageError(f"--address: a URL with user:password@; {expected}")
-    loopback = parts.hostname == "localhost" or parts.hostname.startswith("127.") or parts.hostname == "::1"
-    if parts.scheme == "http" and not loopback and not insecure:
+    if parts.scheme == "http" and not is_loopback(parts.hostname) and not insecure:
         raise UsageError(
             f"--address {url}: without TLS everybody on the way can read the token and run any code on the cluster with it."
             " Use https, or a tunnel to loopback (kubectl port-forward, ssh -L), or --insecure on a network that you trust"
         )
     return url
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a URL's host is this machine."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name, 127.example.com among them
+        return host == "localhost"
 
 
 def find_token() -> str | None:
@@ -123,10 +145,11 @@ def find_token() -> str | None:
     )
 
 
-def patiently(call: Callable[[], Answer], url: str, seconds: float) -> Answer:
-    """Call again while the job server cannot be reached or is not ready, with growing pauses; 4xx answers are raised at once.
+def patiently(call: Callable[[], Answer], url: str, seconds: float, hint: str = "") -> Answer:
+    """Call again while the job server cannot be reached or is not ready, with growing pauses.
 
-    Raises `IncompleteError` after `seconds`, `UsageError` if the token is wrong.
+    Raises `IncompleteError`, which ends with `hint`, after `seconds`; at once `UsageError` if the token or the request is refused, and
+    `AnswerError` for what is not there (404).
     """
     deadline, pause = time.monotonic() + seconds, 1.0
     while True:
@@ -137,16 +160,16 @@ def patiently(call: Callable[[], Answer], url: str, seconds: float) -> Answer:
                 f"{url} refused the token: {str(error).splitlines()[0]}; expected the cluster's own in RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
             ) from None
         except AnswerError as error:
-            if error.status < 500:
+            if error.status == 404:
                 raise
+            if error.status < 500:
+                raise UsageError(f"{url} refused the request: {error}") from None
             failure = str(error)
         except OSError as error:  # those of `requests` are, too: nobody there, cut short, no answer in time
             failure = innermost(error)
         left = deadline - time.monotonic()
         if left <= 0:
-            raise IncompleteError(
-                f"{url}: no answer for {seconds:g} s: {failure}; what was submitted may still be running: run the same command again"
-            ) from None
+            raise IncompleteError(f"{url}: no answer for {seconds:g} s: {failure}{hint}") from None
         say(f"{url}: {failure}; trying again in {min(pause, left):.0f} s")
         time.sleep(min(pause, left))
         pause = min(2 * pause, MAX_BACKOFF_SECONDS)
@@ -184,16 +207,14 @@ class Server:
 
     def ask(self, call: Callable[[], Answer]) -> Answer:
         """Call with the patience that was asked for."""
-        return patiently(call, self.client.get_address(), self.patience_seconds)
+        return patiently(call, self.client.get_address(), self.patience_seconds, MAY_RUN)
 
     def find(self, submission_id: str) -> Found | None:
         """What the cluster knows of a submission; None if nothing."""
         try:
             return Found(submission_id, self.ask(lambda: self.client.get_job_info(submission_id)))
-        except AnswerError as error:
-            if error.status == 404:
-                return None
-            raise
+        except AnswerError:
+            return None
 
     def latest(self, submission: Submission) -> Found | None:
         """The last attempt; None if there is none."""
@@ -214,11 +235,12 @@ class Server:
                     metadata=submission.metadata,
                     entrypoint_num_cpus=num_cpus,
                 )
-            except AnswerError:
-                # Ray says that it knows an id with 500 and a traceback, and that its agent is not ready with 500, too.
+            except (AnswerError, RuntimeEnvSetupError) as error:
+                # Ray says that it knows an id with 500 and a traceback, and that its agent is not ready with 500, too. Whatever befell
+                # the upload it wraps.
                 if self.find(submission_id):
                     return False
-                raise
+                raise error.__cause__ or error from None
             return True
 
         return self.ask(post)
@@ -280,8 +302,24 @@ class Server:
                     tail = Tail(self.client, submission_id)
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that it wraps: three layers of HTTP libraries."""
+    found: BaseException | None = error
+    while found:
+        yield found
+        found = found.__context__
+
+
 def innermost(error: BaseException) -> str:
-    """What an error that wraps others began with: one line in place of three layers of HTTP libraries."""
-    while error.__context__:
-        error = error.__context__
-    return f"{type(error).__name__}: {error}"
+    """What an error that wraps others began with, in one line."""
+    *_, first = causes(error)
+    return f"{type(first).__name__}: {first}"
+
+
+def lasting(error: OSError) -> BaseException | None:
+    """What will not be otherwise a little later: a certificate, a refusal (4xx), a page for people in place of JSON."""
+    for one in causes(error):
+        refused = isinstance(one, HTTPError) and one.response is not None and one.response.status_code < 500
+        if refused or isinstance(one, (JSONDecodeError, SSLError)):
+            return one
+    return None

@@ -22,9 +22,9 @@ SHOWN_FILES = 5
 FOLDERS = ("jobs", "lib")
 """what is sent without git"""
 
-INPUT_KEYS = {"path", "file", "base", "rows", "valid", "test"}
-OUTPUT_KEYS = {"output.path", "tracking.path"}
-"""Keys whose values are paths; those of the first are read."""
+INPUT_KEYS = {"path", "file", "base", "rows", "valid", "test", "augment.model", "--champion", "--challenger", "--csv"}
+OUTPUT_KEYS = {"output.path", "tracking.path", "tracking.uri", "--json", "--output", "--html"}
+"""Keys and arguments of jobs whose values are paths; those of the first, with or without their section, are read."""
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """the earliest time that a zip archive can hold"""
@@ -128,9 +128,12 @@ def sent_name(package: Package, config: str) -> str:
     return name
 
 
-def check_paths(package: Package, config: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for paths that mean a place on this machine: the job runs elsewhere, in a folder that goes with it."""
-    for key, value in leaves(config):
+def check_paths(package: Package, config: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for paths that mean a place on this machine: the job runs elsewhere, in a folder that goes with it.
+
+    `arguments` are the job's own, by their names.
+    """
+    for key, value in [*leaves(config), *((f"--{name}", value) for name, value in arguments.items())]:
         if not isinstance(value, str) or "://" in value or value.startswith(("/", "package:")):
             continue
         if key in OUTPUT_KEYS:
@@ -138,7 +141,8 @@ def check_paths(package: Package, config: Mapping[str, Any]) -> None:
                 f"{key} = {value!r}: relative to the job's own folder, which is removed with it; expected a URL such as"
                 " s3://bucket/folder, or an absolute path that all nodes see"
             )
-        if key.rpartition(".")[2] in INPUT_KEYS and not package.holds(value):
+        is_run = key == "drift.baseline" and ("/" in value or value.endswith(".json"))
+        if (is_run or {key, key.rpartition(".")[2]} & INPUT_KEYS) and not package.holds(value):
             raise UsageError(
                 f"{key} = {value!r}: not among the files that are sent to the cluster; expected a URL such as"
                 " s3://bucket/folder, an absolute path that all nodes see, or a file that git tracks"

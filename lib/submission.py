@@ -31,7 +31,7 @@ class Submission:
     job: str
     run_id: str
     digest: str
-    """of job, configuration, run id and the job's own arguments"""
+    """of job, configuration, run id and the job's own arguments, but for how it shows its answer"""
     entrypoint: str
     commit: str | None
 
@@ -67,8 +67,9 @@ def plan(job: str, argv: Sequence[str], command: Command[Any], package: Package)
             "a URL with user:password@ is in the command, and Ray would show it to everybody who sees the job; credentials"
             " come from the environment of the cluster"
         )
-    check_paths(package, config)
     own = {name: value for name, value in vars(command.arguments).items() if name not in ("config", "set", "run_id")}
+    check_paths(package, config, own)
+    own.pop("json", None)  # how an answer is shown; and --status takes the word for itself
     identity = json.dumps([job, command.run_id, config, own], sort_keys=True, default=str)
     words = list(argv)
     if command.arguments.config:

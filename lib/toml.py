@@ -1,4 +1,4 @@
-"""A configuration as a TOML file that a person would write: the keys that differ from their defaults, section by section."""
+"""A configuration as a person would write it, in a TOML file or a few lines: the keys that differ from their defaults."""
 
 import json
 from collections.abc import Mapping
@@ -14,6 +14,15 @@ def to_toml(config: Section, comments: tuple[str, ...] = ()) -> str:
         for path, values in tables_of(name, section):
             parts += ["", f"[{path}]", *(f"{key_text(key)} = {value_text(value)}" for key, value in values.items())]
     return masked("\n".join(parts).lstrip("\n")) + "\n"
+
+
+def announcement(run_id: str, config: Section) -> str:
+    """What a job prints when it starts: its run, and each key that is not as it comes, with credentials in URLs masked."""
+    tables = [table for name, section in config for table in tables_of(name, section)]
+    keys = [
+        f"  {path}.{key_text(key)} = {value_text(value)}" for path, values in tables for key, value in values.items()
+    ]
+    return masked("\n".join([f"run {run_id}", *keys]))
 
 
 def tables_of(path: str, section: Section) -> list[tuple[str, dict[str, Any]]]:

@@ -1,11 +1,12 @@
-"""A real Ray head with its job server, started by `cluster/local/cluster.py`, and the command that submits to it."""
+"""A real Ray head with its job server, started by `cluster/local/cluster.py`, what it says of its jobs, and the command that submits to it."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,15 @@ import psutil
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "cluster" / "local" / "cluster.py"
+
+
+def ask(url: str, token: str = "", method: str = "GET", body: Mapping[str, Any] | None = None) -> Any:
+    """A JSON answer from loopback. Raises `urllib.error.URLError` (an HTTP status included)."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    data = json.dumps(body).encode() if body is not None else None
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url, data, headers, method=method), timeout=30) as answer:
+        return json.loads(answer.read())
 
 
 @dataclass
@@ -45,6 +55,15 @@ class Head:
         """What a command that submits has in its environment: a file that holds the token, nothing else of Ray's."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
         return {**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """All submitted jobs, the oldest first."""
+        found = [job for job in ask(f"{self.address}/api/jobs/", self.token) if job["type"] == "SUBMISSION"]
+        return sorted(found, key=lambda job: float(job["start_time"]))
+
+    def named(self, task: str) -> list[dict[str, Any]]:
+        """The jobs of one task of Airflow's."""
+        return [job for job in self.jobs() if f".{task}." in job["submission_id"]]
 
     def submit(
         self, *arguments: str, address: str = "", stdin: int = subprocess.DEVNULL, extra: dict[str, str] | None = None

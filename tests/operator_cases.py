@@ -17,10 +17,10 @@ TOKEN = "the-token"
 
 
 class JobsApi(BaseHTTPRequestHandler):
-    """Jobs by their submission id: the statuses that each has at the next looks, the last one for good."""
+    """Jobs by their submission id: what each look at them finds, the last one for good; a number is the code of an error."""
 
-    jobs: dict[str, list[dict[str, Any]]]
-    becomes: list[dict[str, Any]]
+    jobs: dict[str, list[dict[str, Any] | int]]
+    becomes: list[dict[str, Any] | int]
     """what a job that is submitted does"""
     taken: bool
     """another one submits the same id first"""
@@ -45,7 +45,8 @@ class JobsApi(BaseHTTPRequestHandler):
         if name not in self.jobs:
             return self.answer(404, {})
         looks = self.jobs[name]
-        return self.answer(200, looks.pop(0) if len(looks) > 1 else looks[0])
+        found = looks.pop(0) if len(looks) > 1 else looks[0]
+        return self.answer(found, {}) if isinstance(found, int) else self.answer(200, found)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
@@ -58,15 +59,18 @@ class JobsApi(BaseHTTPRequestHandler):
 
 
 def case(
-    becomes: list[dict[str, Any]],
-    there: dict[str, list[dict[str, Any]]] | None = None,
+    becomes: list[dict[str, Any] | int],
+    there: dict[str, list[dict[str, Any] | int]] | None = None,
     taken: bool = False,
+    away_seconds: float = 600,
     token: str = TOKEN,
     logical_date: datetime | None = datetime(2026, 11, 26, 1, tzinfo=UTC),
     **options: Any,
 ) -> dict[str, Any]:
     """Run the operator once, against a server of its own."""
-    from ray_jobs import SubmitRayJobOperator
+    import ray_jobs
+
+    ray_jobs.AWAY_SECONDS = away_seconds
 
     class Case(JobsApi):
         pass
@@ -86,15 +90,17 @@ def case(
             run_id="r",
         ),
     }
-    operator = SubmitRayJobOperator(task_id="score", entrypoint="true", deferrable=False, poll_interval=0, **options)
+    operator = ray_jobs.SubmitRayJobOperator(
+        task_id="score", entrypoint="true", deferrable=False, poll_interval=0, **options
+    )
+    raised, said = "", ""
     try:
         operator.execute(context)
-        raised = ""
     except Exception as error:  # noqa: BLE001 (its name is what is looked at)
-        raised = type(error).__name__
+        raised, said = type(error).__name__, str(error)
     server.shutdown()
     server.server_close()
-    return {"raised": raised, "asked": Case.asked, "waited_for": operator.job_at_work}
+    return {"raised": raised, "said": said, "asked": Case.asked, "waited_for": operator.job_at_work}
 
 
 def ended(status: str, code: int | None = None) -> dict[str, Any]:
@@ -120,6 +126,9 @@ def main() -> None:
         "died": case([ended("FAILED")]),
         "stopped": case([ended("STOPPED")]),
         "too long": case([running], job_timeout_seconds=1),
+        "lost": case([running, 404]),
+        "away": case([running, 503, good], away_seconds=0),
+        "away for a moment": case([running, 503, good]),
         "no token": case([good], token=""),
         "manual": case([good], logical_date=None),
         "named": case([good], submission_id="mine"),

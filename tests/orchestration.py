@@ -1,12 +1,10 @@
-"""A real Airflow and a real Ray head on loopback, for the tests that run the DAGs. Everything is ended by its process id."""
+"""A real Airflow on loopback, for the tests that run the DAGs on a Ray head. Everything is ended by its process id."""
 
 import json
 import os
 import secrets
 import socket
 import subprocess
-import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -16,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from tests.heads import Head, ask
 from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[1]
@@ -29,15 +28,6 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
-
-
-def ask(url: str, token: str = "", method: str = "GET", body: Mapping[str, Any] | None = None) -> Any:
-    """A JSON answer from loopback. Raises `urllib.error.URLError` (an HTTP status included)."""
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    data = json.dumps(body).encode() if body is not None else None
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(urllib.request.Request(url, data, headers, method=method), timeout=30) as answer:
-        return json.loads(answer.read())
 
 
 def answers(url: str, token: str = "") -> bool:
@@ -79,51 +69,6 @@ def running(command: list[str], environment: Mapping[str, str], log: Path) -> It
         end(process)
 
 
-class Head:
-    """A Ray head that asks for a token, as a kept cluster's does."""
-
-    def __init__(self, url: str, token: str) -> None:
-        self.url, self.token = url, token
-
-    def jobs(self) -> list[dict[str, Any]]:
-        """All submitted jobs, the oldest first."""
-        found = [job for job in ask(f"{self.url}/api/jobs/", self.token) if job["type"] == "SUBMISSION"]
-        return sorted(found, key=lambda job: float(job["start_time"]))
-
-    def named(self, task: str) -> list[dict[str, Any]]:
-        """The jobs of one task."""
-        return [job for job in self.jobs() if f".{task}." in job["submission_id"]]
-
-
-@contextmanager
-def ray_head(folder: Path) -> Iterator[Head]:
-    """Start a head with two CPUs, whose jobs find the project."""
-    token, dashboard = secrets.token_hex(32), free_port()
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
-        "HOME": str(folder),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": token,
-        "RAY_JOB_STOP_WAIT_TIME_S": "40",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback alone, see lib/__init__.py
-    }
-    ports = {"port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port(), "ray-client-server-port": free_port()}  # fmt: skip
-    options = [f"--{name}={value}" for name, value in ports.items()]
-    # Sockets of Unix have short names: not below pytest's folder.
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", "--node-ip-address=127.0.0.1", "--object-store-memory=200000000", *options]  # fmt: skip
-    with (
-        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short,
-        running([*command, f"--temp-dir={short}"], environment, folder / "ray.log"),
-    ):
-        head = Head(f"http://127.0.0.1:{dashboard}", token)
-        wait_until(
-            lambda: answers(f"{head.url}/api/jobs/", token), f"Ray's dashboard ({folder}/ray.log)", START_SECONDS
-        )
-        yield head
-
-
 class Airflow:
     """One installation: its folder, settings and commands, and the processes of a scheduler with its LocalExecutor."""
 
@@ -131,7 +76,7 @@ class Airflow:
         self.home, self.port, self.stack = home, free_port(), ExitStack()
         self.url = f"http://127.0.0.1:{self.port}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        address, port = head.url.removeprefix("http://").split(":")
+        address, port = head.address.removeprefix("http://").split(":")
         connection = {"conn_type": "http", "host": address, "port": int(port), "password": head.token}
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("AIRFLOW", "RAY_", "PYTHON"))}
         self.environment = {

@@ -85,6 +85,7 @@ def main() -> None:
             sys.exit(f"--nodes {arguments.nodes}: expected 1 or more")
         if any(alive(one) for one in state.processes):
             sys.exit(f"{folder}: a cluster is running already; `down` ends it")
+        state = cleared(state)
         try:
             up(state, arguments.nodes, arguments.cpus, s3=not arguments.no_s3)
         except BaseException:
@@ -115,6 +116,7 @@ class State:
         self.folder = folder
         self.path = folder / "cluster.json"
         found = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.is_recorded = {"processes", "values"} <= found.keys()
         self.processes: list[dict[str, Any]] = found.get("processes", [])
         self.values: dict[str, Any] = found.get("values", {})
 
@@ -148,11 +150,23 @@ class State:
                 wait(lambda log=log: "Ray runtime started" in log.read_text(errors="replace"), one, log)
 
 
+def cleared(state: State) -> State:
+    """The same folder, without what a cluster that has ended left there. A folder that is no cluster's is left as it is."""
+    if state.is_recorded:
+        down(state)
+    try:
+        state.folder.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        sys.exit(f"{state.folder}: {error.strerror}, and no cluster was started from here; name a new folder")
+    return State(state.folder)
+
+
 def up(state: State, nodes: int, cpus: int, *, s3: bool) -> None:
     """Start the S3 server and all nodes, and say how to use them."""
-    shutil.rmtree(state.folder, ignore_errors=True)
     state.folder.mkdir(parents=True)
-    state.processes, state.values = [], {}
+    state.save()
     token = state.folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -249,8 +263,9 @@ def start_node(state: State, name: str, options: list[str]) -> None:
 def answers(address: str, token: str) -> bool:
     """Whether the job server is there."""
     request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would see the token
     try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
+        with direct.open(request, timeout=5) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False

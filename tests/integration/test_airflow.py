@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests import fakes
-from tests.orchestration import AIRFLOW, REPOSITORY, Airflow, Head, ray_head
+from tests import fakes, heads
+from tests.heads import Head
+from tests.orchestration import AIRFLOW, REPOSITORY, Airflow
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(
@@ -29,7 +30,8 @@ print(json.dumps({
     "errors": found.import_errors,
     "dags": {dag.dag_id: {
         "tasks": {task.task_id: sorted(task.downstream_task_ids) for task in dag.tasks}, "catchup": dag.catchup, "active": dag.max_active_runs,
-        "retries": min(task.retries for task in dag.tasks)} for dag in found.dags.values()},
+        "retries": min(task.retries for task in dag.tasks), "factor": min(task.retry_exponential_backoff for task in dag.tasks),
+        "driver_cpus": {task.task_id: getattr(task, "entrypoint_num_cpus", None) for task in dag.tasks}} for dag in found.dags.values()},
     "modules": sorted({name.split(".")[0] for name in sys.modules}),
 }))
 """
@@ -78,6 +80,9 @@ NIGHT = "nightly.score.20261126T010000"
         ("died", "AirflowException", [f"{NIGHT}-1"]),
         ("stopped", "AirflowException", [f"{NIGHT}-1"]),
         ("too long", "AirflowException", [f"{NIGHT}-1", f"/api/jobs/{NIGHT}-1/stop"]),
+        ("lost", "AirflowException", [f"{NIGHT}-1"]),
+        ("away", "AirflowException", [f"{NIGHT}-1"]),
+        ("away for a moment", "", [f"{NIGHT}-1"]),
         ("no token", "AirflowFailException", []),
         ("manual", "", ["nightly.score.20261127T020304.000005-1"]),
         ("named", "", ["mine-1"]),
@@ -91,6 +96,7 @@ def test_what_the_operator_makes_of_a_job(
     assert (found["raised"], found["asked"]) == (raised, asked)
     if case == "under way":
         assert found["waited_for"] == f"{NIGHT}-1"
+    assert {"lost": "its head was lost", "away": "Ray cannot be asked: HTTPStatusError"}.get(case, "") in found["said"]
 
 
 def test_the_dags_are_read_without_the_project_ray_or_torch(tmp_path: Path) -> None:
@@ -103,11 +109,13 @@ def test_the_dags_are_read_without_the_project_ray_or_torch(tmp_path: Path) -> N
     for dag in (nightly, weekly):
         assert (dag["catchup"], dag["active"]) == (False, 1)
         assert dag["retries"] > 0
+        assert dag["factor"] > 1, "pauses grow"
+    assert weekly["driver_cpus"]["compare"] > 0, "its forward passes are not the head's"
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with ray_head(tmp_path_factory.mktemp("head")) as found:
+    with heads.started(tmp_path_factory.mktemp("head"), "--nodes", "1", "--cpus", "2", "--no-s3") as found:
         yield found
 
 

@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +22,9 @@ from tests.waiting import wait_until
 
 @pytest.fixture(scope="module")
 def head(s3: LoopbackS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """One node with two CPUs, whose Ray would kill a job that is stopped after 2 s unless the job says otherwise."""
+    """One node with two CPUs, whose Ray would kill a job that is stopped after 1 s unless the job says otherwise."""
     folder = tmp_path_factory.mktemp("head")
-    with heads.started(folder, "--nodes", "1", "--cpus", "2", "--no-s3", RAY_JOB_STOP_WAIT_TIME_S="2") as made:
+    with heads.started(folder, "--nodes", "1", "--cpus", "2", "--no-s3", RAY_JOB_STOP_WAIT_TIME_S="1") as made:
         yield made
 
 
@@ -44,15 +41,6 @@ def runs(folder: Path) -> int:
     return len(list(folder.glob("run-*")))
 
 
-def info(head: Head, path: str = "") -> str:
-    """What the job server answers about a job, or all jobs."""
-    request = urllib.request.Request(
-        f"{head.address}/api/jobs/{path}", headers={"Authorization": f"Bearer {head.token}"}
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return str(answer.read().decode())
-
-
 def test_the_cluster_listens_on_loopback_alone_and_wants_its_token(head: Head) -> None:
     top = psutil.Process(head.pids["head"])
     sockets = [
@@ -65,99 +53,108 @@ def test_the_cluster_listens_on_loopback_alone_and_wants_its_token(head: Head) -
     assert {(name, ip) for name, ip in sockets if ip not in ("127.0.0.1", "::ffff:127.0.0.1")} == set()
     assert (head.folder / "token").stat().st_mode & 0o777 == 0o600
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=30)
+        heads.ask(f"{head.address}/api/jobs/")
     assert refused.value.code == 401
 
 
-def test_a_job_ends_as_itself_and_is_answered_or_resumed(head: Head, tmp_path: Path) -> None:
-    """Success, exit codes 2, 3, 4 and the driver's death, at the same time; then all of them again."""
-    cases = {"0": "[0]", "2": "[2, 0]", "3": "[3, 0]", "4": "[4, 0]"}
-    started = {name: head.submit(*scripted(tmp_path / name, f"step.codes={codes}")) for name, codes in cases.items()}
+def test_a_job_ends_as_itself(head: Head, tmp_path: Path) -> None:
+    """An exit code and the driver's death, at the same time. What else an end says: `test_submission`."""
+    command = scripted(tmp_path / "job", "step.codes=[3]")
+    failed = head.submit(*command)
     killed = head.submit(*scripted(tmp_path / "killed", "step.waits=true"))
     wait_until(lambda: runs(tmp_path / "killed") == 1, "the job's driver")
     wait_until(lambda: (tmp_path / "killed" / "run-1").read_text() != "", "its id")
     os.kill(int((tmp_path / "killed" / "run-1").read_text()), signal.SIGKILL)
-    for name, process in started.items():
-        code, output, errors = finish(process)
-        assert code == int(name), errors
-        assert output.count("run 1 of 2026-11-19 at work") == 1, "the job's own log"
+    code, output, errors = finish(failed)
+    assert code == 3, errors
+    assert output.count("run 1 of 2026-11-19 at work") == 1, "the job's own log"
     code, _, errors = finish(killed)
     assert code == 4
     assert "the driver was killed by SIGKILL" in errors.splitlines()[-1]
 
-    again = {name: head.submit(*scripted(tmp_path / name, f"step.codes={cases[name]}")) for name in ("0", "3")}
-    for name, process in again.items():
-        code, _, errors = finish(process)
-        assert code == 0, errors
-        assert runs(tmp_path / name) == (1 if name == "0" else 2)
-        assert ("done already" in errors) == (name == "0")
-    code, output, _ = head.run(*scripted(tmp_path / "3", "step.codes=[3, 0]"), "--status", "--json")
-    assert code == 0
+    code, output, errors = head.run(*command, "--status", "--json")
+    assert code == 0, errors
     found = json.loads(output)
-    assert (found["status"], found["exit_code"], found["attempt"]) == ("SUCCEEDED", 0, 2)
-    assert runs(tmp_path / "3") == 2, "looking starts nothing"
+    assert (found["status"], found["exit_code"], found["attempt"]) == ("FAILED", 3, 1)
+    assert runs(tmp_path / "job") == 1, "looking starts nothing"
 
 
 def test_two_people_one_job_which_a_stop_lets_end(head: Head, tmp_path: Path) -> None:
-    command = scripted(tmp_path / "job", "step.waits=true", "step.stopping_seconds=6")
-    first, second = head.submit(*command), head.submit(*command)
+    """Ctrl-C on a terminal asks; without one it leaves the job. A job that was stopped begins its next attempt, which --stop ends."""
+    command = scripted(tmp_path / "job", "step.waits=true", "step.stopping_seconds=2")
+    controller, terminal = os.openpty()
+    first = head.submit(*command, stdin=terminal)
     wait_until(lambda: runs(tmp_path / "job") == 1, "the job's driver")
-    code, output, errors = head.run(*command, "--detach")
-    assert code == 0
-    assert "nothing was sent" in errors, "attached"
-    assert not output
-    # A client without a terminal that is ended leaves the job running.
+    second = head.submit(*command)
+    # What the second says is read while it follows: its process must not be ended before.
+    assert second.stderr is not None
+    assert any("nothing was sent" in line for line in second.stderr), "attached"
     second.send_signal(signal.SIGTERM)
     code, _, errors = finish(second)
     assert code == 5
     assert "is not followed any more and goes on" in errors.splitlines()[-1]
     assert "--run-id 2026-11-19" in errors.splitlines()[-1], "how to follow it again"
-    code, output, _ = head.run(*command, "--status", "--json")
-    assert json.loads(output)["status"] == "RUNNING"
 
-    code, output, errors = head.run(*command, "--stop")
-    assert code == 0, errors
-    code, output, errors = finish(first, 60)
-    assert code == 5, errors
-    assert "stopped well" in output, "the job had the 6 s that it needed, not the cluster's 2"
-    assert runs(tmp_path / "job") == 1, "two commands, one job"
-
-
-def test_ctrl_c_on_a_terminal_asks_and_stops(head: Head, tmp_path: Path) -> None:
-    controller, terminal = os.openpty()
-    process = head.submit(*scripted(tmp_path / "job", "step.waits=true"), stdin=terminal)
-    wait_until(lambda: runs(tmp_path / "job") == 1, "the job's driver")
-    process.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGINT)
     os.write(controller, b"stop\n")
-    code, _, errors = finish(process)
+    code, _, errors = finish(first, 60)
     os.close(controller)
     os.close(terminal)
-    assert code == 5
+    assert code == 5, errors
     assert "Stop the job on the cluster, or leave it running?" in errors
-    assert (
-        json.loads(head.run(*scripted(tmp_path / "job", "step.waits=true"), "--status", "--json")[1])["status"]
-        == "STOPPED"
-    )
+    assert runs(tmp_path / "job") == 1, "two commands, one job"
+
+    code, output, errors = head.run(*command, "--detach")
+    assert (code, output) == (0, ""), errors
+    assert "not followed; to follow it: " in errors
+    assert "--detach" not in errors
+    wait_until(lambda: runs(tmp_path / "job") == 2, "the next attempt")
+    code, output, errors = head.run(*command, "--stop")
+    assert code == 0, errors
+    assert "STOPPED" in output
+    code, output, errors = head.run(*command, "--logs")
+    assert code == 0, errors
+    assert "stopped well" in output, "the job had the 2 s that it needed, not the cluster's 1"
 
 
-def test_a_lost_acknowledgement_is_no_second_job(head: Head, tmp_path: Path) -> None:
+def test_a_real_job_whose_acknowledgement_is_lost_is_one_and_shows_no_secret(head: Head, s3: LoopbackS3) -> None:
+    """A job that reads S3 on the cluster; token and keys of whoever submits stand nowhere, whatever is told about it."""
+    secret = "planted-secret-8d1f"
+    words = ["publish", "list", "--set", f"output.path={s3.bucket()}/scores", "--run-id", "nightly:1"]
+    lost: list[str] = []
+
+    def rule(method: str, path: str, headers: dict[str, str]) -> Fault:
+        if (method, path) == ("POST", "/api/jobs/") and not lost:
+            lost.append(path)
+            return Fault.LOST_ANSWER
+        return Fault.NONE
+
     with FaultyProxy(head.address) as proxy:
-        lost: list[str] = []
-
-        def rule(method: str, path: str, headers: dict[str, str]) -> Fault:
-            if (method, path) == ("POST", "/api/jobs/") and not lost:
-                lost.append(path)
-                return Fault.LOST_ANSWER
-            return Fault.NONE
-
         proxy.rule = rule
         # The proxy knows no websockets: the log is the one that is read at the end.
-        code, output, errors = finish(head.submit(*scripted(tmp_path / "job"), address=proxy.url))
+        client = head.submit(*words, address=proxy.url, extra={"AWS_SECRET_ACCESS_KEY": secret})
+        code, output, errors = finish(client)
     assert lost
-    assert code == 0, errors
+    assert code == 0, output + errors
     assert "submitted already" in errors
-    assert "run 1 ends with 0" in output
-    assert runs(tmp_path / "job") == 1
+    assert "0 runs below s3://" in output
+    again = head.run(*words)
+    assert again[:2] == (0, "")
+    assert "done already" in again[2]
+
+    shown = json.dumps(head.jobs())
+    assert shown.count('"run_id": "nightly:1"') == 1, "one job, which the search sees"
+    logs = "".join(path.read_text(errors="replace") for path in head.session.rglob("*.log") if path.is_file())
+    assert "jobs.publish" in logs, "the search must see the logs"
+    lines = [" ".join(one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"])]
+    for needle in (head.token, secret):
+        for place, text in {
+            "job info": shown,
+            "logs": logs,
+            "output": output + errors,
+            "processes": str(lines),
+        }.items():
+            assert needle not in text, place
 
 
 @pytest.mark.parametrize(
@@ -174,36 +171,13 @@ def test_what_is_wrong_is_one_line_and_no_submission(
 ) -> None:
     (tmp_path / "outside.toml").write_text("")
     words = [word.replace("{outside}", str(tmp_path / "outside.toml")) for word in arguments]
-    before = info(head)
+    before = head.jobs()
     code, output, errors = head.run("scripted", *words, extra=variables)
     assert code == 2, errors
     assert not output
     assert says in errors
     assert len(errors.splitlines()) == 1, errors
-    assert len(json.loads(info(head))) == len(json.loads(before))
-
-
-def test_a_real_job_works_and_no_secret_is_shown(head: Head, s3: LoopbackS3) -> None:
-    """A job that reads S3 on the cluster; token and keys of whoever submits stand nowhere, whatever is told about it."""
-    secret = "planted-secret-8d1f"
-    words = ["publish", "list", "--set", f"output.path={s3.bucket()}/scores", "--run-id", "nightly:1"]
-    code, output, errors = head.run(*words, extra={"AWS_SECRET_ACCESS_KEY": secret})
-    assert code == 0, output + errors
-    assert "0 runs below s3://" in output
-
-    shown = info(head)
-    assert "nightly:1" in shown, "the search must see the job"
-    logs = "".join(path.read_text(errors="replace") for path in head.session.rglob("*.log") if path.is_file())
-    assert "jobs.publish" in logs, "the search must see the logs"
-    lines = [" ".join(one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"])]
-    for needle in (head.token, secret):
-        for place, text in {
-            "job info": shown,
-            "logs": logs,
-            "output": output + errors,
-            "processes": str(lines),
-        }.items():
-            assert needle not in text, place
+    assert head.jobs() == before
 
 
 @pytest.mark.trial
@@ -295,11 +269,3 @@ def compare(damaged: str, whole: str) -> None:
         tables.append(read_rows(open_store(url), manifest))
     assert tables[0].num_rows == tables[1].num_rows > 0
     assert_alike(*tables)
-
-
-def test_a_folder_that_was_never_started_has_no_cluster(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(heads.SCRIPT), "down", "--folder", str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "no cluster was started from here" in done.stderr

@@ -1,5 +1,6 @@
 """Errors: each kind has its exit code, a message without a traceback, and a bug keeps its traceback."""
 
+import importlib
 import signal
 import subprocess
 import sys
@@ -69,3 +70,9 @@ def test_the_nearest_name_is_offered_only_if_it_is_near() -> None:
     assert nearest("text_colum", ["path", "text_column"]) == ", did you mean 'text_column'?"
     assert nearest("zzz", ["path", "text_column"]) == ""
     assert nearest("x", []) == ""
+
+
+@pytest.mark.parametrize(("job", "argv"), [("demo", ["x"]), ("demo_corpus", []), ("demo_store", ["a", "b"])])
+def test_jobs_of_the_demo_refuse_a_wrong_command_as_all_jobs_do(job: str, argv: list[str]) -> None:
+    with pytest.raises(UsageError, match="found"):
+        importlib.import_module(f"jobs.{job}").main(argv)

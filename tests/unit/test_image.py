@@ -88,6 +88,14 @@ def test_bases_are_pinned_and_nobody_is_root() -> None:
         assert not re.search(r"^RUN ", stage.split("USER")[-1], re.MULTILINE)
 
 
+def test_what_a_base_is_named_by_is_known_before_the_first_one() -> None:
+    """An ARG behind a FROM belongs to that stage alone: in the next FROM it is empty."""
+    before = re.split(r"^FROM ", DOCKERFILE.read_text(), flags=re.MULTILINE)[0]
+    declared = set(re.findall(r"^ARG (\w+)=\S", before, re.MULTILINE))
+    used = {name for base in instructions("FROM") for name in re.findall(r"\$\{(\w+)\}", base)}
+    assert used == {"PYTHON", "FLAVOUR"} <= declared
+
+
 def test_every_image_of_the_manifests_is_one_that_is_built() -> None:
     said = set(re.findall(r"--tag (\S+)", DOCKERFILE.read_text()))
     assert {container["image"] for folder in BUILDS for container in containers(folder)} == said

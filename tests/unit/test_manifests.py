@@ -18,7 +18,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from lib.config import Section, parse_command
+from lib.config import Command, Section, parse_command
 from lib.score_config import ScoreConfig
 from lib.train_config import TrainConfig
 
@@ -146,16 +146,41 @@ def test_every_file_is_part_of_a_build() -> None:
     assert {path for path in KUBERAY.rglob("*.*") if path.is_file()} == {path for path in used if path.is_file()}
 
 
+def command_of(job: Document) -> tuple[list[str], Command[Any]]:
+    """A RayJob's command line behind `python -m jobs.NAME`, as it would be here, and what it says."""
+    python, dash_m, module, *arguments = shlex.split(job["spec"]["entrypoint"])
+    name = job["metadata"]["name"]
+    assert (python, dash_m, module) == ("python", "-m", f"jobs.{name}")
+    arguments = [argument.replace(ROOT_IN_IMAGE, str(REPOSITORY)) for argument in arguments]
+    return arguments, parse_command(CONFIGS[name], arguments, prog=module, description="")
+
+
+def spends_its_budget_again(job: Document) -> bool:
+    """Whether KubeRay would start a job anew whose budget is spent."""
+    command = command_of(job)[1]
+    budget = command.config.limits.budget if isinstance(command.config, ScoreConfig) else None
+    return budget is not None and job["spec"]["backoffLimit"] > 0
+
+
+@pytest.mark.parametrize("folder", ["overlays/dev", "overlays/prod"])
+def test_a_budget_is_spent_once(folder: str) -> None:
+    jobs = of_kind(folder, "RayJob")
+    assert not any(spends_its_budget_again(job) for job in jobs)
+    (score,) = (copy.deepcopy(job) for job in jobs if job["metadata"]["name"] == "score")
+    score["spec"] |= {
+        "backoffLimit": 1,
+        "entrypoint": f"{score['spec']['entrypoint']} --set limits.budget=9 --set forecast.gpu_hour=1",
+    }
+    assert spends_its_budget_again(score), "what says no above can say yes"
+
+
 @pytest.mark.parametrize("folder", ["overlays/dev", "overlays/prod"])
 def test_every_entrypoint_is_a_command_of_ours(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = of_kind(folder, "RayJob")
     assert {job["metadata"]["name"] for job in jobs} == set(CONFIGS)
     for job in jobs:
-        python, dash_m, module, *arguments = shlex.split(job["spec"]["entrypoint"])
-        name = job["metadata"]["name"]
-        assert (python, dash_m, module) == ("python", "-m", f"jobs.{name}")
-        arguments = [argument.replace(ROOT_IN_IMAGE, str(REPOSITORY)) for argument in arguments]
-        command = parse_command(CONFIGS[name], arguments, prog=module, description="")
+        arguments, command = command_of(job)
+        module = f"jobs.{job['metadata']['name']}"
         assert command.run_id == arguments[-1]  # the night replaces it
         with pytest.raises(SystemExit) as ended:
             importlib.import_module(module).main([*arguments, "--help"])

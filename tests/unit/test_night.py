@@ -19,13 +19,14 @@ TONIGHT = "29401980"
 
 
 class ApiServer(ThreadingHTTPServer):
-    """Discovery, reading and creating of RayJobs. What is created takes the next of `fates` at each look at it."""
+    """Discovery, reading and creating of RayJobs. What is created takes the next of `fates` at each look at it: a status, or 503 if
+    the server is in trouble just then, or None if the job was deleted."""
 
     def __init__(self, template: dict[str, Any]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.jobs = {"score": template}
         self.created: list[str] = []
-        self.fates: list[dict[str, str]] = [{"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}]
+        self.fates: list[dict[str, str] | int | None] = [{"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -70,7 +71,10 @@ class Handler(BaseHTTPRequestHandler):
         job = self.server.jobs[name]
         if name != "score":
             fates = self.server.fates
-            job = job | {"status": fates.pop(0) if len(fates) > 1 else fates[0]}
+            fate = fates.pop(0) if len(fates) > 1 else fates[0]
+            if not isinstance(fate, dict):
+                return self.status(*((fate, "ServiceUnavailable") if fate else (404, "NotFound")), name)
+            job = job | {"status": fate}
         return self.answer(job)
 
     def do_POST(self) -> None:
@@ -97,7 +101,7 @@ def server() -> Iterator[ApiServer]:
     found = ApiServer(
         template | {"metadata": template["metadata"] | kept, "status": {"jobDeploymentStatus": "Suspended"}}
     )
-    thread = threading.Thread(target=found.serve_forever)
+    thread = threading.Thread(target=found.serve_forever, args=[0.01])
     thread.start()
     yield found
     found.shutdown()
@@ -106,7 +110,9 @@ def server() -> Iterator[ApiServer]:
 
 
 def night(server: ApiServer, folder: Path, job: str = f"score-nightly-{TONIGHT}") -> subprocess.CompletedProcess[str]:
-    """Run the script as the pod of a Kubernetes Job would."""
+    """Run the script as the pod of a Kubernetes Job would; a `kubectl` in the folder goes before the real one."""
+    (cron,) = of_kind("overlays/prod", "CronJob")
+    (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     config = folder / "kubeconfig"
     config.write_text(
         json.dumps(
@@ -121,12 +127,12 @@ def night(server: ApiServer, folder: Path, job: str = f"score-nightly-{TONIGHT}"
         )
     )
     environment = {
-        "PATH": f"{Path(kubectl()).parent}:{os.environ['PATH']}",
+        "PATH": f"{folder}:{Path(kubectl()).parent}:{os.environ['PATH']}",
         "HOME": str(folder),
         "KUBECONFIG": str(config),
         "NO_PROXY": "127.0.0.1",
         "TMPDIR": str(folder),
-        "TEMPLATE": "score",
+        **{item["name"]: item["value"] for item in container["env"] if "value" in item},
         "JOB_NAME": job,
         "JOB_UID": "uid-of-the-job",
         "POLL_SECONDS": "0",
@@ -162,8 +168,13 @@ def test_a_pod_that_comes_again_waits_for_the_job_that_is_there(server: ApiServe
     [
         {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "message": "exit code 3"},
         {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED", "message": "exit code 3"},
+        {
+            "jobDeploymentStatus": "ValidationFailed",
+            "reason": "ValidationFailed",
+            "message": "no entrypoint: exit code 3",
+        },
     ],
-    ids=["failed", "stopped"],
+    ids=["failed", "stopped", "refused"],
 )
 def test_a_job_that_did_not_succeed_is_no_success(server: ApiServer, tmp_path: Path, fate: dict[str, str]) -> None:
     server.fates = [fate]
@@ -172,10 +183,19 @@ def test_a_job_that_did_not_succeed_is_no_success(server: ApiServer, tmp_path: P
     assert "exit code 3" in done.stderr
 
 
-def test_a_night_started_by_hand_has_a_name_and_run_of_its_own(server: ApiServer, tmp_path: Path) -> None:
-    assert night(server, tmp_path, "score-2").returncode == 0
-    assert server.created == ["score-score-2"]
-    assert server.jobs["score-score-2"]["spec"]["entrypoint"].endswith("--run-id score-2")
+def test_a_job_that_somebody_deleted_is_not_waited_for(server: ApiServer, tmp_path: Path) -> None:
+    server.fates = [{"jobDeploymentStatus": "Running"}, None]
+    done = night(server, tmp_path)
+    assert done.returncode == 3
+    assert "somebody deleted it" in done.stderr
+    assert server.created == ["score-2025-11-26"]
+
+
+@pytest.mark.parametrize("name", ["score-2", "score-20251126"])
+def test_a_night_started_by_hand_has_a_name_and_run_of_its_own(server: ApiServer, tmp_path: Path, name: str) -> None:
+    assert night(server, tmp_path, name).returncode == 0
+    assert server.created == [f"score-{name}"]
+    assert server.jobs[f"score-{name}"]["spec"]["entrypoint"].endswith(f"--run-id {name}")
 
 
 def test_a_template_without_a_run_id_is_refused(server: ApiServer, tmp_path: Path) -> None:
@@ -186,7 +206,23 @@ def test_a_template_without_a_run_id_is_refused(server: ApiServer, tmp_path: Pat
     assert not server.created
 
 
-def test_an_api_server_that_is_away_is_no_verdict(server: ApiServer, tmp_path: Path) -> None:
+def test_a_patch_that_failed_is_not_the_templates_fault(server: ApiServer, tmp_path: Path) -> None:
+    (tmp_path / "kubectl").write_text(f'#!/bin/sh\n[ "$1" != patch ] || exit 1\nexec {kubectl()} "$@"\n')
+    (tmp_path / "kubectl").chmod(0o755)
+    done = night(server, tmp_path)
+    assert done.returncode not in (0, 3), done.stderr
+    assert "--run-id" not in done.stderr
+    assert not server.created
+
+
+def test_no_template_is_no_verdict(server: ApiServer, tmp_path: Path) -> None:
     server.jobs.clear()
     assert night(server, tmp_path).returncode not in (0, 3)
     assert not server.created
+
+
+def test_an_api_server_that_is_away_is_asked_again(server: ApiServer, tmp_path: Path) -> None:
+    server.fates = [503, *server.fates]
+    done = night(server, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ServiceUnavailable" in done.stderr

@@ -100,13 +100,30 @@ def test_a_config_file_must_be_sent(checkout: Path, monkeypatch: pytest.MonkeyPa
         ("output.path", "jobs", False),
         ("output.path", "s3://bucket/scores", True),
         ("input.text_column", "path", True),
+        ("tracking.uri", "http://mlflow:5000", True),
+        ("tracking.uri", "mlruns", False),
+        ("augment.model", "models/mine", False),
+        ("drift.baseline", "last", True),
+        ("drift.baseline", "2026-11-19", True),
+        ("drift.baseline", "scores/1/_runs/a/run.json", False),
+        ("drift.baseline", "run.json", False),
+        ("--champion", "models/7", False),
+        ("--challenger", "s3://bucket/models/8", True),
+        ("--csv", "jobs/configs/labels.toml", True),
+        ("--csv", "mails.csv", False),
+        ("--output", "scored.csv", False),
+        ("--html", "why.html", False),
+        ("--json", "verdict.json", False),
+        ("--json", "/shared/verdict.json", True),
+        ("--column", "body", True),
     ],
 )
 def test_paths_of_this_machine_are_refused(key: str, value: str, good: bool) -> None:
     package = Package(Path("/project"), ("jobs/configs/labels.toml",), 1, None)
-    section, name = key.split(".")
+    section, _, name = key.partition(".")
+    config, arguments = ({section: {name: value}}, {}) if name else ({}, {key.removeprefix("--"): value})
     if good:
-        check_paths(package, {section: {name: value}})
+        check_paths(package, config, {**arguments, "json": arguments.get("json", True)})
     else:
         with pytest.raises(UsageError, match=key):
-            check_paths(package, {section: {name: value}})
+            check_paths(package, config, arguments)

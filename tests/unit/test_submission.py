@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lib
-from jobs import publish, submit
+from jobs import compare, publish, submit
 from lib.config import parse_only
 from lib.errors import ExitCode, UsageError
 from lib.job_log import Log
@@ -32,6 +32,31 @@ def test_the_same_job_configuration_and_run_are_one_submission(tmp_path: Path) -
         planned("verify", "--set", "output.path=s3://b/scores", "--run-id", "n:1"),
     ]
     assert len({one.digest, *(other.digest for other in others)}) == 4
+
+
+def test_how_an_answer_is_shown_is_no_other_submission() -> None:
+    """`--status --json` must find what `--json` submitted."""
+    words = ["list", "--set", "output.path=s3://b/scores", "--run-id", "1"]
+    assert planned(*words).digest == planned(*words, "--json").digest
+
+
+def test_a_jobs_own_paths_are_looked_at() -> None:
+    words = ["--champion", "s3://b/7", "--challenger", "models/8", "--set", "test.path=s3://b/test"]
+    with pytest.raises(UsageError, match="--challenger = 'models/8': not among the files"):
+        plan("compare", words, parse_only(compare.main, words), PACKAGE)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["publish", "list", "--detach"], "publish list --run-id 1"),
+        (["publish", "--detach", "--run-id=2"], "publish --run-id=2"),
+        (["predict", "--", "--detach", "a b"], "predict -- --detach 'a b' --run-id 1"),
+    ],
+)
+def test_the_command_that_follows_a_job_is_the_same_and_follows(argv: list[str], expected: str) -> None:
+    command = submit.same_command(argv, submit.parse(argv)[2], "1")
+    assert command == f"python -m jobs.submit {expected}"
 
 
 def test_the_command_on_the_cluster_is_the_one_given() -> None:
@@ -66,13 +91,24 @@ def test_an_end_has_an_exit_code(status: str, code: int | None, expected: ExitCo
     assert outcome(status, code, "lost its node")[0] == expected
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "http://localhost:8265", "https://head.example.com"])
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:8265", "http://localhost:8265", "http://[::1]:8265", "https://head.example.com"]
+)
 def test_an_address_is_taken(address: str) -> None:
     assert check_address(address, insecure=False) == address
 
 
 @pytest.mark.parametrize(
-    "address", ["", "head:8265", "ray://head:10001", "http://me:secret@127.0.0.1", "http://head:8265"]
+    "address",
+    [
+        "",
+        "head:8265",
+        "ray://head:10001",
+        "http://me:secret@127.0.0.1",
+        "http://head:8265",
+        "http://127.example.com",
+        "http://localhost.example.com",
+    ],
 )
 def test_an_address_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
@@ -109,7 +145,11 @@ def test_our_options_are_taken_out_and_the_rest_is_the_jobs() -> None:
         ["publish", "list", "--address", "http://x", "--json", "--set", "a.b=c", "--detach", "--", "--status"]
     )
     assert (arguments.address, arguments.detach, arguments.status, job) == ("http://x", True, False, "publish")
-    assert own == ["list", "--set", "a.b=c", "--json", "--status"]
+    assert own == ["list", "--json", "--set", "a.b=c", "--status"]
+    assert submit.parse(["compare", "--json", "/shared/verdict.json"])[2] == ["--json", "/shared/verdict.json"]
+    assert not submit.parse(["publish", "list", "--stop"])[0].json
+    arguments, _, own = submit.parse(["publish", "list", "--status", "--json"])
+    assert (arguments.json, own) == (True, ["list"])
     for wrong in ([], ["demo"], ["submit"], ["--stop"], ["score", "--stop", "--logs"]):
         with pytest.raises(UsageError):
             submit.parse(wrong)

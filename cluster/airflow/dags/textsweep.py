@@ -24,8 +24,9 @@ from ray_jobs import SubmitRayJobOperator
 RUN_ID = "{{ (dag_run.logical_date or dag_run.run_after).strftime('%Y-%m-%dT%H%M%S') }}"
 """The same for every try and every clearing of one DAG run; a manual run has no logical date."""
 
-RETRIES = {"retries": 3, "retry_delay": timedelta(minutes=2), "retry_exponential_backoff": True}
-"""A try that was cut short is finished by the next one, so trying again is cheap."""
+RETRIES = {"retries": 3, "retry_delay": timedelta(minutes=2), "retry_exponential_backoff": 2.0}
+"""A try that was cut short is finished by the next one, so trying again is cheap. Each pause is twice as long as the one before; True
+would be a factor of 1."""
 
 scores = Asset("textsweep_scores", uri="x-textsweep://scores")
 """Updated when there are predictions that readers may use, with the manifest in its extra."""
@@ -97,11 +98,13 @@ with DAG(
         f" --challenger '{checkpoint}' --set test.path='{{{{ var.value.textsweep_labelled }}}}/test'"
         " {{ var.value.get('textsweep_compare_options', '') }}"
         "{% else %}echo 'no model is in use yet: nothing to compare with'{% endif %}",
+        # Both models compute in the command itself, with so many threads: on a worker, away from the state of the cluster.
+        entrypoint_num_cpus=2,
     )
 
     @task
     def promote(checkpoint: str) -> str:
-        """Let the nights score with the new model."""
+        """Let the nights score with the new model: the next one scores the whole archive with it."""
         Variable.set("textsweep_model", checkpoint)
         return checkpoint
 

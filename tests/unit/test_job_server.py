@@ -1,0 +1,137 @@
+"""What is made of the answers of whatever stands at an address: Ray's job server, an ingress, something else."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from jobs import publish
+from lib.config import parse_only
+from lib.errors import IncompleteError, UsageError
+from lib.job_server import Server, connect
+from lib.packaging import Package
+from lib.submission import plan
+
+VERSION = json.dumps({"ray_version": "2.60.0"})
+
+
+class Answers(ThreadingHTTPServer):
+    """Says what `answers` holds for the beginning of a path; of nothing else it knows."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers = {"GET /api/version": (200, VERSION)}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request at a time, as the server was told."""
+
+    server: Answers
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        asked = f"{self.command} {self.path}"
+        found = [answer for start, answer in self.server.answers.items() if asked.startswith(start)]
+        status, text = found[0] if found else (404, "")
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    do_GET = do_PUT = do_POST = answer
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers]:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a token")
+    with Answers() as found:
+        thread = threading.Thread(target=found.serve_forever, args=[0.01])
+        thread.start()
+        yield found
+        found.shutdown()
+        thread.join()
+
+
+def reach(url: str) -> Server:
+    """Without patience: what would be tried again is an `IncompleteError` at once."""
+    return connect(url, insecure=False, patience_seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "says"),
+    [
+        (400, "no such host", "HTTPError: 400"),
+        (404, "", "404"),
+        (200, "<html>Please sign in</html>", "JSONDecodeError: Expecting value"),
+        (200, "{}", "ray_version"),
+        (200, "[]", ""),
+    ],
+)
+def test_another_server_is_told_at_once(server: Answers, status: int, text: str, says: str) -> None:
+    server.answers["GET /api/version"] = (status, text)
+    with pytest.raises(UsageError, match=f"no Ray job server: .*{says}"):
+        reach(server.url)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_token_that_is_refused_is_told_at_once(server: Answers, status: int) -> None:
+    server.answers["GET /api/version"] = (status, "")
+    with pytest.raises(UsageError, match="refused the token"):
+        reach(server.url)
+
+
+def test_a_server_without_tls_is_told_at_once(server: Answers) -> None:
+    with pytest.raises(UsageError, match="no Ray job server: SSLError"):
+        reach(server.url.replace("http", "https"))
+
+
+def test_who_may_answer_later_is_waited_for_and_nothing_is_said_to_run(server: Answers) -> None:
+    server.answers["GET /api/version"] = (503, "starting")
+    with pytest.raises(IncompleteError, match="no answer for 0 s: HTTPError: 503") as ended:
+        reach(server.url)
+    assert "submitted" not in str(ended.value)
+    server.answers["GET /api/version"] = (200, VERSION)
+    reached = reach(server.url)
+    server.answers["GET /api/jobs/"] = (502, "")
+    with pytest.raises(IncompleteError, match="may still be running"):
+        reached.find("x")
+
+
+@pytest.mark.parametrize(("status", "error"), [(413, UsageError), (503, IncompleteError)])
+def test_what_befalls_the_upload_is_no_bug(
+    server: Answers, tmp_path: Path, status: int, error: type[Exception]
+) -> None:
+    (tmp_path / "sent.zip").write_bytes(b"sent")
+    server.answers["PUT /api/packages/"] = (status, "Request Entity Too Large")
+    argv = ["list", "--set", "output.path=s3://b/scores"]
+    package = Package(tmp_path, ("sent.zip",), 4, None)
+    submission = plan("publish", argv, parse_only(publish.main, argv), package)
+    with pytest.raises(error, match=f"HTTP {status}: Request Entity Too Large"):
+        reach(server.url).submit(submission, submission.attempt(1), tmp_path / "sent.zip", 0)
+
+
+def test_loopback_is_reached_without_a_proxy(server: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would see the token, and the loopback that it asks is its own."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with Answers() as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        # Nobody answers there: a request that takes the proxy ends by its time limit.
+        monkeypatch.setattr("lib.job_server.REQUEST_SECONDS", (1, 1))
+        assert reach(server.url).find("x") is None
+
+
+def test_a_job_that_its_head_forgot_is_incomplete(server: Answers) -> None:
+    with pytest.raises(IncompleteError, match="x-1: the cluster does not know it any more: its head was started anew"):
+        reach(server.url).known("x-1")
