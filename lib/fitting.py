@@ -155,12 +155,12 @@ class Fit(ABC):
                 learner.step(progress.step, train.data, train.chosen[batches[place]])
             progress.spent["reading"] = progress.spent.get("reading", 0) + float(train.data.read_seconds[0]) - before
             progress.step += 1
-            self.after_step()
             if place + 1 in places:
                 with self.spending("evaluation"):
                     self.assess()
                 with self.spending("saving"):
                     self.save()
+            self.after_step()
         if progress.failure is None:
             self.restore_kept()
 
@@ -172,7 +172,7 @@ class Fit(ABC):
         self.progress.spent[what] = self.progress.spent.get(what, 0) + time.monotonic() - begun
 
     def after_step(self) -> None:
-        """What follows each optimizer step."""
+        """What follows each optimizer step, and its evaluation where there is one."""
         self.print_progress()
 
     def assess(self) -> None:
@@ -242,7 +242,7 @@ class Fit(ABC):
     def print_progress(self) -> None:
         """On rank 0, every few seconds."""
         now, (last, last_step) = time.monotonic(), self.printed
-        if self.team.rank or now - last < PROGRESS_SECONDS:
+        if self.team.rank or now - last < PROGRESS_SECONDS or self.progress.step == last_step:
             return
         progress, total = self.progress, self.learner.total_steps
         steps = progress.step - last_step

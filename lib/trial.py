@@ -25,6 +25,7 @@ from ray import tune
 from lib.classifying import ClassifierFit, ClassifierJob
 from lib.errors import UsageError
 from lib.learning import Team
+from lib.metrics import steps_to_keep
 from lib.model import choose_dtype
 from lib.space import Point
 
@@ -80,7 +81,7 @@ class TrialPlan:
 
 
 class TrialFit(ClassifierFit):
-    """A training that is looked at, and keeps nothing."""
+    """A training that is looked at, and keeps no weights but those it is to average."""
 
     def __init__(self, number: int, plan: TrialPlan, team: Team) -> None:
         job = plan.jobs[number]
@@ -96,21 +97,32 @@ class TrialFit(ClassifierFit):
 
     def after_step(self) -> None:
         """Look at it if that is due. Ends the thread, by `SystemExit`, if it is not to go on."""
-        step = self.progress.step
+        step, history = self.progress.step, self.progress.history
         percent = self.due.get(step)
-        if percent is None or step == self.learner.total_steps:
+        if percent is None or step == self.learner.total_steps or self.progress.stopped:
             return
-        if int(self.learner.bad_step) >= 0:
+        if history and history[-1]["step"] == step:
+            seen = history[-1]
+        elif int(self.learner.bad_step) >= 0:
             self.assess()  # which says so, and stops
             return
-        logits = self.learner.evaluate(self.sets["valid"])
-        assert logits is not None, "a trial is one worker"
-        value = finite(self.summary(logits)[self.job.metric])
+        else:
+            logits = self.learner.evaluate(self.sets["valid"])
+            assert logits is not None, "a trial is one worker"
+            seen = self.summary(logits)
+        value = finite(seen[self.job.metric])
         self.looks.append(Look(percent=percent, step=step, value=value))
         tell(self.record("stopped", value), percent)
 
     def print_evaluation(self, entry: dict[str, float]) -> None:
         """Nothing: the search says a line for each trial."""
+
+    def keep(self) -> None:
+        """Say which evaluations are best; their weights are of use only where they are averaged."""
+        if self.job.config.stopping.average > 1:
+            super().keep()
+        else:
+            self.progress.kept = steps_to_keep(self.progress.history, self.job.config.stopping, self.job.metric)
 
     def save(self) -> None:
         """Nothing: a trial that is lost begins anew."""
