@@ -15,7 +15,7 @@ import ray.data
 from pandas.util import hash_array
 
 from lib.archive import BadShardError, Columns, list_shards, read_row_groups
-from lib.errors import IncompleteError, TextsweepError, UsageError
+from lib.errors import IncompleteError, TextsweepError, UsageError, at_work
 from lib.mapped import SHARD_KEY
 from lib.planning import Chunk, bundle, chunks_of, with_identities
 from lib.reading import ChangedShardError, Rows, read_rows
@@ -109,13 +109,7 @@ def tokenize_all(
     """Run one Ray Data task for each item; the tasks write files, what comes back is a report for each, in the items' order."""
 
     def tokenize(batch: pa.Table) -> pa.Table:
-        reports = []
-        for item in batch.to_pylist():
-            try:
-                reports.append(tokenize_block(item))
-            except TextsweepError as error:  # as a report: what a task raises comes back wrapped, its type lost
-                reports.append({"failure": str(error), "is_usage": isinstance(error, UsageError)})
-        return pa.table({"report": [json.dumps(report) for report in reports]})
+        return pa.table({"report": [json.dumps(report_of(tokenize_block, item)) for item in batch.to_pylist()]})
 
     if not items:
         return []
@@ -129,6 +123,15 @@ def tokenize_all(
             raise (UsageError if report["is_usage"] else IncompleteError)(report["failure"])
     assert len(reports) == len(items), f"{len(items)} blocks were to be tokenized, {len(reports)} came back"
     return sorted(reports, key=lambda one: (one["set"], one["number"]))
+
+
+def report_of(tokenize_block: Callable[[dict[str, Any]], dict[str, Any]], item: dict[str, Any]) -> dict[str, Any]:
+    """What came of one block. An error is a report, too: what a task raises comes back wrapped, its type lost."""
+    try:
+        with at_work():
+            return tokenize_block(item)
+    except TextsweepError as error:
+        return {"failure": str(error), "is_usage": isinstance(error, UsageError)}
 
 
 def read_block(source: Source, chunks: list[Chunk]) -> Iterator[tuple[str, int, Rows]]:

@@ -22,9 +22,11 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from ray import tune
 
+from lib.checkpoint import fetch
 from lib.classifying import ClassifierFit, ClassifierJob
-from lib.errors import UsageError
+from lib.errors import IncompleteError, UsageError, at_work
 from lib.learning import Team
+from lib.mapped import local_paths
 from lib.metrics import steps_to_keep
 from lib.model import choose_dtype
 from lib.space import Point
@@ -173,22 +175,25 @@ class TrialFit(ClassifierFit):
 def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     """What Ray Tune runs for trial `number`.
 
-    What is wrong with the configuration is a trial that failed; an error that is raised is Ray Tune's to try again.
+    What is wrong with the configuration is a trial that failed, and is kept as one. What is wrong with this node or the storage is
+    raised, and Ray Tune's to try again.
     """
     number = config["number"]
     if number in plan.known:
         tell_again(plan.known[number])
         return
-    begun = time.monotonic()
+    begun, job = time.monotonic(), plan.jobs[number]
+    bring(job)
     try:
-        fit = TrialFit(number, plan, alone(plan.jobs[number], plan.use_gpu))
-        try:
-            fit.run()
-            found = fit.result()
-        except SystemExit:
-            if fit.tracker is not None:
-                fit.tracker.end({}, fit.progress.step)
-            raise
+        with at_work():
+            fit = TrialFit(number, plan, alone(job, plan.use_gpu))
+            try:
+                fit.run()
+                found = fit.result()
+            except SystemExit:
+                if fit.tracker is not None:
+                    fit.tracker.end({}, fit.progress.step)
+                raise
     except (UsageError, torch.cuda.OutOfMemoryError) as error:
         reason = str(error).splitlines()[0]
         if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -202,6 +207,20 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     if plan.use_gpu:
         torch.cuda.empty_cache()
     tell(found, WHOLE)
+
+
+def bring(job: ClassifierJob) -> None:
+    """Bring a trial's models and rows to this machine. Raises `IncompleteError`: the search has seen all of them before."""
+    try:
+        for url in dict.fromkeys((job.base, job.replacing)):
+            fetch(url, job.config.model.trust)
+        for task in job.tasks:
+            for files in task.index.files.values():
+                local_paths(task.data, files)
+    except UsageError as error:
+        raise IncompleteError(
+            f"{error}; it was there when the search began: every node must see it, run the same command again"
+        ) from error
 
 
 def finite(value: float) -> float | None:

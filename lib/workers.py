@@ -19,7 +19,7 @@ from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.committing import find_committed
 from lib.encoder_config import FitConfig
-from lib.errors import IncompleteError, TextsweepError, UsageError
+from lib.errors import IncompleteError, TextsweepError, UsageError, at_work
 from lib.fitting import Job
 from lib.runtime import Cluster
 from lib.storage import Store, explained
@@ -193,7 +193,8 @@ def explain(error: TrainingFailedError, job: Job) -> None:
                 " optim.accumulation_steps (the result is the same), under another --run-id"
             ) from error
         if isinstance(cause, TextsweepError):
-            raise cause from error
+            with at_work():
+                raise cause from error
     if any(isinstance(cause, (RayActorError, WorkerCrashedError, OutOfMemoryError)) for cause in causes):
         first = " ".join(str(failures[0]).split())[:SHOWN_CHARACTERS]
         raise IncompleteError(

@@ -1,6 +1,7 @@
-"""One trial in this process: what ends it, and what it leaves."""
+"""One trial in this process: what ends it, what it leaves, and what is trouble of the node or the storage and not its own."""
 
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lib.config import validate
+from lib.errors import DeniedError, IncompleteError
 from lib.halving import percents_of
 from lib.search import check_trials, prepare_jobs
 from lib.space import SearchConfig
@@ -155,6 +157,35 @@ def raising(error: Exception) -> Any:
         raise error
 
     return fail
+
+
+@pytest.mark.parametrize("where", ["lib.trial.local_paths", "lib.trial.fetch", "lib.classifying.map_set"])
+def test_storage_that_lets_nobody_in_is_no_trial_that_failed(
+    where: str, make_trials: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Tune tries it again, and the same command after that."""
+    trials = make_trials()
+    monkeypatch.setattr(where, raising(DeniedError("s3://bucket/x: not allowed to read it (ExpiredToken)")))
+    with pytest.raises(IncompleteError, match=r"not allowed to read it \(ExpiredToken\); .*run the same command again"):
+        run_alone(trials)
+    assert not trials.told
+
+
+def run_alone(trials: Trials) -> None:
+    try:
+        run_trial({"number": 1}, trials.plan)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def test_a_base_that_one_node_lacks_is_no_trial_that_failed(make_trials: Any, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "base", tmp_path / "moved")
+    trials = make_trials(model={"base": f"{tmp_path}/moved"})
+    shutil.rmtree(tmp_path / "moved")
+    with pytest.raises(IncompleteError, match=r"moved: there is no such model folder; .*every node must see it"):
+        run_alone(trials)
+    assert not trials.told
 
 
 def test_a_trial_that_is_over_is_only_told_again(make_trials: Any) -> None:

@@ -7,11 +7,19 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
+from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
-from lib.errors import IncompleteError
+from lib.errors import DeniedError, IncompleteError, UsageError
 from lib.workers import explain
 
-JOB: Any = SimpleNamespace()
+JOB: Any = SimpleNamespace(
+    max_length=64,
+    config=SimpleNamespace(optim=SimpleNamespace(batch_size=32), resources=SimpleNamespace(num_workers=4)),
+)
+
+
+def raised_by_a_worker(error: Exception) -> WorkerGroupError:
+    return WorkerGroupError("a worker raised", {0: error})
 
 
 @pytest.mark.parametrize("death", [ActorDiedError(), OutOfMemoryError("no memory")])
@@ -23,4 +31,24 @@ def test_workers_that_die_too_often_leave_a_run_that_can_go_on(death: Exception)
 
 
 def test_a_bug_stays_a_bug() -> None:
-    explain(WorkerGroupError("a worker raised", {0: ZeroDivisionError("division by zero")}), JOB)
+    explain(raised_by_a_worker(ZeroDivisionError("division by zero")), JOB)
+
+
+def test_a_gpu_that_is_too_small_is_a_matter_of_the_configuration() -> None:
+    with pytest.raises(UsageError, match=r"out of GPU memory with 32 rows a step .*max_length = 64; raise optim.accum"):
+        explain(raised_by_a_worker(GpuOutOfMemoryError("CUDA out of memory")), JOB)
+
+
+def test_what_a_worker_says_to_the_user_is_said() -> None:
+    """Also where it is the cause of something else."""
+    wrapped = RuntimeError("the worker group ended")
+    wrapped.__cause__ = UsageError("valid.path: 64 of 64 rows are known")
+    for error in (wrapped, wrapped.__cause__):
+        with pytest.raises(UsageError, match=r"^valid.path: 64 of 64 rows are known$"):
+            explain(raised_by_a_worker(error), JOB)
+
+
+def test_storage_that_lets_nobody_in_any_more_leaves_a_run_that_can_go_on() -> None:
+    denied = DeniedError("s3://bucket/out: not allowed to write it (ExpiredToken)")
+    with pytest.raises(IncompleteError, match=r"ExpiredToken\); it was allowed when the run started"):
+        explain(raised_by_a_worker(denied), JOB)
