@@ -61,6 +61,7 @@ class Replacer:
         others = None if segments is None else torch.from_numpy(segments).to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             logits = logits_at(self.model, self.model, inputs[0], inputs[1], inputs[2], others).double()
+        logits = logits[:, : len(special)]  # a padded vocabulary has columns that are no tokens
         logits[:, torch.from_numpy(np.flatnonzero(special)).to(device)] = -torch.inf
         sums = logits.softmax(dim=1).cumsum(dim=1)
         drawn = torch.searchsorted(sums, torch.from_numpy(lots[chosen]).to(device)[:, None] * sums[:, -1:], right=True)
