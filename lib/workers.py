@@ -87,19 +87,23 @@ def claim(folder: Store, mine: dict[str, Any], run_id: str) -> None:
     """
     if folder.create("run.json", json.dumps(mine).encode()):
         return
-    theirs = json.loads(folder.read("run.json") or b"{}")
-    differing = [
-        f"{section}.{key} = {mine[section].get(key)!r}, it was {values.get(key)!r}"
-        for section, values in theirs.items()
-        for key in values
-        if mine.get(section, {}).get(key) != values[key]
-    ]
-    if theirs != mine:
+    ours, theirs = flat(mine), flat(json.loads(folder.read("run.json") or b"{}"))
+    if theirs != ours:
+        differing = [
+            f"{key} {f'= {ours[key]!r}' if key in ours else 'is not set'}, it was {repr(theirs[key]) if key in theirs else 'not set'}"
+            for key in ours | theirs
+            if (key in ours, ours.get(key)) != (key in theirs, theirs.get(key))
+        ]
         raise UsageError(
             f"{folder.url}: run {run_id!r} was started with another configuration ({'; '.join(differing)}); give this one"
             " another --run-id, or the old configuration to go on"
         )
     print(f"going on with run {run_id}", flush=True)
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of a configuration by section.key."""
+    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
 
 
 class QuietTrainer(TorchTrainer):

@@ -1,5 +1,7 @@
-"""What a person is told when training workers end for good."""
+"""What a person is told when a run's name is taken, and when training workers end for good."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,8 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.errors import DeniedError, IncompleteError, UsageError
-from lib.workers import explain
+from lib.storage import open_store
+from lib.workers import claim, explain
 
 JOB: Any = SimpleNamespace(
     max_length=64,
@@ -52,3 +55,23 @@ def test_storage_that_lets_nobody_in_any_more_leaves_a_run_that_can_go_on() -> N
     denied = DeniedError("s3://bucket/out: not allowed to write it (ExpiredToken)")
     with pytest.raises(IncompleteError, match=r"ExpiredToken\); it was allowed when the run started"):
         explain(raised_by_a_worker(denied), JOB)
+
+
+def test_a_name_is_claimed_by_one_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever sections and keys the two have: a training and a further pre-training lie in the same folder."""
+    folder = open_store(str(tmp_path))
+    train = {"train": {"path": "a"}, "optim": {"epochs": 4, "seed": 0}, "head": {"pooling": None}, "tasks": {}}
+    claim(folder, train, "night-1")
+    claim(folder, train, "night-1")
+    assert capsys.readouterr().out == "going on with run night-1\n"
+    for other, said in (
+        ({**train, "optim": {"epochs": 3, "seed": 0}}, "optim.epochs = 3, it was 4"),
+        ({**train, "optim": {"seed": 0}}, "optim.epochs is not set, it was 4"),
+        ({**train, "optim": {**train["optim"], "rdrop": 1.0}}, "optim.rdrop = 1.0, it was not set"),
+        (
+            {"train": {"path": "a"}, "mlm": {"packing": True}, "optim": train["optim"]},
+            "mlm.packing = True, it was not set; head.pooling is not set, it was None",
+        ),
+    ):
+        with pytest.raises(UsageError, match=re.escape(f"with another configuration ({said});")):
+            claim(folder, other, "night-1")
