@@ -15,7 +15,7 @@ Exit codes: 0 done; 2 the command, the configuration or the data is wrong; 4 sto
 import sys
 from collections.abc import Sequence
 
-from lib.config import parse_command
+from lib.config import masked, parse_command
 from lib.encoder_config import ZeroShotConfig
 from lib.errors import run_job
 from lib.metrics import shown
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     command = parse_command(
         ZeroShotConfig, argv, prog="jobs.zero_shot", description="Make a classifier from labels and their descriptions."
     )
-    print(f"run {command.run_id}: {command.config.model_dump_json()}", flush=True)
+    print(f"run {command.run_id}: {masked(command.config.model_dump_json())}", flush=True)
     result = make_zero_shot(command.config, command.run_id)
     print(f"{len(result['labels'])} labels, in {result['seconds']:.0f} s")
     if result["test"]:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card
-from lib.config import masked
+from lib.config import Section, masked
 from lib.encoder_config import FitConfig
 from lib.errors import UsageError
 from lib.storage import Store
@@ -36,7 +36,7 @@ def find_committed(output: Store, config: FitConfig, run_id: str) -> dict[str, A
     return json.loads(output.read(METRICS_NAME) or b"{}")
 
 
-def deciding(config: FitConfig) -> dict[str, Any]:
+def deciding(config: Section) -> dict[str, Any]:
     """The configuration as plain JSON, without credentials, and what decides no result: a run may go on with other workers."""
     found: dict[str, Any] = json.loads(masked(config.model_dump_json(exclude={"resources", "tracking"})))
     return found

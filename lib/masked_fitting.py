@@ -14,6 +14,7 @@ from lib.batching import IntArray, epoch_batches
 from lib.calibration import FloatArray
 from lib.checkpoint import Card, commit, fetch
 from lib.committing import METRICS_NAME
+from lib.config import masked
 from lib.corpus import CorpusIndex
 from lib.encoder_config import PretrainConfig
 from lib.fitting import Fit, Job, run_worker
@@ -51,7 +52,7 @@ class PretrainFit(Fit):
         model, self.has_new_head = new_model(job)
         if self.has_new_head and team.rank == 0:
             print(
-                f"{config.model.base} has no masked-language head: a new one is learned, its decoder tied to the embeddings"
+                f"{masked(config.model.base)} has no masked-language head: a new one is learned, its decoder tied to the embeddings"
                 f" (optim.head_learning_rate = {optim.head_learning_rate or optim.learning_rate})",
                 flush=True,
             )
@@ -150,8 +151,8 @@ pipeline_tag: fill-mask
 
 # An encoder pre-trained further
 
-From `{config.model.base}`, on {texts["train"]:,} texts ({metrics["tokens"]["train"]:,} tokens in {metrics["rows"]["train"]:,} rows of at most
-{job.max_length}, {laid}): {config.mlm.probability:.0%} of the {words} were asked for, of these 80% masked, 10% changed, 10% as they are
+From `{masked(config.model.base)}`, on {texts["train"]:,} texts ({metrics["tokens"]["train"]:,} tokens in {metrics["rows"]["train"]:,} rows of at
+most {job.max_length}, {laid}): {config.mlm.probability:.0%} of the {words} were asked for, of these 80% masked, 10% changed, 10% as they are
 (Devlin et al. 2018).{head} It is to be fine-tuned, and answers nothing by itself:
 
     python -m jobs.train --set model.base=THIS_FOLDER --set train.path=... --set output.path=...

@@ -20,7 +20,7 @@ from lib.labelled import LabelledIndex, LabelledSource
 from lib.metrics import is_better
 from lib.runtime import Cluster
 from lib.search_report import search_report
-from lib.space import Point, SearchConfig, configuration_at, point_text, points_of, read_space
+from lib.space import Point, SearchConfig, configuration_at, masked_point, point_text, points_of, read_space
 from lib.storage import Store, open_store
 from lib.toml import to_toml
 from lib.tracking import find_places
@@ -53,6 +53,7 @@ class Planned:
 
     number: int
     point: Point
+    """as it is shown"""
     config: TrainConfig
     base: str
     replacing: str
@@ -194,7 +195,7 @@ def check_trials(config: SearchConfig, best_output: Store) -> tuple[dict[str, li
         trials.append(
             Planned(
                 number=number,
-                point=point,
+                point=masked_point(point),
                 config=one,
                 base=base,
                 replacing=replacing,

@@ -24,6 +24,7 @@ from ray import tune
 
 from lib.checkpoint import fetch
 from lib.classifying import ClassifierFit, ClassifierJob
+from lib.config import masked
 from lib.errors import IncompleteError, UsageError, at_work
 from lib.learning import Team
 from lib.mapped import local_paths
@@ -195,7 +196,7 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
                     fit.tracker.end({}, fit.progress.step)
                 raise
     except (UsageError, torch.cuda.OutOfMemoryError) as error:
-        reason = str(error).splitlines()[0]
+        reason = masked(str(error).splitlines()[0])
         if isinstance(error, torch.cuda.OutOfMemoryError):
             reason = f"out of GPU memory ({reason}); raise optim.accumulation_steps"
         found = Record(

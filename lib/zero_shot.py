@@ -21,6 +21,7 @@ from lib.answers import answers_of, find_test_set
 from lib.batching import cut_by_tokens, pad
 from lib.calibration import Decision
 from lib.checkpoint import COMMIT_NAME, Card, Checkpoint, commit, deciding_files, digest_of, fetch
+from lib.committing import METRICS_NAME, deciding
 from lib.encoder_config import ZeroShotConfig
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config, read_facts
@@ -32,8 +33,6 @@ from lib.schema import Task
 from lib.storage import open_store
 from lib.tokenization import Tokenizer, load_tokenizer
 from lib.train_config import HeadSection
-
-METRICS_NAME = "metrics.json"
 
 DESCRIPTION_TOKENS = 4_096
 """Of one forward pass over descriptions, padding included."""
@@ -184,7 +183,7 @@ def made_from(config: ZeroShotConfig, run_id: str, labels: Labels) -> dict[str, 
     """What the checkpoint was made from, for its card."""
     return {
         "run_id": run_id,
-        "config": config.model_dump(mode="json"),
+        "config": deciding(config),
         "descriptions": labels,
         "versions": {
             "python": platform.python_version(),

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from lib.config import validate
-from lib.errors import DeniedError, IncompleteError
-from lib.halving import percents_of
+from lib.errors import DeniedError, IncompleteError, UsageError
+from lib.halving import percents_of, record_text
 from lib.search import check_trials, prepare_jobs
-from lib.space import SearchConfig
+from lib.space import SearchConfig, point_text
 from lib.storage import open_store
 from lib.trial import Record, TrialFit, TrialPlan, alone, run_trial
 from tests import fakes
@@ -186,6 +186,20 @@ def test_a_base_that_one_node_lacks_is_no_trial_that_failed(make_trials: Any, fo
     with pytest.raises(IncompleteError, match=r"moved: there is no such model folder; .*every node must see it"):
         run_alone(trials)
     assert not trials.told
+
+
+def test_what_is_kept_of_a_trial_holds_no_password(
+    make_trials: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [f"s3://me:secret@host/{name}" for name in "ab"]
+    monkeypatch.setattr("lib.search.find_replacing", lambda *_: f"{folder}/base")
+    monkeypatch.setattr("lib.classifying.new_augmenter", raising(UsageError(f"augment.model {models[0]}: no")))
+    record = make_trials(
+        search={"space": {"augment": {"model": models}}}, augment={"replace": 0.1, "model": models[0]}
+    ).run()
+    assert record.point == {"augment.model": "s3://***@host/a"}
+    assert record.reason == "augment.model s3://***@host/a: no"
+    assert "secret" not in record_text(record, "loss") and "secret" not in point_text({"augment.model": models[0]})
 
 
 def test_a_trial_that_is_over_is_only_told_again(make_trials: Any) -> None:
