@@ -21,7 +21,7 @@ from lib.storage import open_store
 from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
 from lib.training import absolute, check_base
-from lib.workers import RUNS_FOLDER, check_output, claim, place_workers, run_to_commit
+from lib.workers import RUNS_FOLDER, check_folder, claim, place_workers, run_to_commit
 
 
 def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str,
         print(f"{output.url}: run {run_id} committed this encoder already", flush=True)
         return found
     check_optim(config)
-    check_output(output, cluster)
+    check_folder(output, cluster)
     use_gpu, cpus_per_worker = place_workers(config, cluster)
     base = absolute(config.model.base)
     max_length, pad_token_id = check_base(base, config.model)

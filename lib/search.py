@@ -40,7 +40,7 @@ from lib.training import (
     train,
 )
 from lib.trial import Record, TrialPlan
-from lib.workers import claim, place_workers, remove_run
+from lib.workers import check_folder, claim, place_workers, remove_run
 
 RUNS_FOLDER, BEST_FOLDER = "_search", "best"
 
@@ -82,7 +82,7 @@ def search(config: SearchConfig, run_id: str, cluster: Cluster) -> dict[str, Any
     use_gpu, cpus, concurrent = place_trials(config, cluster)
     best_output = open_store(f"{config.output.path}/{BEST_FOLDER}")
     sources, trials = check_trials(config, best_output)
-    output.check_writable()
+    check_folder(output, cluster)
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
     claim(folder, deciding_search(config), run_id)
     known = read_records(folder)
@@ -155,7 +155,8 @@ def place_trials(config: SearchConfig, cluster: Cluster) -> tuple[bool, int, int
         if config.search.concurrent is None:
             raise
         raise UsageError(
-            f"search.concurrent = {concurrent} trials with a CPU{' and a GPU' if use_gpu else ''} each, the cluster has {cluster};"
+            f"search.concurrent = {config.search.concurrent} with a CPU{' and a GPU' if use_gpu else ''} for each trial, the cluster"
+            f" has {cluster};"
             " give less, or leave it out"
         ) from None
     return use_gpu, cpus, concurrent

@@ -31,7 +31,7 @@ from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
 from lib.train_config import LabelledSection, TestSection, TrainConfig, TrainModelSection, TrainSection, ValidSection
 from lib.tuning import check_tuning
-from lib.workers import RUNS_FOLDER, check_output, claim, place_workers, run_to_commit
+from lib.workers import RUNS_FOLDER, check_folder, claim, place_workers, run_to_commit
 
 
 def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None = None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None
         print(f"{output.url}: run {run_id} committed this checkpoint already", flush=True)
         return found
     check_recipe(config)
-    check_output(output, cluster)
+    check_folder(output, cluster)
     use_gpu, cpus_per_worker = place_workers(config, cluster)
     base = absolute(config.model.base)
     max_length, pad_token_id = check_base(base, config.model)

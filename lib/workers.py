@@ -73,7 +73,7 @@ def place_workers(config: FitConfig, cluster: Cluster) -> tuple[bool, int]:
     )
 
 
-def check_output(output: Store, cluster: Cluster) -> None:
+def check_folder(output: Store, cluster: Cluster) -> None:
     """Raise what forbids writing there; say so if several nodes must see the same folder."""
     output.check_writable()
     if output.is_local and len(cluster.nodes) > 1:

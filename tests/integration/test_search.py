@@ -206,7 +206,7 @@ def test_a_wrong_trial_is_named_before_anything_is_done(
             "unknown key 'optim.learning_rat', did you mean 'learning_rate'",
         ),
         ("resources.strategy=fsdp", "a trial is one worker"),
-        ("search.concurrent=9", "search.concurrent = 8 trials with a CPU each, the cluster has 1 nodes, 4 CPUs"),
+        ("search.concurrent=9", "search.concurrent = 9 with a CPU for each trial, the cluster has 1 nodes, 4 CPUs"),
         ("search.space.loss.positive_weights=['balanced', {a = 1.0}]", "trial 2 .*positive_weights"),
         ("stopping.metric=pearson", "this data is multi-class"),
     ):
