@@ -93,6 +93,11 @@ def test_an_assignment_without_section_and_key_is_refused(assignment: str) -> No
     assert "expected section.key=value" in refusal(*REQUIRED, "--set", assignment)
 
 
+@pytest.mark.parametrize("assignment", ["tasks=3", "tasks.a.b.c=x", "tasks..path=x"])
+def test_an_assignment_to_no_key_of_a_task_is_refused(assignment: str) -> None:
+    assert "expected tasks.NAME.KEY=VALUE" in refusal(*REQUIRED, "--set", assignment)
+
+
 @pytest.mark.parametrize(("text", "kind"), [("5", int), ("0.5", float), ("0", int), ("0.0", float), ("1.0", float)])
 def test_a_limit_keeps_whether_it_is_a_count_or_a_fraction(text: str, kind: type) -> None:
     found = parse(*REQUIRED, "--set", f"limits.max_bad_rows={text}").config.limits.max_bad_rows
