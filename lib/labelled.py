@@ -32,6 +32,7 @@ from lib.sources import (
     read_block,
     read_index,
     tokenize_all,
+    unreadable,
     write_batches,
 )
 from lib.storage import Store
@@ -229,9 +230,7 @@ def usable_rows(
         labels = labels.cast(pa.float32(), safe=False)
     else:
         labels = labels.cast(pa.list_(pa.string()) if is_list(labels.type) else pa.string())
-    for error in RowError:
-        if error is not RowError.NONE and (count := int((rows.errors == error).sum())):
-            dropped[f"{error.name.lower()} text"] += count
+    dropped.update(unreadable(rows))
     readable = pa.array(rows.errors == RowError.NONE)
     labels = labels.filter(readable)
     valid = labels.is_valid().to_numpy(zero_copy_only=False)

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from lib.errors import IncompleteError, TextsweepError, UsageError, at_work
 from lib.mapped import SHARD_KEY
 from lib.planning import Chunk, bundle, chunks_of, with_identities
 from lib.reading import ChangedShardError, Rows, read_rows
+from lib.schema import RowError
 from lib.storage import Store, explained
 
 BLOCK_BYTES = 16 * 2**20
@@ -151,6 +153,12 @@ def read_block(source: Source, chunks: list[Chunk]) -> Iterator[tuple[str, int, 
                     before, read = chunk, read + len(rows.errors)
         except (ChangedShardError, BadShardError) as error:
             raise IncompleteError(f"{source.name}.path: {where} changed while it was read: {error}") from error
+
+
+def unreadable(rows: Rows) -> Counter[str]:
+    """How many rows have no text that can be used, by reason."""
+    counts = {error: int((rows.errors == error).sum()) for error in RowError if error is not RowError.NONE}
+    return Counter({f"{error.name.lower()} text": count for error, count in counts.items() if count})
 
 
 def write_batches(folder: Store, name: str, batches: Sequence[pa.RecordBatch], shards: Sequence[str] = ()) -> None:
