@@ -9,9 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
-from lib.augmentation import check_augment, new_augmenter
+from lib.augmentation import check_augment, check_augmenter
 from lib.calibration import check_decision
 from lib.checkpoint import fetch
 from lib.classifying import ClassifierJob, TaskJob
@@ -37,7 +35,7 @@ from lib.workers import RUNS_FOLDER, check_folder, claim, place_workers, run_to_
 def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None = None) -> dict[str, Any]:
     """Fine-tune, commit the best checkpoint to `output.path`, and return what its `metrics.json` holds.
 
-    `data`: a folder that holds the tokenized rows already, if there is one. Raises `UsageError` before any weights are loaded,
+    `data`: a folder that holds the tokenized rows already, if there is one. Raises `UsageError` before anything is learned,
     `IncompleteError` if the same command can finish the run later.
     """
     output = open_store(config.output.path)
@@ -114,7 +112,7 @@ def find_replacing(config: TrainConfig, base: str, max_length: int) -> str:
     Raises `UsageError` if it cannot do it, or the tokenizer does not tell words: here, not in the workers.
     """
     replacing = base if config.augment.model is None else absolute(config.augment.model)
-    new_augmenter(config, base, replacing, max_length, torch.device("cpu"))
+    check_augmenter(config, base, replacing, max_length)
     return replacing
 
 

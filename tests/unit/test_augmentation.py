@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from lib.augmentation import DROP, SWAP, Augmenter, check_augment, new_augmenter, reorder
+from lib.augmentation import DROP, SWAP, Augmenter, check_augment, check_augmenter, new_augmenter, reorder
 from lib.config import validate
 from lib.errors import UsageError
+from lib.language_model import check_head
 from lib.learning import Learner, logits_of_rows
 from lib.loss import Objective
 from lib.mapped import LabelledSet, Subset
@@ -246,9 +247,29 @@ def test_what_does_not_go_together_is_refused(base: str, tmp_path: Path) -> None
     check_augment(config_of(base, model={"window_stride": 4}))
     fakes.make_encoder(tmp_path / "headless", "bert")
     fakes.make_encoder(tmp_path / "other", "xlm-roberta")
-    config = config_of(base, augment={"replace": 0.1})
-    device = torch.device("cpu")
-    with pytest.raises(UsageError, match=r"augment.replace: model.base .*headless: it has no masked-language head"):
-        new_augmenter(config, str(tmp_path / "headless"), str(tmp_path / "headless"), 64, device)
-    with pytest.raises(UsageError, match=r"augment.model .*other: its tokenizer \(600 tokens\) is another one than"):
-        new_augmenter(config, base, str(tmp_path / "other"), 64, device)
+    config, headless, other = config_of(base, augment={"replace": 0.1}), f"{tmp_path}/headless", f"{tmp_path}/other"
+
+    def prepare(*arguments: Any) -> None:
+        new_augmenter(*arguments, torch.device("cpu"))
+
+    for check in (check_augmenter, prepare):
+        with pytest.raises(UsageError, match=r"augment.replace: model.base .*headless: it has no masked-language head"):
+            check(config, headless, headless, 64)
+        with pytest.raises(
+            UsageError, match=r"augment.model .*other: its tokenizer \(600 tokens\) is another one than"
+        ):
+            check(config, base, other, 64)
+
+
+def test_a_model_is_loaded_once_to_be_checked(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all trials of a search; and not at all where it replaces nothing."""
+    loaded: list[str] = []
+    monkeypatch.setattr("lib.language_model.load_language_model", lambda folder, *_: loaded.append(folder))
+    check_head.cache_clear()
+    for augment in ({}, {"drop": 0.1}):
+        check_augmenter(config_of(base, augment=augment), base, base, 64)
+    assert not loaded
+    for replace_, length in ((0.1, 64), (0.2, 64), (0.1, 32)):
+        check_augmenter(config_of(base, augment={"replace": replace_}), base, base, length)
+    assert loaded == [base]
+    check_head.cache_clear()

@@ -136,7 +136,6 @@ MAY_IMPORT_TORCH = {
     "trial",
     "zero_shot",
     "workers",
-    "training",
 }
 
 MODULES = sorted(path.stem for path in (REPOSITORY / "lib").glob("*.py") if path.stem != "__init__")
