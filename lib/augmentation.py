@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lib.batching import IntArray
@@ -19,14 +18,12 @@ from lib.errors import UsageError
 from lib.facts import check_weights
 from lib.language_model import check_head, load_language_model, logits_at
 from lib.mapped import LabelledSet
-from lib.pieces import BoolArray, Pieces, find_pieces
+from lib.pieces import BoolArray, FloatArray, Pieces, draw_lots, find_pieces
 from lib.tokenization import Tokenizer, load_tokenizer
 from lib.train_config import AugmentSection, TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FloatArray = npt.NDArray[np.float64]
 
 REPLACE, SAMPLE, SWAP, DROP = range(4)
 """Each kind of chance has a lot for each token."""
@@ -87,15 +84,10 @@ class Augmenter:
         self, ids: IntArray, mask: BoolArray, segments: IntArray | None, keys: Sequence[tuple[int, ...]], fill: int
     ) -> tuple[IntArray, BoolArray, IntArray | None]:
         """Rows changed, given ids, mask and perhaps segment ids (B, L) and a key for each row; padded with `fill` anew."""
-        lots = np.ones((len(ids), 4, ids.shape[1]))
-        lengths = mask.sum(axis=1)
-        for row, key in enumerate(keys):
-            lots[row, :, : lengths[row]] = np.random.default_rng(key).random((4, lengths[row]))
+        lots, lengths = draw_lots(keys, mask, 4), mask.sum(axis=1)
         starts, special = self.pieces.starts(ids), self.pieces.special
         if self.replacer is not None:
-            firsts = np.maximum.accumulate(np.where(starts, np.arange(ids.shape[1]), 0), axis=1)
-            lot = np.take_along_axis(lots[:, REPLACE], firsts, axis=1)
-            chosen = mask & ~special[ids] & (lot < self.wanted.replace)
+            chosen = mask & ~special[ids] & (self.pieces.of_first(ids, lots[:, REPLACE]) < self.wanted.replace)
             if chosen.any():
                 ids = self.replacer.replace(ids, mask, segments, chosen, lots[:, SAMPLE], special)
         orders = [
