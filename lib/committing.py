@@ -2,7 +2,6 @@
 
 import json
 import platform
-from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -42,17 +41,7 @@ def deciding(config: Section) -> dict[str, Any]:
     return found
 
 
-def provenance(
-    config: FitConfig, run_id: str, data: str, rows: Mapping[str, int], precision: str, workers: int
-) -> dict[str, Any]:
-    """How a checkpoint was made, for its card; `data`: fingerprint of the files that were learned from."""
-    return {
-        "run_id": run_id,
-        "config": deciding(config),
-        "seed": config.optim.seed,
-        "data": data,
-        "rows": dict(rows),
-        "precision": precision,
-        "workers": workers,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-    }
+def provenance(config: Section, run_id: str) -> dict[str, Any]:
+    """What every card says of how its checkpoint was made."""
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"run_id": run_id, "config": deciding(config), "versions": versions}

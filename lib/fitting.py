@@ -23,10 +23,9 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from lib.batching import IntArray
+from lib.batching import IntArray, evaluation_places
 from lib.calibration import FloatArray
 from lib.committing import find_committed, provenance
-from lib.config import masked
 from lib.encoder_config import FitConfig
 from lib.learning import Stepper, Team
 from lib.mapped import Selection, local_copy, places_text
@@ -34,7 +33,7 @@ from lib.metrics import is_better, shown, steps_to_keep
 from lib.model import choose_dtype
 from lib.sharding import Weights, broadcast_weights, copy_weights, load_optimizer, load_weights, mean_of, whole_state
 from lib.storage import Store
-from lib.tracking import About, Places, Tracker, params_of
+from lib.tracking import Places, Tracker, about_run
 
 PROGRESS_SECONDS = 5.0
 
@@ -124,7 +123,10 @@ class Fit(ABC):
         self.kept: dict[int, Weights] = {}
         """by step, on rank 0"""
         self.resume()
-        self.tracker = new_tracker(job, self.progress.step) if team.rank == 0 else None
+        self.tracker: Tracker | None = None
+        if team.rank == 0 and job.tracking is not None:
+            about = about_run(job.run_id, job.output, job.config)
+            self.tracker = Tracker(job.tracking, about, self.progress.step)
         self.begun = time.monotonic() - self.progress.seconds
         self.printed = (time.monotonic(), self.progress.step)
 
@@ -346,9 +348,21 @@ class Fit(ABC):
 
     def provenance(self, data: str) -> dict[str, Any]:
         """How the checkpoint was made, for its card; `data`: fingerprint of the files that were learned from."""
-        rows = {name: len(one) for name, one in self.sets.items()}
-        precision = str(self.team.dtype).removeprefix("torch.")
-        return provenance(self.job.config, self.job.run_id, data, rows, precision, self.team.size)
+        return provenance(self.job.config, self.job.run_id) | {
+            "seed": self.job.config.optim.seed,
+            "data": data,
+            "rows": {name: len(one) for name, one in self.sets.items()},
+            "precision": str(self.team.dtype).removeprefix("torch."),
+            "workers": self.team.size,
+        }
+
+    def end(self, best: dict[str, float], **tested: Any) -> None:
+        """Say, here and where the run is shown, that the model is committed, with its validation and perhaps other metrics."""
+        kept = self.progress.kept
+        if self.tracker is not None:
+            self.tracker.end({"best": best, **tested}, self.progress.step)
+        steps = f"step {kept[0]}" if len(kept) == 1 else f"steps {kept}, averaged,"
+        print(f"committed the weights of {steps} to {self.job.output.url}", flush=True)
 
     def restore_kept(self) -> None:
         """Make the weights that rank 0 keeps, or the mean of several, every worker's candidate."""
@@ -362,19 +376,6 @@ class Fit(ABC):
         model = self.new_model()
         load_weights(model, mean_of(list(self.kept.values())))
         return model
-
-
-def new_tracker(job: Job, last_step: int) -> Tracker | None:
-    """What shows this run elsewhere, if that is asked for."""
-    if job.tracking is None:
-        return None
-    about = About(run_id=job.run_id, output=masked(job.output.url), params=params_of(job.config))
-    return Tracker(job.tracking, about, last_step)
-
-
-def evaluation_places(steps_per_epoch: int, evaluations: int) -> set[int]:
-    """After which steps of an epoch (1 is the first) validation runs; always after the last one."""
-    return {math.ceil(steps_per_epoch * part / evaluations) for part in range(1, evaluations + 1)}
 
 
 def run_worker(

@@ -108,7 +108,7 @@ def conclude(fit: PretrainFit) -> None:
 
 def publish(fit: PretrainFit, found: FloatArray) -> None:
     """Write the model's folder with its metrics, given what the validation rows gave, and commit it."""
-    job, progress, trust = fit.job, fit.progress, fit.job.config.model.trust
+    job, trust = fit.job, fit.job.config.model.trust
     best, index = fit.validation(found), job.index
     metrics: dict[str, Any] = {
         **fit.run_record(best),
@@ -132,10 +132,7 @@ def publish(fit: PretrainFit, found: FloatArray) -> None:
         (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         (Path(folder) / "README.md").write_text(readme(job, metrics), encoding="utf-8")
         commit(job.output, folder, card)
-    if fit.tracker is not None:
-        fit.tracker.end({"best": best}, progress.step)
-    steps = f"step {progress.kept[0]}" if len(progress.kept) == 1 else f"steps {progress.kept}, averaged,"
-    print(f"committed the weights of {steps} to {job.output.url}", flush=True)
+    fit.end(best)
 
 
 def readme(job: PretrainJob, metrics: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from lib.committing import deciding
 from lib.errors import UsageError
 from lib.halving import clear_copies, percents_of, read_records, run_trials
 from lib.labelled import LabelledIndex, LabelledSource
-from lib.metrics import is_better
+from lib.metrics import brief, is_better
 from lib.runtime import Cluster
 from lib.search_report import search_report
 from lib.space import Point, SearchConfig, configuration_at, masked_point, point_text, points_of, read_space
@@ -304,10 +304,7 @@ def judge(config: SearchConfig, run_id: str, trials: Sequence[Planned], records:
 def brief_test(trained: dict[str, Any]) -> dict[str, Any] | None:
     """The single numbers of the test rows, of several tasks by their names."""
     several = {name: one["test"] for name, one in trained.get("tasks", {"": trained}).items() if one["test"]}
-    found = {
-        name: {key: value for key, value in one.items() if not isinstance(value, (list, dict))}
-        for name, one in several.items()
-    }
+    found = {name: brief(one) for name, one in several.items()}
     return found.get("", found) or None
 
 

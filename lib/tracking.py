@@ -74,6 +74,11 @@ class About:
     params: dict[str, str]
 
 
+def about_run(run_id: str, output: Store, config: FitConfig) -> About:
+    """What is told of a run, without passwords."""
+    return About(run_id=run_id, output=masked(output.url), params=params_of(config))
+
+
 def find_places(config: FitConfig, output: Store, is_fresh: bool) -> Places | None:
     """Where a run is to be shown, or None. Raises `UsageError` if a library is missing or a place is none.
 
