@@ -22,6 +22,7 @@ from jobs.demo_store import LoopbackS3
 from lib.config import validate
 from lib.errors import StoppedError, UsageError
 from lib.halving import run_trials
+from lib.mapped import local_copy
 from lib.runtime import cluster_facts
 from lib.search import as_trial, search
 from lib.space import SearchConfig, SearchSection
@@ -171,6 +172,8 @@ def test_a_search_that_was_stopped_goes_on_and_needs_no_test_rows(
     tests = [name for name in folder.list("data")["path"].to_pylist() if "/test-" in name]
     assert len(tests) == 1
     folder.delete_all(tests)
+    copy = local_copy(folder.at("data").at(tests[0].split("/")[-2]))
+    assert list(copy.iterdir()), "what trials have read lies on their node"
     capsys.readouterr()
 
     result = search(config, "night-1", cluster_facts())
@@ -181,7 +184,7 @@ def test_a_search_that_was_stopped_goes_on_and_needs_no_test_rows(
         assert result["trials"][number] == json.loads(kept or b"")  # with the seconds that it took then
     assert [one["status"] for one in result["trials"]] == ["done", "done", "stopped", "failed", "stopped"]
     assert result["best"]["trained"] is None and "best/config.json" not in names(config)
-    assert "_search" not in " ".join(names(config))
+    assert "_search" not in " ".join(names(config)) and not copy.exists()
 
 
 def names(config: SearchConfig) -> list[str]:

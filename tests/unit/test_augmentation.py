@@ -249,8 +249,8 @@ def test_what_does_not_go_together_is_refused(base: str, tmp_path: Path) -> None
     fakes.make_encoder(tmp_path / "other", "xlm-roberta")
     config, headless, other = config_of(base, augment={"replace": 0.1}), f"{tmp_path}/headless", f"{tmp_path}/other"
 
-    def prepare(*arguments: Any) -> None:
-        new_augmenter(*arguments, torch.device("cpu"))
+    def prepare(config: TrainConfig, base: str, replacing: str, max_length: int) -> None:
+        new_augmenter(config, base, replacing, max_length, torch.device("cpu"))
 
     for check in (check_augmenter, prepare):
         with pytest.raises(UsageError, match=r"augment.replace: model.base .*headless: it has no masked-language head"):
