@@ -84,15 +84,13 @@ def prepare_corpus(
     reports = tokenize_all(
         items_of(sets), lambda item: tokenize_block(item, named[item["set"]], base, config, max_length, folder)
     )
-    parts = [
-        (name, report["parts"][name]) for name in ("train", "valid") for report in reports if name in report["parts"]
-    ]
+    names = ("train", "valid")
+    parts = [(name, report["parts"][name]) for name in names for report in reports if name in report["parts"]]
     dropped: dict[str, Counter[str]] = {name: Counter() for name in named}
     for report in reports:
         kept_texts = sum(one["texts"] for one in report["parts"].values())
         assert kept_texts + sum(report["dropped"].values()) == report["read"], f"texts lost in {report}"
         dropped[report["set"]].update(report["dropped"])
-    names = ("train", "valid")
     index = CorpusIndex(
         fingerprint=fingerprint,
         files={name: [one["file"] for owner, one in parts if owner == name] for name in names},

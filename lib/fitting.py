@@ -59,12 +59,12 @@ class Job:
     folder: Store
     """of this run: tokenized data and Ray Train's checkpoints; removed at the end"""
     cpus_per_worker: int
-    tracking: Places | None = None
+    tracking: Places | None
 
 
 @dataclass
 class Progress:
-    """How far a run is; plain types, saved with every evaluation, the same on all workers."""
+    """How far a run is; plain types, saved with every evaluation by the first worker, the same on all but for `spent`."""
 
     step: int = 0
     """optimizer steps done"""
@@ -82,7 +82,7 @@ class Progress:
     """steps after which the run went on because workers had died"""
     history: list[dict[str, float]] = field(default_factory=list)
     spent: dict[str, float] = field(default_factory=dict)
-    """seconds of the first worker by what they went for: steps, reading rows (a part of these), evaluation, saving"""
+    """this worker's seconds by what they went for: steps, reading rows (a part of these), evaluation, saving"""
 
 
 def join_team(job: Job) -> Team:

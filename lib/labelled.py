@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
 from lib import sources
 from lib.archive import BadShardError, Columns, check_columns, find_type, key_type, open_parquet
+from lib.batching import IntArray
 from lib.checkpoint import fetch
 from lib.errors import UsageError, nearest
 from lib.planning import Chunk
@@ -38,8 +38,6 @@ from lib.sources import (
 from lib.storage import Store
 from lib.tokenization import load_tokenizer
 from lib.train_config import TrainConfig, TrainModelSection
-
-IntArray = npt.NDArray[np.int64]
 
 SETS = ("train", "valid", "test")
 

@@ -23,7 +23,7 @@ from lib.search_report import search_report
 from lib.space import Point, SearchConfig, configuration_at, masked_point, point_text, points_of, read_space
 from lib.storage import Store, open_store
 from lib.toml import to_toml
-from lib.tracking import find_places
+from lib.tracking import Places, find_places
 from lib.train_config import TrainConfig
 from lib.training import (
     absolute,
@@ -42,7 +42,7 @@ from lib.training import (
 from lib.trial import Record, TrialPlan
 from lib.workers import check_folder, claim, place_workers, remove_run
 
-RUNS_FOLDER, BEST_FOLDER = "_search", "best"
+SEARCHES_FOLDER, BEST_FOLDER = "_search", "best"
 
 RESULT_NAME, RECIPE_NAME, REPORT_NAME = "search.json", "best.toml", "search.html"
 
@@ -83,11 +83,12 @@ def search(config: SearchConfig, run_id: str, cluster: Cluster) -> dict[str, Any
     best_output = open_store(f"{config.output.path}/{BEST_FOLDER}")
     sources, trials = check_trials(config, best_output)
     check_folder(output, cluster)
-    folder = output.at(f"{RUNS_FOLDER}/{run_id}")
+    folder = output.at(f"{SEARCHES_FOLDER}/{run_id}")
     claim(folder, deciding_search(config), run_id)
     known = read_records(folder)
+    tracking = find_places(config, best_output, is_fresh=not known)
     plan = TrialPlan(
-        jobs=prepare_jobs(config, run_id, sources, trials, best_output, folder, cpus),
+        jobs=prepare_jobs(run_id, sources, trials, best_output, folder, cpus, tracking),
         points={one.number: one.point for one in trials},
         percents=percents_of(config.search),
         known=known,
@@ -176,7 +177,10 @@ def check_trials(config: SearchConfig, best_output: Store) -> tuple[dict[str, li
         )
     points = points_of(config, read_space(config))
     if len(points) < config.search.trials:
-        print(f"search.space holds {len(points)} different configurations, all of them are tried", flush=True)
+        found_them = f"{len(points)} different configurations, the given one among them"
+        print(
+            f"search.trials = {config.search.trials}: search.space gave {found_them}; all of them are tried", flush=True
+        )
     sources: dict[str, list[LabelledSource]] = {}
     trials = []
     for number, point in enumerate(points, 1):
@@ -209,16 +213,15 @@ def check_trials(config: SearchConfig, best_output: Store) -> tuple[dict[str, li
 
 
 def prepare_jobs(
-    config: SearchConfig,
     run_id: str,
     sources: dict[str, list[LabelledSource]],
     trials: Sequence[Planned],
     output: Store,
     folder: Store,
     cpus: int,
+    tracking: Places | None,
 ) -> dict[int, ClassifierJob]:
     """Tokenize the rows, once for all trials whose token ids are the same, and say what each trial is to do."""
-    tracking = find_places(config, output, is_fresh=not read_records(folder))
     prepared: dict[str, dict[str, TaskJob]] = {}
     jobs = {}
     for one in trials:

@@ -10,7 +10,7 @@ import io
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 os.environ.setdefault(
@@ -78,7 +78,7 @@ class TrialPlan:
     points: dict[int, Point]
     percents: tuple[float, ...]
     """of a trial's steps, after which it is looked at"""
-    known: dict[int, Record] = field(default_factory=dict)
+    known: dict[int, Record]
     """trials that an earlier execution has finished: what was seen of them is told to the scheduler again"""
     use_gpu: bool
 

@@ -189,11 +189,12 @@ def explain(error: TrainingFailedError, job: Job) -> None:
     """Raise what a person can act on, if that is what ended the workers; return if it looks like a bug."""
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
     causes = [cause for failure in failures for cause in chain_of(failure)]
+    least, most = job.config.resources.min_workers, job.config.resources.num_workers
     for cause in causes:
         if isinstance(cause, GpuOutOfMemoryError):
             raise UsageError(
                 f"a worker ran out of GPU memory with {job.config.optim.batch_size} rows a step on"
-                f" {job.config.resources.num_workers} workers and model.max_length = {job.max_length}; raise"
+                f" {'' if least is None else f'{least} to '}{most} workers and model.max_length = {job.max_length}; raise"
                 " optim.accumulation_steps (the result is the same), under another --run-id"
             ) from error
         if isinstance(cause, TextsweepError):

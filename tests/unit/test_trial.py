@@ -78,7 +78,7 @@ def make_trials(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         output = open_store(f"{tmp_path}/search/best")
         sources, trials = check_trials(config, output)
         plan = TrialPlan(
-            jobs=prepare_jobs(config, "night-1", sources, trials, output, open_store(f"{tmp_path}/run"), 1),
+            jobs=prepare_jobs("night-1", sources, trials, output, open_store(f"{tmp_path}/run"), 1, None),
             points={one.number: one.point for one in trials},
             percents=percents_of(config.search),
             known={},

@@ -17,7 +17,9 @@ from lib.workers import claim, explain
 
 JOB: Any = SimpleNamespace(
     max_length=64,
-    config=SimpleNamespace(optim=SimpleNamespace(batch_size=32), resources=SimpleNamespace(num_workers=4)),
+    config=SimpleNamespace(
+        optim=SimpleNamespace(batch_size=32), resources=SimpleNamespace(num_workers=4, min_workers=2)
+    ),
 )
 
 
@@ -38,7 +40,10 @@ def test_a_bug_stays_a_bug() -> None:
 
 
 def test_a_gpu_that_is_too_small_is_a_matter_of_the_configuration() -> None:
-    with pytest.raises(UsageError, match=r"out of GPU memory with 32 rows a step .*max_length = 64; raise optim.accum"):
+    with pytest.raises(
+        UsageError,
+        match=r"out of GPU memory with 32 rows a step on 2 to 4 workers .*max_length = 64; raise optim.accum",
+    ):
         explain(raised_by_a_worker(GpuOutOfMemoryError("CUDA out of memory")), JOB)
 
 
@@ -60,7 +65,12 @@ def test_storage_that_lets_nobody_in_any_more_leaves_a_run_that_can_go_on() -> N
 def test_a_name_is_claimed_by_one_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever sections and keys the two have: a training and a further pre-training lie in the same folder."""
     folder = open_store(str(tmp_path))
-    train = {"train": {"path": "a"}, "optim": {"epochs": 4, "seed": 0}, "head": {"pooling": None}, "tasks": {}}
+    train: dict[str, Any] = {
+        "train": {"path": "a"},
+        "optim": {"epochs": 4, "seed": 0},
+        "head": {"pooling": None},
+        "tasks": {},
+    }
     claim(folder, train, "night-1")
     claim(folder, train, "night-1")
     assert capsys.readouterr().out == "going on with run night-1\n"
