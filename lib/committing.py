@@ -7,8 +7,8 @@ from typing import Any
 
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card
 from lib.config import Section, masked
-from lib.encoder_config import FitConfig
 from lib.errors import UsageError
+from lib.pretrain_config import FitConfig
 from lib.storage import Store
 
 METRICS_NAME = "metrics.json"

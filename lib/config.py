@@ -1,6 +1,6 @@
 """Configuration: one validated, frozen record per job, from a TOML file and `--set` on the command line.
 
-The records themselves lie in `score_config`, `train_config` and `encoder_config`. They know names, types and defaults, and not what a
+The records themselves lie in `score_config`, `train_config` and `pretrain_config`. They know names, types and defaults, and not what a
 path points to: that is checked where it is opened.
 """
 

@@ -17,9 +17,9 @@ from lib import sources
 from lib.archive import Columns, check_columns, open_parquet
 from lib.batching import IntArray
 from lib.checkpoint import fetch
-from lib.encoder_config import PretrainConfig
 from lib.errors import UsageError
 from lib.planning import Chunk
+from lib.pretrain_config import PretrainConfig
 from lib.reading import Rows
 from lib.sources import (
     INDEX_NAME,

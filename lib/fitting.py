@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 from lib.batching import IntArray, evaluation_places
 from lib.calibration import FloatArray
 from lib.committing import find_committed, provenance
-from lib.encoder_config import FitConfig
 from lib.learning import Stepper, Team
 from lib.mapped import Selection, local_copy, places_text
 from lib.metrics import is_better, shown, steps_to_keep
 from lib.model import choose_dtype
+from lib.pretrain_config import FitConfig
 from lib.sharding import Weights, broadcast_weights, copy_weights, load_optimizer, load_weights, mean_of, whole_state
 from lib.storage import Store
 from lib.tracking import Places, Tracker, about_run

@@ -16,7 +16,6 @@ from lib.checkpoint import Card, commit, fetch
 from lib.committing import METRICS_NAME
 from lib.config import masked
 from lib.corpus import CorpusIndex
-from lib.encoder_config import PretrainConfig
 from lib.fitting import Fit, Job, run_worker
 from lib.language_model import load_language_model, save_language_model
 from lib.learning import Team
@@ -24,6 +23,7 @@ from lib.mapped import Selection, TokenSet, local_paths
 from lib.masked_learning import MaskedLearner, summarize_masked
 from lib.masking import new_masking
 from lib.metrics import shown
+from lib.pretrain_config import PretrainConfig
 from lib.schema import Task
 from lib.storage import Store
 from lib.tokenization import load_tokenizer

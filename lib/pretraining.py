@@ -10,11 +10,11 @@ from typing import Any
 from lib.checkpoint import fetch
 from lib.committing import deciding, find_committed
 from lib.corpus import CorpusIndex, find_corpus, prepare_corpus
-from lib.encoder_config import PretrainConfig
 from lib.errors import UsageError
 from lib.language_model import check_family
 from lib.masked_fitting import PretrainJob, work
 from lib.masking import new_masking
+from lib.pretrain_config import PretrainConfig
 from lib.runtime import Cluster
 from lib.sources import Source
 from lib.storage import open_store

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lib.config import masked
-from lib.encoder_config import FitConfig
 from lib.errors import UsageError, say
+from lib.pretrain_config import FitConfig
 from lib.storage import Store, open_store
 
 Entry = dict[str, float]

@@ -15,13 +15,13 @@ from lib.checkpoint import fetch
 from lib.classifying import ClassifierJob, TaskJob
 from lib.committing import deciding, find_committed
 from lib.contrastive import check_contrastive, check_contrastive_task
-from lib.encoder_config import PretrainModelSection
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config
 from lib.finetuning import work
 from lib.labelled import LabelledIndex, LabelledSource, find_sources, prepare
 from lib.loss import Objective, check_loss, make_objective
 from lib.metrics import choose_metric
+from lib.pretrain_config import PretrainModelSection
 from lib.runtime import Cluster
 from lib.schema import Task
 from lib.storage import Store, open_store

@@ -18,9 +18,9 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.committing import find_committed
-from lib.encoder_config import FitConfig
 from lib.errors import IncompleteError, TextsweepError, UsageError, at_work
 from lib.fitting import Job
+from lib.pretrain_config import FitConfig
 from lib.runtime import Cluster
 from lib.storage import Store, explained
 

@@ -20,7 +20,6 @@ from lib.batching import cut_by_tokens, pad
 from lib.calibration import Decision
 from lib.checkpoint import COMMIT_NAME, Card, Checkpoint, commit, deciding_files, digest_of, fetch
 from lib.committing import METRICS_NAME, provenance
-from lib.encoder_config import ZeroShotConfig
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config, read_facts
 from lib.heads import PooledClassifier
@@ -28,6 +27,7 @@ from lib.metrics import brief, describe, shown
 from lib.model import new_classifier, pretrained
 from lib.prompts import find_verbalizers, save_prompted
 from lib.schema import Task
+from lib.score_config import ZeroShotConfig
 from lib.storage import open_store
 from lib.tokenization import Tokenizer, load_tokenizer
 from lib.train_config import HeadSection

@@ -9,9 +9,10 @@ import pytest
 
 from jobs import zero_shot as job
 from lib.config import validate
-from lib.encoder_config import PretrainConfig, ZeroShotConfig
 from lib.errors import UsageError
 from lib.masked_fitting import readme
+from lib.pretrain_config import PretrainConfig
+from lib.score_config import ZeroShotConfig
 from lib.zero_shot import made_from
 
 BASE = "s3://me:secret@host/base"

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from lib.config import Command, Section, keys_of, parse_command, read_file, validate
-from lib.encoder_config import CompareConfig, PretrainConfig, ZeroShotConfig
 from lib.errors import ExitCode, UsageError
-from lib.score_config import PredictConfig, PublishConfig, ScoreConfig
+from lib.pretrain_config import PretrainConfig
+from lib.score_config import CompareConfig, PredictConfig, PublishConfig, ScoreConfig, ZeroShotConfig
 from lib.space import SearchConfig
 from lib.train_config import TrainConfig
 

@@ -15,7 +15,7 @@ ORDER = (
         "config",
         "score_config",
         "train_config",
-        "encoder_config",
+        "pretrain_config",
         "toml",
         "space",
         "listing",

@@ -14,13 +14,13 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from lib.batching import share_of
 from lib.config import TRUST_NOTHING, validate
 from lib.corpus import find_corpus, is_aside, pack, prepare_corpus, rows_of, tokenize_block
-from lib.encoder_config import PretrainConfig
 from lib.errors import UsageError
 from lib.language_model import load_language_model, save_language_model
 from lib.learning import Team
 from lib.mapped import TokenSet
 from lib.masked_learning import EVALUATION_KEY, MaskedLearner, accumulate_masked, ask, summarize_masked
 from lib.masking import Masking, new_masking
+from lib.pretrain_config import PretrainConfig
 from lib.sources import items_of
 from lib.storage import open_store
 from lib.tokenization import WHOLE, load_tokenizer
