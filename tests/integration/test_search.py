@@ -159,7 +159,7 @@ def test_a_search_that_was_stopped_goes_on_and_needs_no_test_rows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The tokenized test rows are gone when it goes on: no trial may open them."""
-    config = configure(paths, f"{s3.bucket()}/search", train_best=False)
+    config = configure(paths, f"{s3.bucket()}/search", train_best=False, trials=3)
     folder = open_store(f"{config.output.path}/_search/night-1")
     with monkeypatch.context() as patch:
         patch.setattr("lib.search.run_trials", stopped_after_two)
@@ -178,11 +178,11 @@ def test_a_search_that_was_stopped_goes_on_and_needs_no_test_rows(
 
     result = search(config, "night-1", cluster_facts())
     said = capsys.readouterr().out
-    assert "5 trials, 1 at a time; 2 are over" in said
-    assert re.findall(r"^\[(\d)/5\] trial (\d)", said, re.M) == [("3", "3"), ("4", "4"), ("5", "5")]
+    assert "3 trials, 1 at a time; 2 are over" in said
+    assert re.findall(r"^\[(\d)/3\] trial (\d)", said, re.M) == [("3", "3")]
     for number, kept in enumerate(over.values()):
         assert result["trials"][number] == json.loads(kept or b"")  # with the seconds that it took then
-    assert [one["status"] for one in result["trials"]] == ["done", "done", "stopped", "failed", "stopped"]
+    assert [one["status"] for one in result["trials"]] == ["done", "done", "stopped"], "known ones are compared with"
     assert result["best"]["trained"] is None and "best/config.json" not in names(config)
     assert "_search" not in " ".join(names(config)) and not copy.exists()
 
