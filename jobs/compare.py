@@ -25,9 +25,9 @@ from lib import checkpoint, gate
 from lib.answers import answers_of, find_test_set
 from lib.checkpoint import Checkpoint
 from lib.config import parse_command
-from lib.encoder_config import CompareConfig
 from lib.errors import OverLimitError, UsageError, run_job
 from lib.schema import Task
+from lib.score_config import CompareConfig
 
 
 def main(argv: Sequence[str]) -> None:

@@ -17,9 +17,9 @@ import sys
 from collections.abc import Sequence
 
 from lib.config import parse_command
-from lib.encoder_config import PretrainConfig
 from lib.errors import run_job
 from lib.metrics import shown
+from lib.pretrain_config import PretrainConfig
 from lib.pretraining import pretrain
 from lib.runtime import ray_session
 from lib.toml import announcement

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 
 from lib.config import parse_command
-from lib.encoder_config import ZeroShotConfig
 from lib.errors import run_job
 from lib.metrics import shown
+from lib.score_config import ZeroShotConfig
 from lib.toml import announcement
 from lib.zero_shot import make_zero_shot
 

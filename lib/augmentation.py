@@ -10,23 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lib.batching import IntArray
 from lib.checkpoint import fetch
 from lib.errors import UsageError
 from lib.facts import check_weights
-from lib.language_model import load_language_model, logits_at
+from lib.language_model import check_head, load_language_model, logits_at
 from lib.mapped import LabelledSet
-from lib.pieces import BoolArray, Pieces, find_pieces
+from lib.pieces import BoolArray, FloatArray, Pieces, draw_lots, find_pieces
 from lib.tokenization import Tokenizer, load_tokenizer
 from lib.train_config import AugmentSection, TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FloatArray = npt.NDArray[np.float64]
 
 REPLACE, SAMPLE, SWAP, DROP = range(4)
 """Each kind of chance has a lot for each token."""
@@ -61,6 +58,7 @@ class Replacer:
         others = None if segments is None else torch.from_numpy(segments).to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             logits = logits_at(self.model, self.model, inputs[0], inputs[1], inputs[2], others).double()
+        logits = logits[:, : len(special)]  # a padded vocabulary has columns that are no tokens
         logits[:, torch.from_numpy(np.flatnonzero(special)).to(device)] = -torch.inf
         sums = logits.softmax(dim=1).cumsum(dim=1)
         drawn = torch.searchsorted(sums, torch.from_numpy(lots[chosen]).to(device)[:, None] * sums[:, -1:], right=True)
@@ -86,15 +84,10 @@ class Augmenter:
         self, ids: IntArray, mask: BoolArray, segments: IntArray | None, keys: Sequence[tuple[int, ...]], fill: int
     ) -> tuple[IntArray, BoolArray, IntArray | None]:
         """Rows changed, given ids, mask and perhaps segment ids (B, L) and a key for each row; padded with `fill` anew."""
-        lots = np.ones((len(ids), 4, ids.shape[1]))
-        lengths = mask.sum(axis=1)
-        for row, key in enumerate(keys):
-            lots[row, :, : lengths[row]] = np.random.default_rng(key).random((4, lengths[row]))
+        lots, lengths = draw_lots(keys, mask, 4), mask.sum(axis=1)
         starts, special = self.pieces.starts(ids), self.pieces.special
         if self.replacer is not None:
-            firsts = np.maximum.accumulate(np.where(starts, np.arange(ids.shape[1]), 0), axis=1)
-            lot = np.take_along_axis(lots[:, REPLACE], firsts, axis=1)
-            chosen = mask & ~special[ids] & (lot < self.wanted.replace)
+            chosen = mask & ~special[ids] & (self.pieces.of_first(ids, lots[:, REPLACE]) < self.wanted.replace)
             if chosen.any():
                 ids = self.replacer.replace(ids, mask, segments, chosen, lots[:, SAMPLE], special)
         orders = [
@@ -185,11 +178,35 @@ def new_augmenter(
     """What changes the training rows of a run, if that is asked for.
 
     `base` and `replacing` are `model.base` and `augment.model`, or again the base, as they are known in any working directory.
-    Raises `UsageError` if the tokenizer does not tell words, or the model cannot replace them.
+    Raises `UsageError` as `check_augmenter` does.
     """
-    wanted, model = config.augment, config.model
+    wanted, trust = config.augment, config.model.trust
     if not wanted.is_wanted:
         return None
+    tokenizer, pieces = tell_words(config, base, max_length)
+    replacer = None
+    if wanted.replace:
+        folder, key, mask_id = find_replacer(config, replacing, tokenizer)
+        model: Any = load_language_model(folder, key, trust)[0]
+        replacer = Replacer(model=model.to(device).eval().requires_grad_(False), mask_id=mask_id)
+    return Augmenter(wanted=wanted, seed=config.optim.seed, pieces=pieces, replacer=replacer)
+
+
+def check_augmenter(config: TrainConfig, base: str, replacing: str, max_length: int) -> None:
+    """Raise `UsageError` if the tokenizer does not tell words, or the model cannot replace them: before workers find out.
+
+    Whether it can, its weights tell: they are loaded once in a process, for however many configurations.
+    """
+    if config.augment.is_wanted:
+        tokenizer, _ = tell_words(config, base, max_length)
+        if config.augment.replace:
+            folder, key, _ = find_replacer(config, replacing, tokenizer)
+            check_head(folder, key, config.model.trust)
+
+
+def tell_words(config: TrainConfig, base: str, max_length: int) -> tuple[Tokenizer, Pieces]:
+    """The tokenizer of the base, and where its words begin. Raises `UsageError` if it does not say."""
+    model = config.model
     tokenizer = load_tokenizer(fetch(base, model.trust), max_length, model.trust.code, model.truncation)
     pieces = find_pieces(tokenizer)
     if pieces is None:
@@ -197,12 +214,14 @@ def new_augmenter(
             "augment: model.base has a tokenizer whose tokens do not say where words begin (neither WordPiece nor byte-level nor"
             " SentencePiece); leave it out"
         )
-    replacer = new_replacer(config, replacing, tokenizer, device) if wanted.replace else None
-    return Augmenter(wanted=wanted, seed=config.optim.seed, pieces=pieces, replacer=replacer)
+    return tokenizer, pieces
 
 
-def new_replacer(config: TrainConfig, replacing: str, tokenizer: Tokenizer, device: torch.device) -> Replacer:
-    """The model that replaces words. Raises `UsageError` if it has no masked-language head, or other tokens than the base."""
+def find_replacer(config: TrainConfig, replacing: str, tokenizer: Tokenizer) -> tuple[str, str, int]:
+    """The folder of the model that replaces words, what names it in messages, and the id of the mask.
+
+    Raises `UsageError` if it has no weights that may be loaded, or other tokens than the base.
+    """
     key, trust = "model.base" if config.augment.model is None else "augment.model", config.model.trust
     folder, mask_id = fetch(replacing, trust), tokenizer.reference.mask_token_id
     check_weights(folder, key, replacing, trust)
@@ -215,5 +234,4 @@ def new_replacer(config: TrainConfig, replacing: str, tokenizer: Tokenizer, devi
         )
     if mask_id is None:
         raise UsageError("augment.replace: the tokenizer of model.base has no mask token; leave it out")
-    model: Any = load_language_model(folder, f"augment.replace: {key}", trust)[0]
-    return Replacer(model=model.to(device).eval().requires_grad_(False), mask_id=mask_id)
+    return folder, f"augment.replace: {key}", mask_id

@@ -3,6 +3,7 @@
 Letters: B rows of a micro-batch, L its padded length in tokens.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,6 +42,11 @@ def epoch_batches(lengths: npt.NDArray[np.integer], batch_size: int, seed: int, 
     )
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     return [batches[index] for index in chance.permutation(len(batches))]
+
+
+def evaluation_places(steps_per_epoch: int, evaluations: int) -> set[int]:
+    """After which steps of an epoch (1 is the first) validation runs; always after the last one."""
+    return {math.ceil(steps_per_epoch * part / evaluations) for part in range(1, evaluations + 1)}
 
 
 def sample_rows(sizes: Sequence[int], temperature: float, seed: int, epoch: int) -> IntArray:

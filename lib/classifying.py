@@ -17,7 +17,7 @@ from lib.contrastive import head_of, tune
 from lib.errors import UsageError, say
 from lib.fitting import Fit, Job
 from lib.label_noise import LISTED, find_suspects, rows_to_look_at
-from lib.labelled import LabelledIndex
+from lib.labelled import SETS, LabelledIndex
 from lib.learning import Learner, Team, features_of_rows
 from lib.loss import Objective, SeveralObjectives
 from lib.mapped import LabelledSet, Subset, known_rows, map_set, split_rows, without_known
@@ -103,7 +103,7 @@ def mix_sets(several: Sequence[dict[str, Subset]]) -> dict[str, Subset]:
     if len(several) == 1:
         return several[0]
     found = {}
-    for name in ("train", "valid", "test"):
+    for name in SETS:
         parts = [sets[name] for sets in several if name in sets]
         if parts:
             starts = np.cumsum([0, *(len(part.data) for part in parts)])

@@ -2,14 +2,13 @@
 
 import json
 import platform
-from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card
-from lib.config import masked
-from lib.encoder_config import FitConfig
+from lib.config import Section, masked
 from lib.errors import UsageError
+from lib.pretrain_config import FitConfig
 from lib.storage import Store
 
 METRICS_NAME = "metrics.json"
@@ -36,23 +35,13 @@ def find_committed(output: Store, config: FitConfig, run_id: str) -> dict[str, A
     return json.loads(output.read(METRICS_NAME) or b"{}")
 
 
-def deciding(config: FitConfig) -> dict[str, Any]:
+def deciding(config: Section) -> dict[str, Any]:
     """The configuration as plain JSON, without credentials, and what decides no result: a run may go on with other workers."""
     found: dict[str, Any] = json.loads(masked(config.model_dump_json(exclude={"resources", "tracking"})))
     return found
 
 
-def provenance(
-    config: FitConfig, run_id: str, data: str, rows: Mapping[str, int], precision: str, workers: int
-) -> dict[str, Any]:
-    """How a checkpoint was made, for its card; `data`: fingerprint of the files that were learned from."""
-    return {
-        "run_id": run_id,
-        "config": deciding(config),
-        "seed": config.optim.seed,
-        "data": data,
-        "rows": dict(rows),
-        "precision": precision,
-        "workers": workers,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-    }
+def provenance(config: Section, run_id: str) -> dict[str, Any]:
+    """What every card says of how its checkpoint was made."""
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"run_id": run_id, "config": deciding(config), "versions": versions}

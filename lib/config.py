@@ -1,6 +1,6 @@
 """Configuration: one validated, frozen record per job, from a TOML file and `--set` on the command line.
 
-The records themselves lie in `score_config`, `train_config` and `encoder_config`. They know names, types and defaults, and not what a
+The records themselves lie in `score_config`, `train_config` and `pretrain_config`. They know names, types and defaults, and not what a
 path points to: that is checked where it is opened.
 """
 
@@ -173,11 +173,15 @@ def assign(values: dict[str, Any], assignment: str) -> None:
     """Put one `section.key=value` into `values`, in place."""
     key, sign, text = assignment.partition("=")
     parts = key.strip().split(".")
-    depth = 4 if parts[:2] == ["search", "space"] else 3 if parts[0] == "tasks" and len(parts) > 2 else 2
+    depth, expected = 2, "section.key=value, such as --set input.path=s3://bucket/archive"
+    if parts[:2] == ["search", "space"]:
+        depth = 4
+        expected = "search.space.SECTION.KEY=VALUE, such as --set 'search.space.optim.learning_rate=[1e-5, 5e-4]'"
+    elif parts[0] == "tasks":
+        depth = max(2, min(3, len(parts)))  # tasks.NAME={...} is a whole one
+        expected = "tasks.NAME.KEY=VALUE, such as --set tasks.topic.path=s3://bucket/topics"
     if not sign or len(parts) != depth or not all(parts):
-        raise UsageError(
-            f"--set {assignment!r}: expected section.key=value, such as --set input.path=s3://bucket/archive"
-        )
+        raise UsageError(f"--set {assignment!r}: expected {expected}")
     section = values
     for part in parts[:-1]:
         section = section.setdefault(part, {})

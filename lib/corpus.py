@@ -17,11 +17,10 @@ from lib import sources
 from lib.archive import Columns, check_columns, open_parquet
 from lib.batching import IntArray
 from lib.checkpoint import fetch
-from lib.encoder_config import PretrainConfig
 from lib.errors import UsageError
 from lib.planning import Chunk
+from lib.pretrain_config import PretrainConfig
 from lib.reading import Rows
-from lib.schema import RowError
 from lib.sources import (
     INDEX_NAME,
     Source,
@@ -32,6 +31,7 @@ from lib.sources import (
     read_index,
     share,
     tokenize_all,
+    unreadable,
     write_batches,
 )
 from lib.storage import Store
@@ -84,7 +84,7 @@ def prepare_corpus(
     named = {source.name: source for source in sets}
     trust, room = config.model.trust, WHOLE if config.mlm.packing else max_length
 
-    def load() -> tuple[Tokenizer, ...]:
+    def load() -> tuple[Tokenizer]:
         return (load_tokenizer(fetch(base, trust), room, trust.code),)
 
     around = load()[0].find_around()
@@ -93,13 +93,13 @@ def prepare_corpus(
         items_of(sets),
         lambda item: tokenize_block(item, named[item["set"]], *tokenizers(), around, config, max_length, folder),
     )
-    parts = [
-        (name, report["parts"][name]) for name in ("train", "valid") for report in reports if name in report["parts"]
-    ]
+    names = ("train", "valid")
+    parts = [(name, report["parts"][name]) for name in names for report in reports if name in report["parts"]]
     dropped: dict[str, Counter[str]] = {name: Counter() for name in named}
     for report in reports:
+        kept_texts = sum(one["texts"] for one in report["parts"].values())
+        assert kept_texts + sum(report["dropped"].values()) == report["read"], f"texts lost in {report}"
         dropped[report["set"]].update(report["dropped"])
-    names = ("train", "valid")
     index = CorpusIndex(
         fingerprint=fingerprint,
         files={name: [one["file"] for owner, one in parts if owner == name] for name in names},
@@ -136,7 +136,8 @@ def tokenize_block(
     """
     dropped: Counter[str] = Counter()
     found: dict[str, list[Tokens]] = {}
-    for _, _, rows in read_block(source, [Chunk(**chunk) for chunk in json.loads(item["chunks"])]):
+    chunks = [Chunk(**chunk) for chunk in json.loads(item["chunks"])]
+    for _, _, rows in read_block(source, chunks):
         texts = usable_texts(rows, dropped)
         if source.name == "train" and config.valid.path is None:
             aside = is_aside(texts, config.valid.fraction, config.optim.seed)
@@ -148,21 +149,28 @@ def tokenize_block(
                 found.setdefault(name, []).append(tokenizer.encode(some))
     parts = {}
     for name, several in found.items():
+        num_texts = sum(int((one.lengths > sum(around)).sum()) for one in several)
+        if tokenless := sum(len(one.lengths) for one in several) - num_texts:
+            dropped["text without a token"] += tokenless
         ids, lengths = rows_of(several, around, max_length, config.mlm.packing)
         if len(lengths):
             file = f"{source.name}-{item['number']:05d}-{name}.arrow"
             lists = pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]).astype(np.int32)), pa.array(ids))
             write_batches(folder, file, [pa.RecordBatch.from_pydict({"ids": lists})])
-            num_texts = sum(len(one.lengths) for one in several)
             parts[name] = {"file": file, "texts": num_texts, "rows": len(lengths), "tokens": int(lengths.sum())}
-    return {"set": source.name, "number": item["number"], "parts": parts, "dropped": dropped}
+    return {
+        "set": source.name,
+        "number": item["number"],
+        "parts": parts,
+        "read": sum(chunk.rows for chunk in chunks) * len(source.columns.text),
+        "dropped": dropped,
+    }
 
 
 def usable_texts(rows: Rows, dropped: Counter[str]) -> pa.LargeStringArray:
-    """The texts of rows without an error, those of two columns by turns; the others are counted by reason."""
-    for error in RowError:
-        if error is not RowError.NONE and (count := int((rows.errors == error).sum())):
-            dropped[f"{error.name.lower()} text"] += count
+    """The texts of rows without an error, those of two columns by turns; those of the others are counted by reason."""
+    for reason, count in unreadable(rows).items():
+        dropped[reason] += count * len(rows.texts)
     order = np.arange(sum(map(len, rows.texts))).reshape(len(rows.texts), -1).T.ravel()
     return pa.concat_arrays(
         [one.combine_chunks() if isinstance(one, pa.ChunkedArray) else one for one in rows.texts]

@@ -14,7 +14,7 @@ from lib.committing import METRICS_NAME
 from lib.errors import UsageError, say
 from lib.fitting import run_worker
 from lib.mapped import Subset
-from lib.metrics import describe, worst_errors
+from lib.metrics import brief, describe, worst_errors
 from lib.model import load_classifier
 from lib.model_card import model_card
 from lib.schema import slices_of, task_of
@@ -44,7 +44,7 @@ def conclude(fit: ClassifierFit) -> None:
 
 def publish(fit: ClassifierFit, valid: FloatArray, test: FloatArray | None) -> None:
     """Write the model's folder with its metrics, given the logits of validation and test rows, and commit it."""
-    job, progress, best = fit.job, fit.progress, fit.validation(valid)
+    job, best = fit.job, fit.validation(valid)
     heads, found = [], {}
     tests = {} if test is None else dict(fit.parts_of("test", test))
     for number, logits in fit.parts_of("valid", valid):
@@ -90,11 +90,7 @@ def publish(fit: ClassifierFit, valid: FloatArray, test: FloatArray | None) -> N
         (Path(folder) / "report.html").write_text(training_report(card, metrics), encoding="utf-8")
         (Path(folder) / "README.md").write_text(model_card(card, metrics), encoding="utf-8")
         commit(job.output, folder, card)
-    if fit.tracker is not None:
-        tested = {f"{name}_test" if name else "test": one["test"] for name, one in found.items()}
-        fit.tracker.end({"best": best, **tested}, progress.step)
-    steps = f"step {progress.kept[0]}" if len(progress.kept) == 1 else f"steps {progress.kept}, averaged,"
-    print(f"committed the weights of {steps} to {job.output.url}", flush=True)
+    fit.end(best, **{f"{name}_test" if name else "test": one["test"] for name, one in found.items()})
 
 
 def task_metrics(
@@ -122,11 +118,6 @@ def task_metrics(
         "label_counts": index.label_counts,
         "lengths": {"rows": index.sampled["train"], "longer_than": index.longer["train"]},
     }
-
-
-def brief(metrics: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The single numbers of a set's metrics."""
-    return {key: value for key, value in (metrics or {}).items() if not isinstance(value, (list, dict))} or None
 
 
 def find_errors(

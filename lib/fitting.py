@@ -23,18 +23,17 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from lib.batching import IntArray
+from lib.batching import IntArray, evaluation_places
 from lib.calibration import FloatArray
 from lib.committing import find_committed, provenance
-from lib.config import masked
-from lib.encoder_config import FitConfig
 from lib.learning import Stepper, Team
 from lib.mapped import Selection, local_copy, places_text
 from lib.metrics import is_better, shown, steps_to_keep
 from lib.model import choose_dtype
+from lib.pretrain_config import FitConfig
 from lib.sharding import Weights, broadcast_weights, copy_weights, load_optimizer, load_weights, mean_of, whole_state
 from lib.storage import Store
-from lib.tracking import About, Places, Tracker, params_of
+from lib.tracking import Places, Tracker, about_run
 
 PROGRESS_SECONDS = 5.0
 
@@ -60,12 +59,12 @@ class Job:
     folder: Store
     """of this run: tokenized data and Ray Train's checkpoints; removed at the end"""
     cpus_per_worker: int
-    tracking: Places | None = None
+    tracking: Places | None
 
 
 @dataclass
 class Progress:
-    """How far a run is; plain types, saved with every evaluation, the same on all workers."""
+    """How far a run is; plain types, saved with every evaluation by the first worker, the same on all but for `spent`."""
 
     step: int = 0
     """optimizer steps done"""
@@ -83,7 +82,7 @@ class Progress:
     """steps after which the run went on because workers had died"""
     history: list[dict[str, float]] = field(default_factory=list)
     spent: dict[str, float] = field(default_factory=dict)
-    """seconds of the first worker by what they went for: steps, reading rows (a part of these), evaluation, saving"""
+    """this worker's seconds by what they went for: steps, reading rows (a part of these), evaluation, saving"""
 
 
 def join_team(job: Job) -> Team:
@@ -124,7 +123,10 @@ class Fit(ABC):
         self.kept: dict[int, Weights] = {}
         """by step, on rank 0"""
         self.resume()
-        self.tracker = new_tracker(job, self.progress.step) if team.rank == 0 else None
+        self.tracker: Tracker | None = None
+        if team.rank == 0 and job.tracking is not None:
+            about = about_run(job.run_id, job.output, job.config)
+            self.tracker = Tracker(job.tracking, about, self.progress.step)
         self.begun = time.monotonic() - self.progress.seconds
         self.printed = (time.monotonic(), self.progress.step)
 
@@ -155,12 +157,12 @@ class Fit(ABC):
                 learner.step(progress.step, train.data, train.chosen[batches[place]])
             progress.spent["reading"] = progress.spent.get("reading", 0) + float(train.data.read_seconds[0]) - before
             progress.step += 1
-            self.after_step()
             if place + 1 in places:
                 with self.spending("evaluation"):
                     self.assess()
                 with self.spending("saving"):
                     self.save()
+            self.after_step()
         if progress.failure is None:
             self.restore_kept()
 
@@ -172,7 +174,7 @@ class Fit(ABC):
         self.progress.spent[what] = self.progress.spent.get(what, 0) + time.monotonic() - begun
 
     def after_step(self) -> None:
-        """What follows each optimizer step."""
+        """What follows each optimizer step, and its evaluation where there is one."""
         self.print_progress()
 
     def assess(self) -> None:
@@ -242,7 +244,7 @@ class Fit(ABC):
     def print_progress(self) -> None:
         """On rank 0, every few seconds."""
         now, (last, last_step) = time.monotonic(), self.printed
-        if self.team.rank or now - last < PROGRESS_SECONDS:
+        if self.team.rank or now - last < PROGRESS_SECONDS or self.progress.step == last_step:
             return
         progress, total = self.progress, self.learner.total_steps
         steps = progress.step - last_step
@@ -346,9 +348,21 @@ class Fit(ABC):
 
     def provenance(self, data: str) -> dict[str, Any]:
         """How the checkpoint was made, for its card; `data`: fingerprint of the files that were learned from."""
-        rows = {name: len(one) for name, one in self.sets.items()}
-        precision = str(self.team.dtype).removeprefix("torch.")
-        return provenance(self.job.config, self.job.run_id, data, rows, precision, self.team.size)
+        return provenance(self.job.config, self.job.run_id) | {
+            "seed": self.job.config.optim.seed,
+            "data": data,
+            "rows": {name: len(one) for name, one in self.sets.items()},
+            "precision": str(self.team.dtype).removeprefix("torch."),
+            "workers": self.team.size,
+        }
+
+    def end(self, best: dict[str, float], **tested: Any) -> None:
+        """Say, here and where the run is shown, that the model is committed, with its validation and perhaps other metrics."""
+        kept = self.progress.kept
+        if self.tracker is not None:
+            self.tracker.end({"best": best, **tested}, self.progress.step)
+        steps = f"step {kept[0]}" if len(kept) == 1 else f"steps {kept}, averaged,"
+        print(f"committed the weights of {steps} to {self.job.output.url}", flush=True)
 
     def restore_kept(self) -> None:
         """Make the weights that rank 0 keeps, or the mean of several, every worker's candidate."""
@@ -362,19 +376,6 @@ class Fit(ABC):
         model = self.new_model()
         load_weights(model, mean_of(list(self.kept.values())))
         return model
-
-
-def new_tracker(job: Job, last_step: int) -> Tracker | None:
-    """What shows this run elsewhere, if that is asked for."""
-    if job.tracking is None:
-        return None
-    about = About(run_id=job.run_id, output=masked(job.output.url), params=params_of(job.config))
-    return Tracker(job.tracking, about, last_step)
-
-
-def evaluation_places(steps_per_epoch: int, evaluations: int) -> set[int]:
-    """After which steps of an epoch (1 is the first) validation runs; always after the last one."""
-    return {math.ceil(steps_per_epoch * part / evaluations) for part in range(1, evaluations + 1)}
 
 
 def run_worker(

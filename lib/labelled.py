@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
 from lib import sources
 from lib.archive import BadShardError, Columns, check_columns, find_type, key_type, open_parquet
+from lib.batching import IntArray
 from lib.checkpoint import fetch
 from lib.errors import UsageError, nearest
 from lib.planning import Chunk
@@ -33,13 +33,12 @@ from lib.sources import (
     read_index,
     share,
     tokenize_all,
+    unreadable,
     write_batches,
 )
 from lib.storage import Store
 from lib.tokenization import Tokenizer, load_tokenizer
 from lib.train_config import TrainConfig
-
-IntArray = npt.NDArray[np.int64]
 
 SETS = ("train", "valid", "test")
 
@@ -167,7 +166,7 @@ def prepare(
         return LabelledIndex.model_validate_json(kept)
     named, model = {source.name: source for source in sets}, config.model
 
-    def load() -> tuple[Tokenizer, ...]:
+    def load() -> tuple[Tokenizer, Tokenizer]:
         here, code = fetch(base, model.trust), model.trust.code
         return (
             load_tokenizer(here, max_length, code, model.truncation, model.windows),
@@ -238,9 +237,7 @@ def usable_rows(
         labels = labels.cast(pa.float32(), safe=False)
     else:
         labels = labels.cast(pa.list_(pa.string()) if is_list(labels.type) else pa.string())
-    for error in RowError:
-        if error is not RowError.NONE and (count := int((rows.errors == error).sum())):
-            dropped[f"{error.name.lower()} text"] += count
+    dropped.update(unreadable(rows))
     readable = pa.array(rows.errors == RowError.NONE)
     labels = labels.filter(readable)
     valid = labels.is_valid().to_numpy(zero_copy_only=False)

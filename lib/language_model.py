@@ -4,6 +4,7 @@ Letters: B rows, L padded length, M places that are asked for, H hidden size, V 
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,12 @@ def load_language_model(
         model.config.tie_word_embeddings = True
         model.tie_weights()
     return model, bool(missing)
+
+
+@functools.cache
+def check_head(folder: str, key: str, trust: Trust) -> None:
+    """Raise `UsageError` unless a model has a masked-language head that was trained. Loads its weights, once in a process."""
+    load_language_model(folder, key, trust)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from lib.batching import IntArray, epoch_batches
 from lib.calibration import FloatArray
 from lib.checkpoint import Card, commit, fetch
 from lib.committing import METRICS_NAME
+from lib.config import masked
 from lib.corpus import CorpusIndex
-from lib.encoder_config import PretrainConfig
 from lib.fitting import Fit, Job, run_worker
 from lib.language_model import load_language_model, save_language_model
 from lib.learning import Team
@@ -23,6 +23,7 @@ from lib.mapped import Selection, TokenSet, local_paths
 from lib.masked_learning import MaskedLearner, summarize_masked
 from lib.masking import new_masking
 from lib.metrics import shown
+from lib.pretrain_config import PretrainConfig
 from lib.schema import Task
 from lib.storage import Store
 from lib.tokenization import load_tokenizer
@@ -51,7 +52,7 @@ class PretrainFit(Fit):
         model, self.has_new_head = new_model(job)
         if self.has_new_head and team.rank == 0:
             print(
-                f"{config.model.base} has no masked-language head: a new one is learned, its decoder tied to the embeddings"
+                f"{masked(config.model.base)} has no masked-language head: a new one is learned, its decoder tied to the embeddings"
                 f" (optim.head_learning_rate = {optim.head_learning_rate or optim.learning_rate})",
                 flush=True,
             )
@@ -106,7 +107,7 @@ def conclude(fit: PretrainFit) -> None:
 
 def publish(fit: PretrainFit, found: FloatArray) -> None:
     """Write the model's folder with its metrics, given what the validation rows gave, and commit it."""
-    job, progress, trust = fit.job, fit.progress, fit.job.config.model.trust
+    job, trust = fit.job, fit.job.config.model.trust
     best, index = fit.validation(found), job.index
     metrics: dict[str, Any] = {
         **fit.run_record(best),
@@ -130,10 +131,7 @@ def publish(fit: PretrainFit, found: FloatArray) -> None:
         (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         (Path(folder) / "README.md").write_text(readme(job, metrics), encoding="utf-8")
         commit(job.output, folder, card)
-    if fit.tracker is not None:
-        fit.tracker.end({"best": best}, progress.step)
-    steps = f"step {progress.kept[0]}" if len(progress.kept) == 1 else f"steps {progress.kept}, averaged,"
-    print(f"committed the weights of {steps} to {job.output.url}", flush=True)
+    fit.end(best)
 
 
 def readme(job: PretrainJob, metrics: dict[str, Any]) -> str:
@@ -149,8 +147,8 @@ pipeline_tag: fill-mask
 
 # An encoder pre-trained further
 
-From `{config.model.base}`, on {texts["train"]:,} texts ({metrics["tokens"]["train"]:,} tokens in {metrics["rows"]["train"]:,} rows of at most
-{job.max_length}, {laid}): {config.mlm.probability:.0%} of the {words} were asked for, of these 80% masked, 10% changed, 10% as they are
+From `{masked(config.model.base)}`, on {texts["train"]:,} texts ({metrics["tokens"]["train"]:,} tokens in {metrics["rows"]["train"]:,} rows of at
+most {job.max_length}, {laid}): {config.mlm.probability:.0%} of the {words} were asked for, of these 80% masked, 10% changed, 10% as they are
 (Devlin et al. 2018).{head} It is to be fine-tuned, and answers nothing by itself:
 
     python -m jobs.train --set model.base=THIS_FOLDER --set train.path=... --set output.path=...

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lib.batching import IntArray
 from lib.errors import UsageError
-from lib.pieces import BoolArray, Pieces, find_pieces, special_ids
+from lib.pieces import BoolArray, Pieces, draw_lots, find_pieces, special_ids
 from lib.tokenization import Tokenizer
 
 MASKED, CHANGED = 0.8, 0.1
@@ -34,14 +34,9 @@ class Masking:
         self, ids: IntArray, mask: npt.NDArray[np.bool_], keys: Sequence[tuple[int, ...]]
     ) -> tuple[IntArray, BoolArray]:
         """What the model sees (B, L), and which of its tokens it is asked for (B, L), given ids and mask (B, L) and a key a row."""
-        lots = np.ones((len(ids), 3, ids.shape[1]))
-        lengths = mask.sum(axis=1)
-        for row, key in enumerate(keys):  # 11 µs a row
-            lots[row, :, : lengths[row]] = np.random.default_rng(key).random((3, lengths[row]))
-        choice, fate, other = lots[:, 0], lots[:, 1], lots[:, 2]
-        if self.pieces is not None:  # the lot of a word is that of its first token
-            starts = np.where(self.pieces.starts(ids), np.arange(ids.shape[1]), 0)
-            choice = np.take_along_axis(choice, np.maximum.accumulate(starts, axis=1), axis=1)
+        choice, fate, other = draw_lots(keys, mask, 3).swapaxes(0, 1)
+        if self.pieces is not None:
+            choice = self.pieces.of_first(ids, choice)
         chosen = mask & ~self.special[ids] & (choice < self.probability)
         usual = np.flatnonzero(~self.special)
         seen = np.where(chosen & (fate < MASKED), self.mask_id, ids)

@@ -54,6 +54,11 @@ def shown(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', '-')} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
 
 
+def brief(metrics: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The single numbers of a set's metrics, if there are any."""
+    return {key: value for key, value in (metrics or {}).items() if not isinstance(value, (list, dict))} or None
+
+
 def summarize(truth: Targets, logits: FloatArray, decision: Decision) -> dict[str, float]:
     """The few numbers that choose a checkpoint: accuracy, macro_f1, micro_f1, loss (mean of the rows').
 

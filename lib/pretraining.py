@@ -10,18 +10,18 @@ from typing import Any
 from lib.checkpoint import fetch
 from lib.committing import deciding, find_committed
 from lib.corpus import CorpusIndex, find_corpus, prepare_corpus
-from lib.encoder_config import PretrainConfig
 from lib.errors import UsageError
 from lib.language_model import check_family
 from lib.masked_fitting import PretrainJob, work
 from lib.masking import new_masking
+from lib.pretrain_config import PretrainConfig
 from lib.runtime import Cluster
 from lib.sources import Source
 from lib.storage import open_store
 from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
 from lib.training import absolute, check_base
-from lib.workers import RUNS_FOLDER, check_output, claim, place_workers, run_to_commit
+from lib.workers import RUNS_FOLDER, check_folder, claim, place_workers, run_to_commit
 
 
 def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str,
         print(f"{output.url}: run {run_id} committed this encoder already", flush=True)
         return found
     check_optim(config)
-    check_output(output, cluster)
+    check_folder(output, cluster)
     use_gpu, cpus_per_worker = place_workers(config, cluster)
     base = absolute(config.model.base)
     max_length, pad_token_id = check_base(base, config.model)

@@ -1,10 +1,11 @@
-"""The configuration of what works with predictions: scoring and its forecast, a quick look, what was published."""
+"""The configuration of what works with predictions: scoring and its forecast, a quick look, what was published; of a model without
+training, and of comparing two."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lib.config import EngineChoice, PrecisionChoice, Resources, Section, TokenPooling, Trust
+from lib.config import EngineChoice, PrecisionChoice, Resources, Section, TokenPooling, Truncation, Trust
 
 Share = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
 """A limit: a whole number counts, a number with a point (0.0 to 1.0) is a fraction."""
@@ -195,3 +196,102 @@ class PublishConfig(Section):
     """Everything `jobs.publish` can be told besides what to do."""
 
     output: PublishOutputSection
+
+
+class ZeroShotLabelsSection(Section):
+    """What is told apart."""
+
+    file: str
+    """a TOML file with one line a label: name = "a description", or several, ["one", "another"]; with a prompt.template words"""
+
+
+class ZeroShotModelSection(Section):
+    """The encoder, as it is."""
+
+    base: str
+    """a pretrained encoder: a Hugging Face folder with safetensors weights, on any fsspec URL, or package:NAME"""
+    max_length: int = Field(default=128, ge=4)
+    """tokens kept of each text, special ones and a template's included; scoring uses the same"""
+    truncation: Truncation = "head"
+    """which part of a longer text is kept; never the template is cut"""
+    pooling: Literal["first", "pooler", "mean", "max"] = "mean"
+    """of the tokens of texts and descriptions, as the encoder was trained; not with a template"""
+    temperature: float = Field(default=0.05, gt=0)
+    """cosine similarities are divided by it before they become probabilities; which label is likeliest stays; not with a template"""
+    allow_pickle: bool = False
+    """take pytorch_model.bin weights where there are no safetensors ones: only from a source you trust"""
+    trust_remote_code: bool = False
+    """run the Python files of the model's folder, on every node: only from a source you trust"""
+
+    @property
+    def trust(self) -> Trust:
+        """What of the folder may be unpickled or run."""
+        return Trust(pickle=self.allow_pickle, code=self.trust_remote_code)
+
+
+class PromptSection(Section):
+    """A masked prompt (Schick and Schuetze 2021), for encoders with a masked-language head."""
+
+    template: str | None = None
+    """such as "{text} It was [MASK].": the likeliest of the labels' words in place of [MASK] is the answer; default: descriptions"""
+
+
+class ZeroShotTestSection(Section):
+    """Labelled rows, if there are any, to say how good it is."""
+
+    path: str | None = None
+    """labelled Parquet: a folder, a glob or one file, on any fsspec URL"""
+    text_column: str = "text"
+    """the text's column"""
+    label_column: str = "label"
+    """the label's column: names as in labels.file"""
+
+
+class ZeroShotOutputSection(Section):
+    """Where the checkpoint goes."""
+
+    path: str
+    """the checkpoint's folder: use it as model.path"""
+
+
+class ZeroShotConfig(Section):
+    """Everything `jobs.zero_shot` can be told."""
+
+    labels: ZeroShotLabelsSection
+    model: ZeroShotModelSection
+    prompt: PromptSection = PromptSection()
+    test: ZeroShotTestSection = ZeroShotTestSection()
+    output: ZeroShotOutputSection
+
+
+class FrozenTestSection(Section):
+    """The labelled rows on which two checkpoints are compared."""
+
+    path: str
+    """labelled Parquet that neither has learned from: a folder, a glob or one file, on any fsspec URL"""
+    text_column: str | tuple[str, str] = "text"
+    """the text's column; ["first", "second"] for sentence pairs"""
+    label_column: str = "label"
+    """the label's column"""
+
+
+class GateSection(Section):
+    """When a challenger is accepted."""
+
+    metric: Literal["macro_f1", "accuracy"] = "macro_f1"
+    """what must not get worse"""
+    margin: float = Field(default=0.002, ge=0, lt=1)
+    """a loss of the metric that would not matter; 0.002 is 0.2 points"""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """with which a loss of the margin or more must be ruled out"""
+    resamples: int = Field(default=2_000, ge=200)
+    """of the bootstrap"""
+    seed: int = 0
+    """of the bootstrap"""
+
+
+class CompareConfig(Section):
+    """Everything `jobs.compare` can be told besides the two checkpoints."""
+
+    test: FrozenTestSection
+    gate: GateSection = GateSection()

@@ -17,13 +17,13 @@ from lib.committing import deciding
 from lib.errors import UsageError
 from lib.halving import clear_copies, percents_of, read_records, run_trials
 from lib.labelled import LabelledIndex, LabelledSource
-from lib.metrics import is_better
+from lib.metrics import brief, is_better
 from lib.runtime import Cluster
 from lib.search_report import search_report
-from lib.space import Point, SearchConfig, configuration_at, point_text, points_of, read_space
+from lib.space import Point, SearchConfig, configuration_at, masked_point, point_text, points_of, read_space
 from lib.storage import Store, open_store
 from lib.toml import to_toml
-from lib.tracking import find_places
+from lib.tracking import Places, find_places
 from lib.train_config import TrainConfig
 from lib.training import (
     absolute,
@@ -40,9 +40,9 @@ from lib.training import (
     train,
 )
 from lib.trial import Record, TrialPlan
-from lib.workers import claim, place_workers, remove_run
+from lib.workers import check_folder, claim, place_workers, remove_run
 
-RUNS_FOLDER, BEST_FOLDER = "_search", "best"
+SEARCHES_FOLDER, BEST_FOLDER = "_search", "best"
 
 RESULT_NAME, RECIPE_NAME, REPORT_NAME = "search.json", "best.toml", "search.html"
 
@@ -53,6 +53,7 @@ class Planned:
 
     number: int
     point: Point
+    """as it is shown"""
     config: TrainConfig
     base: str
     replacing: str
@@ -81,12 +82,13 @@ def search(config: SearchConfig, run_id: str, cluster: Cluster) -> dict[str, Any
     use_gpu, cpus, concurrent = place_trials(config, cluster)
     best_output = open_store(f"{config.output.path}/{BEST_FOLDER}")
     sources, trials = check_trials(config, best_output)
-    output.check_writable()
-    folder = output.at(f"{RUNS_FOLDER}/{run_id}")
+    check_folder(output, cluster)
+    folder = output.at(f"{SEARCHES_FOLDER}/{run_id}")
     claim(folder, deciding_search(config), run_id)
     known = read_records(folder)
+    tracking = find_places(config, best_output, is_fresh=not known)
     plan = TrialPlan(
-        jobs=prepare_jobs(config, run_id, sources, trials, best_output, folder, cpus),
+        jobs=prepare_jobs(run_id, sources, trials, best_output, folder, cpus, tracking),
         points={one.number: one.point for one in trials},
         percents=percents_of(config.search),
         known=known,
@@ -154,7 +156,8 @@ def place_trials(config: SearchConfig, cluster: Cluster) -> tuple[bool, int, int
         if config.search.concurrent is None:
             raise
         raise UsageError(
-            f"search.concurrent = {concurrent} trials with a CPU{' and a GPU' if use_gpu else ''} each, the cluster has {cluster};"
+            f"search.concurrent = {config.search.concurrent} with a CPU{' and a GPU' if use_gpu else ''} for each trial, the cluster"
+            f" has {cluster};"
             " give less, or leave it out"
         ) from None
     return use_gpu, cpus, concurrent
@@ -174,7 +177,10 @@ def check_trials(config: SearchConfig, best_output: Store) -> tuple[dict[str, li
         )
     points = points_of(config, read_space(config))
     if len(points) < config.search.trials:
-        print(f"search.space holds {len(points)} different configurations, all of them are tried", flush=True)
+        found_them = f"{len(points)} different configurations, the given one among them"
+        print(
+            f"search.trials = {config.search.trials}: search.space gave {found_them}; all of them are tried", flush=True
+        )
     sources: dict[str, list[LabelledSource]] = {}
     trials = []
     for number, point in enumerate(points, 1):
@@ -194,7 +200,7 @@ def check_trials(config: SearchConfig, best_output: Store) -> tuple[dict[str, li
         trials.append(
             Planned(
                 number=number,
-                point=point,
+                point=masked_point(point),
                 config=one,
                 base=base,
                 replacing=replacing,
@@ -207,16 +213,15 @@ def check_trials(config: SearchConfig, best_output: Store) -> tuple[dict[str, li
 
 
 def prepare_jobs(
-    config: SearchConfig,
     run_id: str,
     sources: dict[str, list[LabelledSource]],
     trials: Sequence[Planned],
     output: Store,
     folder: Store,
     cpus: int,
+    tracking: Places | None,
 ) -> dict[int, ClassifierJob]:
     """Tokenize the rows, once for all trials whose token ids are the same, and say what each trial is to do."""
-    tracking = find_places(config, output, is_fresh=not read_records(folder))
     prepared: dict[str, dict[str, TaskJob]] = {}
     jobs = {}
     for one in trials:
@@ -302,10 +307,7 @@ def judge(config: SearchConfig, run_id: str, trials: Sequence[Planned], records:
 def brief_test(trained: dict[str, Any]) -> dict[str, Any] | None:
     """The single numbers of the test rows, of several tasks by their names."""
     several = {name: one["test"] for name, one in trained.get("tasks", {"": trained}).items() if one["test"]}
-    found = {
-        name: {key: value for key, value in one.items() if not isinstance(value, (list, dict))}
-        for name, one in several.items()
-    }
+    found = {name: brief(one) for name, one in several.items()}
     return found.get("", found) or None
 
 

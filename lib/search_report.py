@@ -5,9 +5,6 @@ from typing import Any
 from lib.plots import COLOR, SECOND_COLOR, render_page, to_svg
 from lib.space import point_text
 
-MAX_CHOICES = 12
-"""Words on an axis."""
-
 RANKS = {"done": 0, "stopped": 1, "failed": 2}
 
 
@@ -92,7 +89,7 @@ def curves_plot(result: dict[str, Any]) -> str:
             ms=3,
             zorder=3 if is_best else 2,
         )
-    axes.set_xlabel("percent of a trial's steps (orange: the best, grey: ended early)")
+    axes.set_xlabel("percent of a trial's steps (orange: the best, grey: ended early or failed)")
     axes.set_ylabel(result["metric"].replace("_", " "))
     return to_svg(figure)
 

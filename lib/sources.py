@@ -4,9 +4,10 @@ import hashlib
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +16,11 @@ import ray.data
 from pandas.util import hash_array
 
 from lib.archive import BadShardError, Columns, list_shards, read_row_groups
-from lib.errors import IncompleteError, TextsweepError, UsageError
+from lib.errors import IncompleteError, TextsweepError, UsageError, at_work
 from lib.mapped import SHARD_KEY
 from lib.planning import Chunk, bundle, chunks_of, with_identities
 from lib.reading import ChangedShardError, Rows, read_rows
+from lib.schema import RowError
 from lib.storage import Store, explained
 from lib.tokenization import Tokenizer
 
@@ -26,6 +28,8 @@ BLOCK_BYTES = 16 * 2**20
 """Text of one tokenizing task: seconds of work, and no more than a few hundred tasks for gigabytes."""
 
 INDEX_NAME = "index.json"
+
+Tokenizers = TypeVar("Tokenizers", bound=tuple[Tokenizer, ...])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +114,7 @@ def tokenize_all(
     """Run one Ray Data task for each item; the tasks write files, what comes back is a report for each, in the items' order."""
 
     def tokenize(batch: pa.Table) -> pa.Table:
-        reports = []
-        for item in batch.to_pylist():
-            try:
-                reports.append(tokenize_block(item))
-            except TextsweepError as error:  # as a report: what a task raises comes back wrapped, its type lost
-                reports.append({"failure": str(error), "is_usage": isinstance(error, UsageError)})
-        return pa.table({"report": [json.dumps(report) for report in reports]})
+        return pa.table({"report": [json.dumps(report_of(tokenize_block, item)) for item in batch.to_pylist()]})
 
     if not items:
         return []
@@ -132,7 +130,16 @@ def tokenize_all(
     return sorted(reports, key=lambda one: (one["set"], one["number"]))
 
 
-def share(load: Callable[[], tuple[Tokenizer, ...]]) -> Callable[[], tuple[Tokenizer, ...]]:
+def report_of(tokenize_block: Callable[[dict[str, Any]], dict[str, Any]], item: dict[str, Any]) -> dict[str, Any]:
+    """What came of one block. An error is a report, too: what a task raises comes back wrapped, its type lost."""
+    try:
+        with at_work():
+            return tokenize_block(item)
+    except TextsweepError as error:
+        return {"failure": str(error), "is_usage": isinstance(error, UsageError)}
+
+
+def share(load: Callable[[], Tokenizers]) -> Callable[[], Tokenizers]:
     """What gives a tokenizing task its tokenizers: those that this process has loaded, which travel ready made.
 
     Loading them imports torch and transformers: 4.8 s of CPU in each of a cluster's processes, where the task without it starts
@@ -159,6 +166,12 @@ def read_block(source: Source, chunks: list[Chunk]) -> Iterator[tuple[str, int, 
                     before, read = chunk, read + len(rows.errors)
         except (ChangedShardError, BadShardError) as error:
             raise IncompleteError(f"{source.name}.path: {where} changed while it was read: {error}") from error
+
+
+def unreadable(rows: Rows) -> Counter[str]:
+    """How many rows have no text that can be used, by reason."""
+    counts = {error: int((rows.errors == error).sum()) for error in RowError if error is not RowError.NONE}
+    return Counter({f"{error.name.lower()} text": count for error, count in counts.items() if count})
 
 
 def write_batches(folder: Store, name: str, batches: Sequence[pa.RecordBatch], shards: Sequence[str] = ()) -> None:

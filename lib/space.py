@@ -225,5 +225,13 @@ def identity(point: Point) -> str:
 
 
 def point_text(point: Point) -> str:
-    """A point as a person would give it on the command line."""
-    return ", ".join(f"{key} = {'none' if value is None else value_text(value)}" for key, value in point.items())
+    """A point as a person would give it on the command line, but for passwords in its URLs."""
+    return masked(
+        ", ".join(f"{key} = {'none' if value is None else value_text(value)}" for key, value in point.items())
+    )
+
+
+def masked_point(point: Point) -> Point:
+    """A point as it is kept and shown: without the passwords of its URLs."""
+    found: Point = json.loads(masked(json.dumps(point)))
+    return found

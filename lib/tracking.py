@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lib.config import masked
-from lib.encoder_config import FitConfig
 from lib.errors import UsageError, say
+from lib.pretrain_config import FitConfig
 from lib.storage import Store, open_store
 
 Entry = dict[str, float]
@@ -72,6 +72,11 @@ class About:
     run_id: str
     output: str
     params: dict[str, str]
+
+
+def about_run(run_id: str, output: Store, config: FitConfig) -> About:
+    """What is told of a run, without passwords."""
+    return About(run_id=run_id, output=masked(output.url), params=params_of(config))
 
 
 def find_places(config: FitConfig, output: Store, is_fresh: bool) -> Places | None:

@@ -9,21 +9,19 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
-from lib.augmentation import check_augment, new_augmenter
+from lib.augmentation import check_augment, check_augmenter
 from lib.calibration import check_decision
 from lib.checkpoint import fetch
 from lib.classifying import ClassifierJob, TaskJob
 from lib.committing import deciding, find_committed
 from lib.contrastive import check_contrastive, check_contrastive_task
-from lib.encoder_config import PretrainModelSection
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config
 from lib.finetuning import work
 from lib.labelled import LabelledIndex, LabelledSource, find_sources, prepare
 from lib.loss import Objective, check_loss, make_objective
 from lib.metrics import choose_metric
+from lib.pretrain_config import PretrainModelSection
 from lib.runtime import Cluster
 from lib.schema import Task
 from lib.storage import Store, open_store
@@ -31,13 +29,13 @@ from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
 from lib.train_config import LabelledSection, TestSection, TrainConfig, TrainModelSection, TrainSection, ValidSection
 from lib.tuning import check_tuning
-from lib.workers import RUNS_FOLDER, check_output, claim, place_workers, run_to_commit
+from lib.workers import RUNS_FOLDER, check_folder, claim, place_workers, run_to_commit
 
 
 def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None = None) -> dict[str, Any]:
     """Fine-tune, commit the best checkpoint to `output.path`, and return what its `metrics.json` holds.
 
-    `data`: a folder that holds the tokenized rows already, if there is one. Raises `UsageError` before any weights are loaded,
+    `data`: a folder that holds the tokenized rows already, if there is one. Raises `UsageError` before anything is learned,
     `IncompleteError` if the same command can finish the run later.
     """
     output = open_store(config.output.path)
@@ -46,7 +44,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None
         print(f"{output.url}: run {run_id} committed this checkpoint already", flush=True)
         return found
     check_recipe(config)
-    check_output(output, cluster)
+    check_folder(output, cluster)
     use_gpu, cpus_per_worker = place_workers(config, cluster)
     base = absolute(config.model.base)
     max_length, pad_token_id = check_base(base, config.model)
@@ -114,7 +112,7 @@ def find_replacing(config: TrainConfig, base: str, max_length: int) -> str:
     Raises `UsageError` if it cannot do it, or the tokenizer does not tell words: here, not in the workers.
     """
     replacing = base if config.augment.model is None else absolute(config.augment.model)
-    new_augmenter(config, base, replacing, max_length, torch.device("cpu"))
+    check_augmenter(config, base, replacing, max_length)
     return replacing
 
 

@@ -10,7 +10,7 @@ import io
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 os.environ.setdefault(
@@ -22,9 +22,13 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from ray import tune
 
+from lib.checkpoint import fetch
 from lib.classifying import ClassifierFit, ClassifierJob
-from lib.errors import UsageError
+from lib.config import masked
+from lib.errors import IncompleteError, UsageError, at_work
 from lib.learning import Team
+from lib.mapped import local_paths
+from lib.metrics import steps_to_keep
 from lib.model import choose_dtype
 from lib.space import Point
 
@@ -74,13 +78,13 @@ class TrialPlan:
     points: dict[int, Point]
     percents: tuple[float, ...]
     """of a trial's steps, after which it is looked at"""
-    known: dict[int, Record] = field(default_factory=dict)
+    known: dict[int, Record]
     """trials that an earlier execution has finished: what was seen of them is told to the scheduler again"""
     use_gpu: bool
 
 
 class TrialFit(ClassifierFit):
-    """A training that is looked at, and keeps nothing."""
+    """A training that is looked at, and keeps no weights but those it is to average."""
 
     def __init__(self, number: int, plan: TrialPlan, team: Team) -> None:
         job = plan.jobs[number]
@@ -96,21 +100,32 @@ class TrialFit(ClassifierFit):
 
     def after_step(self) -> None:
         """Look at it if that is due. Ends the thread, by `SystemExit`, if it is not to go on."""
-        step = self.progress.step
+        step, history = self.progress.step, self.progress.history
         percent = self.due.get(step)
-        if percent is None or step == self.learner.total_steps:
+        if percent is None or step == self.learner.total_steps or self.progress.stopped:
             return
-        if int(self.learner.bad_step) >= 0:
+        if history and history[-1]["step"] == step:
+            seen = history[-1]
+        elif int(self.learner.bad_step) >= 0:
             self.assess()  # which says so, and stops
             return
-        logits = self.learner.evaluate(self.sets["valid"])
-        assert logits is not None, "a trial is one worker"
-        value = finite(self.summary(logits)[self.job.metric])
+        else:
+            logits = self.learner.evaluate(self.sets["valid"])
+            assert logits is not None, "a trial is one worker"
+            seen = self.summary(logits)
+        value = finite(seen[self.job.metric])
         self.looks.append(Look(percent=percent, step=step, value=value))
         tell(self.record("stopped", value), percent)
 
     def print_evaluation(self, entry: dict[str, float]) -> None:
         """Nothing: the search says a line for each trial."""
+
+    def keep(self) -> None:
+        """Say which evaluations are best; their weights are of use only where they are averaged."""
+        if self.job.config.stopping.average > 1:
+            super().keep()
+        else:
+            self.progress.kept = steps_to_keep(self.progress.history, self.job.config.stopping, self.job.metric)
 
     def save(self) -> None:
         """Nothing: a trial that is lost begins anew."""
@@ -161,24 +176,27 @@ class TrialFit(ClassifierFit):
 def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     """What Ray Tune runs for trial `number`.
 
-    What is wrong with the configuration is a trial that failed; an error that is raised is Ray Tune's to try again.
+    What is wrong with the configuration is a trial that failed, and is kept as one. What is wrong with this node or the storage is
+    raised, and Ray Tune's to try again.
     """
     number = config["number"]
     if number in plan.known:
         tell_again(plan.known[number])
         return
-    begun = time.monotonic()
+    begun, job = time.monotonic(), plan.jobs[number]
+    bring(job)
     try:
-        fit = TrialFit(number, plan, alone(plan.jobs[number], plan.use_gpu))
-        try:
-            fit.run()
-            found = fit.result()
-        except SystemExit:
-            if fit.tracker is not None:
-                fit.tracker.end({}, fit.progress.step)
-            raise
+        with at_work():
+            fit = TrialFit(number, plan, alone(job, plan.use_gpu))
+            try:
+                fit.run()
+                found = fit.result()
+            except SystemExit:
+                if fit.tracker is not None:
+                    fit.tracker.end({}, fit.progress.step)
+                raise
     except (UsageError, torch.cuda.OutOfMemoryError) as error:
-        reason = str(error).splitlines()[0]
+        reason = masked(str(error).splitlines()[0])
         if isinstance(error, torch.cuda.OutOfMemoryError):
             reason = f"out of GPU memory ({reason}); raise optim.accumulation_steps"
         found = Record(
@@ -190,6 +208,20 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     if plan.use_gpu:
         torch.cuda.empty_cache()
     tell(found, WHOLE)
+
+
+def bring(job: ClassifierJob) -> None:
+    """Bring a trial's models and rows to this machine. Raises `IncompleteError`: the search has seen all of them before."""
+    try:
+        for url in dict.fromkeys((job.base, job.replacing)):
+            fetch(url, job.config.model.trust)
+        for task in job.tasks:
+            for files in task.index.files.values():
+                local_paths(task.data, files)
+    except UsageError as error:
+        raise IncompleteError(
+            f"{error}; it was there when the search began: every node must see it, run the same command again"
+        ) from error
 
 
 def finite(value: float) -> float | None:

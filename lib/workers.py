@@ -18,9 +18,9 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.committing import find_committed
-from lib.encoder_config import FitConfig
-from lib.errors import IncompleteError, TextsweepError, UsageError
+from lib.errors import IncompleteError, TextsweepError, UsageError, at_work
 from lib.fitting import Job
+from lib.pretrain_config import FitConfig
 from lib.runtime import Cluster
 from lib.storage import Store, explained
 
@@ -73,7 +73,7 @@ def place_workers(config: FitConfig, cluster: Cluster) -> tuple[bool, int]:
     )
 
 
-def check_output(output: Store, cluster: Cluster) -> None:
+def check_folder(output: Store, cluster: Cluster) -> None:
     """Raise what forbids writing there; say so if several nodes must see the same folder."""
     output.check_writable()
     if output.is_local and len(cluster.nodes) > 1:
@@ -87,19 +87,23 @@ def claim(folder: Store, mine: dict[str, Any], run_id: str) -> None:
     """
     if folder.create("run.json", json.dumps(mine).encode()):
         return
-    theirs = json.loads(folder.read("run.json") or b"{}")
-    differing = [
-        f"{section}.{key} = {mine[section].get(key)!r}, it was {values.get(key)!r}"
-        for section, values in theirs.items()
-        for key in values
-        if mine.get(section, {}).get(key) != values[key]
-    ]
-    if theirs != mine:
+    ours, theirs = flat(mine), flat(json.loads(folder.read("run.json") or b"{}"))
+    if theirs != ours:
+        differing = [
+            f"{key} {f'= {ours[key]!r}' if key in ours else 'is not set'}, it was {repr(theirs[key]) if key in theirs else 'not set'}"
+            for key in ours | theirs
+            if (key in ours, ours.get(key)) != (key in theirs, theirs.get(key))
+        ]
         raise UsageError(
             f"{folder.url}: run {run_id!r} was started with another configuration ({'; '.join(differing)}); give this one"
             " another --run-id, or the old configuration to go on"
         )
     print(f"going on with run {run_id}", flush=True)
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of a configuration by section.key."""
+    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
 
 
 class QuietTrainer(TorchTrainer):
@@ -185,15 +189,17 @@ def explain(error: TrainingFailedError, job: Job) -> None:
     """Raise what a person can act on, if that is what ended the workers; return if it looks like a bug."""
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
     causes = [cause for failure in failures for cause in chain_of(failure)]
+    least, most = job.config.resources.min_workers, job.config.resources.num_workers
     for cause in causes:
         if isinstance(cause, GpuOutOfMemoryError):
             raise UsageError(
                 f"a worker ran out of GPU memory with {job.config.optim.batch_size} rows a step on"
-                f" {job.config.resources.num_workers} workers and model.max_length = {job.max_length}; raise"
+                f" {'' if least is None else f'{least} to '}{most} workers and model.max_length = {job.max_length}; raise"
                 " optim.accumulation_steps (the result is the same), under another --run-id"
             ) from error
         if isinstance(cause, TextsweepError):
-            raise cause from error
+            with at_work():
+                raise cause from error
     if any(isinstance(cause, (RayActorError, WorkerCrashedError, OutOfMemoryError)) for cause in causes):
         first = " ".join(str(failures[0]).split())[:SHOWN_CHARACTERS]
         raise IncompleteError(

@@ -5,11 +5,9 @@ embeddings. What comes out is an ordinary checkpoint. Letters: T tokens of all t
 """
 
 import json
-import platform
 import tempfile
 import time
 import tomllib
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +19,18 @@ from lib.answers import answers_of, find_test_set
 from lib.batching import cut_by_tokens, pad
 from lib.calibration import Decision
 from lib.checkpoint import COMMIT_NAME, Card, Checkpoint, commit, deciding_files, digest_of, fetch
-from lib.encoder_config import ZeroShotConfig
+from lib.committing import METRICS_NAME, provenance
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config, read_facts
 from lib.heads import PooledClassifier
-from lib.metrics import describe, shown
+from lib.metrics import brief, describe, shown
 from lib.model import new_classifier, pretrained
 from lib.prompts import find_verbalizers, save_prompted
 from lib.schema import Task
+from lib.score_config import ZeroShotConfig
 from lib.storage import open_store
 from lib.tokenization import Tokenizer, load_tokenizer
 from lib.train_config import HeadSection
-
-METRICS_NAME = "metrics.json"
 
 DESCRIPTION_TOKENS = 4_096
 """Of one forward pass over descriptions, padding included."""
@@ -85,10 +82,9 @@ def make_zero_shot(config: ZeroShotConfig, run_id: str) -> dict[str, Any]:
             "labels": list(facts.labels),
             "test": tested,
         }
-        brief = {key: value for key, value in (tested or {}).items() if not isinstance(value, (list, dict))}
         (Path(folder) / METRICS_NAME).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         (Path(folder) / "README.md").write_text(readme(made, tested), encoding="utf-8")
-        commit(output, folder, card.model_copy(update={"metrics": {"test": brief or None}}))
+        commit(output, folder, card.model_copy(update={"metrics": {"test": brief(tested)}}))
     return metrics
 
 
@@ -182,15 +178,7 @@ def try_on(config: ZeroShotConfig, path: str, model: Checkpoint) -> dict[str, An
 
 def made_from(config: ZeroShotConfig, run_id: str, labels: Labels) -> dict[str, Any]:
     """What the checkpoint was made from, for its card."""
-    return {
-        "run_id": run_id,
-        "config": config.model_dump(mode="json"),
-        "descriptions": labels,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers")},
-        },
-    }
+    return provenance(config, run_id) | {"descriptions": labels}
 
 
 def readme(made: dict[str, Any], tested: dict[str, Any] | None) -> str:

@@ -15,8 +15,8 @@ from jobs import zero_shot
 from jobs.demo_store import LoopbackS3
 from lib import checkpoint
 from lib.config import validate
-from lib.encoder_config import PretrainConfig
 from lib.errors import UsageError
+from lib.pretrain_config import PretrainConfig
 from lib.pretraining import pretrain
 from lib.runtime import cluster_facts
 from lib.storage import open_store

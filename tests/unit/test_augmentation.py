@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from lib.augmentation import DROP, SWAP, Augmenter, check_augment, new_augmenter, reorder
+from lib.augmentation import DROP, SWAP, Augmenter, check_augment, check_augmenter, new_augmenter, reorder
 from lib.config import validate
 from lib.errors import UsageError
+from lib.language_model import check_head
 from lib.learning import Learner, logits_of_rows
 from lib.loss import Objective
 from lib.mapped import LabelledSet, Subset
@@ -34,10 +35,11 @@ TEXTS = fakes.PROSE.strip().splitlines()
 
 @pytest.fixture(scope="module", params=["bert", "roberta"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """With a masked-language head that has an opinion."""
-    folder = tmp_path_factory.mktemp(request.param)
+    """With a masked-language head that has an opinion, also on columns that are no tokens: a vocabulary padded for speed."""
+    folder, config = tmp_path_factory.mktemp(request.param), fakes.make_config(request.param)
+    config.vocab_size += 64
     torch.manual_seed(0)
-    AutoModelForMaskedLM.from_config(fakes.make_config(request.param)).save_pretrained(folder)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
     fakes.save_tokenizer(folder, request.param)
     return str(folder)
 
@@ -182,7 +184,7 @@ def test_words_are_replaced_by_what_the_model_says_there(base: str, tmp_path: Pa
     hidden = torch.from_numpy(before.copy())[None]
     hidden[0, 3:5] = tokenizer.reference.mask_token_id
     with torch.no_grad():
-        logits = model(input_ids=hidden).logits[0, 3:5].double()
+        logits = model(input_ids=hidden).logits[0, 3:5, : len(special)].double()
     logits[:, torch.from_numpy(np.flatnonzero(special))] = -math.inf
     for place, expected in zip((3, 4), logits.softmax(1).numpy(), strict=True):
         counts = np.bincount(found[:, place], minlength=len(expected))
@@ -245,9 +247,29 @@ def test_what_does_not_go_together_is_refused(base: str, tmp_path: Path) -> None
     check_augment(config_of(base, model={"window_stride": 4}))
     fakes.make_encoder(tmp_path / "headless", "bert")
     fakes.make_encoder(tmp_path / "other", "xlm-roberta")
-    config = config_of(base, augment={"replace": 0.1})
-    device = torch.device("cpu")
-    with pytest.raises(UsageError, match=r"augment.replace: model.base .*headless: it has no masked-language head"):
-        new_augmenter(config, str(tmp_path / "headless"), str(tmp_path / "headless"), 64, device)
-    with pytest.raises(UsageError, match=r"augment.model .*other: its tokenizer \(600 tokens\) is another one than"):
-        new_augmenter(config, base, str(tmp_path / "other"), 64, device)
+    config, headless, other = config_of(base, augment={"replace": 0.1}), f"{tmp_path}/headless", f"{tmp_path}/other"
+
+    def prepare(config: TrainConfig, base: str, replacing: str, max_length: int) -> None:
+        new_augmenter(config, base, replacing, max_length, torch.device("cpu"))
+
+    for check in (check_augmenter, prepare):
+        with pytest.raises(UsageError, match=r"augment.replace: model.base .*headless: it has no masked-language head"):
+            check(config, headless, headless, 64)
+        with pytest.raises(
+            UsageError, match=r"augment.model .*other: its tokenizer \(600 tokens\) is another one than"
+        ):
+            check(config, base, other, 64)
+
+
+def test_a_model_is_loaded_once_to_be_checked(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all trials of a search; and not at all where it replaces nothing."""
+    loaded: list[str] = []
+    monkeypatch.setattr("lib.language_model.load_language_model", lambda folder, *_: loaded.append(folder))
+    check_head.cache_clear()
+    for augment in ({}, {"drop": 0.1}):
+        check_augmenter(config_of(base, augment=augment), base, base, 64)
+    assert not loaded
+    for replace_, length in ((0.1, 64), (0.2, 64), (0.1, 32)):
+        check_augmenter(config_of(base, augment={"replace": replace_}), base, base, length)
+    assert loaded == [base]
+    check_head.cache_clear()

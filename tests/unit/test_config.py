@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from lib.config import Command, Section, keys_of, parse_command, read_file, validate
-from lib.encoder_config import CompareConfig, PretrainConfig, ZeroShotConfig
 from lib.errors import ExitCode, UsageError
-from lib.score_config import PredictConfig, PublishConfig, ScoreConfig
+from lib.pretrain_config import PretrainConfig
+from lib.score_config import CompareConfig, PredictConfig, PublishConfig, ScoreConfig, ZeroShotConfig
 from lib.space import SearchConfig
 from lib.train_config import TrainConfig
 
@@ -91,6 +91,11 @@ def test_values_are_toml_and_a_bare_word_is_a_string(assignment: str, key: str, 
 @pytest.mark.parametrize("assignment", ["input.path", "path=x", "a.b.c=x", ".path=x", "=x", ""])
 def test_an_assignment_without_section_and_key_is_refused(assignment: str) -> None:
     assert "expected section.key=value" in refusal(*REQUIRED, "--set", assignment)
+
+
+@pytest.mark.parametrize("assignment", ["tasks=3", "tasks.a.b.c=x", "tasks..path=x"])
+def test_an_assignment_to_no_key_of_a_task_is_refused(assignment: str) -> None:
+    assert "expected tasks.NAME.KEY=VALUE" in refusal(*REQUIRED, "--set", assignment)
 
 
 @pytest.mark.parametrize(("text", "kind"), [("5", int), ("0.5", float), ("0", int), ("0.0", float), ("1.0", float)])

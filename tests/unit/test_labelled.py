@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 
 from lib.config import validate
 from lib.corpus import find_corpus, prepare_corpus
-from lib.encoder_config import PretrainConfig
 from lib.labelled import find_sources, prepare
 from lib.mapped import LabelledSet
+from lib.pretrain_config import PretrainConfig
 from lib.sources import share
 from lib.storage import open_store
 from lib.tokenization import load_tokenizer

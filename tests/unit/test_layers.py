@@ -15,7 +15,7 @@ ORDER = (
         "config",
         "score_config",
         "train_config",
-        "encoder_config",
+        "pretrain_config",
         "toml",
         "space",
         "listing",
@@ -136,7 +136,6 @@ MAY_IMPORT_TORCH = {
     "trial",
     "zero_shot",
     "workers",
-    "training",
 }
 
 MODULES = sorted(path.stem for path in (REPOSITORY / "lib").glob("*.py") if path.stem != "__init__")

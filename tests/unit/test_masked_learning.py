@@ -13,14 +13,14 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from lib.batching import share_of
 from lib.config import TRUST_NOTHING, validate
-from lib.corpus import find_corpus, is_aside, pack, rows_of, tokenize_block
-from lib.encoder_config import PretrainConfig
+from lib.corpus import find_corpus, is_aside, pack, prepare_corpus, rows_of, tokenize_block
 from lib.errors import UsageError
 from lib.language_model import load_language_model, save_language_model
 from lib.learning import Team
 from lib.mapped import TokenSet
 from lib.masked_learning import EVALUATION_KEY, MaskedLearner, accumulate_masked, ask, summarize_masked
 from lib.masking import Masking, new_masking
+from lib.pretrain_config import PretrainConfig
 from lib.sources import items_of
 from lib.storage import open_store
 from lib.tokenization import WHOLE, load_tokenizer
@@ -170,7 +170,7 @@ def test_packed_rows_hold_all_texts_in_their_order(family: str, tmp_path: Path) 
     tokenizer = load_tokenizer(str(tmp_path), WHOLE)
     texts = [*fakes.PROSE.strip().splitlines(), "a", " ".join(fakes.PROSE.split()), "b"]
     several = [tokenizer.encode(texts[:3]), tokenizer.encode(texts[3:])]
-    ids, lengths = rows_of(tokenizer, several, 24, True)
+    ids, lengths = rows_of(several, tokenizer.find_around(), 24, True)
     rows = np.split(ids, np.cumsum(lengths)[:-1])
     plain = [tokenizer.reference(text)["input_ids"] for text in texts]
     first, last = plain[0][0], plain[0][-1]
@@ -188,7 +188,7 @@ def test_packed_rows_hold_all_texts_in_their_order(family: str, tmp_path: Path) 
                 assert place in inside, "a separator stands between texts"
             else:
                 place += 1
-    one, each = rows_of(tokenizer, [tokenizer.encode(["a b", "c"])], 24, False)
+    one, each = rows_of([tokenizer.encode(["a b", "c"])], tokenizer.find_around(), 24, False)
     assert one.tolist() == [*tokenizer.reference("a b")["input_ids"], *tokenizer.reference("c")["input_ids"]]
     assert each.sum() == len(one)
 
@@ -214,10 +214,15 @@ def test_equal_texts_are_on_one_side() -> None:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_block_of_two_columns_becomes_a_file_for_each_set(packing: bool, tmp_path: Path) -> None:
-    """Texts of a row follow each other; a row with a bad one is left out; doing it again writes the same bytes."""
+def test_a_block_of_two_columns_becomes_a_file_for_each_set(
+    packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of a row follow each other; a row with a bad one is left out; doing it again writes the same bytes.
+
+    Of a text that is control characters alone the tokenizer leaves nothing.
+    """
     fakes.make_encoder(tmp_path / "base", "bert")
-    lines = fakes.PROSE.strip().splitlines()
+    lines = [*fakes.PROSE.strip().splitlines(), "\x07"]
     table = pa.table({"first": [*lines, "x", None], "second": [*lines[::-1], "", "y"]})
     fakes.write_archive(str(tmp_path / "texts"), {"a.parquet": table})
     values = {
@@ -230,20 +235,25 @@ def test_a_block_of_two_columns_becomes_a_file_for_each_set(packing: bool, tmp_p
     config, folder = validate(PretrainConfig, values), open_store(str(tmp_path / "data"))
     (source,) = find_corpus(config)
     (item,) = items_of([source])
-    report = tokenize_block(item, source, str(tmp_path / "base"), config, 24, folder)
-    assert report["dropped"] == {"empty text": 1, "null text": 1}
     tokenizer = load_tokenizer(str(tmp_path / "base"), WHOLE if packing else 24)
+    around = tokenizer.find_around()
+    report = tokenize_block(item, source, tokenizer, around, config, 24, folder)
+    assert report["dropped"] == {"empty text": 2, "null text": 2, "text without a token": 2}
+    assert report["read"] == 2 * len(table) == sum(one["texts"] for one in report["parts"].values()) + 6
     texts = pa.array([text for pair in zip(lines, lines[::-1], strict=True) for text in pair], pa.large_string())
-    aside = is_aside(texts, 0.3, 0)
+    aside, full = is_aside(texts, 0.3, 0), np.array([text != lines[-1] for text in texts.to_pylist()])
     assert 0 < aside.sum() < len(texts)
     before = {}
     for name, chosen in (("train", ~aside), ("valid", aside)):
-        expected, lengths = rows_of(tokenizer, [tokenizer.encode(texts.filter(pa.array(chosen)))], 24, packing)
+        expected, lengths = rows_of([tokenizer.encode(texts.filter(pa.array(chosen)))], around, 24, packing)
         part = report["parts"][name]
-        assert (part["texts"], part["rows"], part["tokens"]) == (chosen.sum(), len(lengths), lengths.sum())
+        assert (part["texts"], part["rows"], part["tokens"]) == ((chosen & full).sum(), len(lengths), lengths.sum())
         rows = TokenSet([folder.full(part["file"])], 0, 24)
         assert rows.lengths.tolist() == lengths.tolist()
         assert np.concatenate([rows.ids_of(row) for row in range(len(rows))]).tolist() == expected.tolist()
         before[name] = folder.read(part["file"])
-    assert tokenize_block(item, source, str(tmp_path / "base"), config, 24, folder) == report
+    assert tokenize_block(item, source, tokenizer, around, config, 24, folder) == report
     assert {name: folder.read(report["parts"][name]["file"]) for name in before} == before
+    monkeypatch.setattr("lib.corpus.tokenize_all", lambda *_: [report | {"read": report["read"] + 1}])
+    with pytest.raises(AssertionError, match="texts lost"):
+        prepare_corpus(config, [source], str(tmp_path / "base"), 24, folder)

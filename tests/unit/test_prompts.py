@@ -11,10 +11,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from lib import checkpoint
 from lib.attribution import explain_texts
 from lib.config import Truncation, validate
-from lib.encoder_config import ZeroShotConfig
 from lib.errors import UsageError
 from lib.predictor import Predictor
-from lib.score_config import ScoreConfig
+from lib.score_config import ScoreConfig, ZeroShotConfig
 from lib.scoring import vector_type
 from lib.tokenization import Tokenizer
 from lib.zero_shot import make_zero_shot

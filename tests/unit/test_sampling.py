@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.batching import epoch_batches, share_of
-from lib.fitting import evaluation_places
+from lib.batching import epoch_batches, evaluation_places, share_of
 from lib.learning import dropout_seed, rate_factor
 from lib.mapped import split_rows
 

@@ -89,8 +89,15 @@ def test_the_command_line_takes_any_key_of_training() -> None:
     ]
     config = parse_command(SearchConfig, argv, prog="jobs.search", description="").config
     assert list(read_space(config)) == ["optim.learning_rate", "model.truncation"]
-    with pytest.raises(UsageError, match=r"expected section\.key=value"):
-        parse_command(SearchConfig, [*argv, "--set", "search.space.optim=3"], prog="jobs.search", description="")
+    for wrong in (
+        "search.space.optim=3",
+        "search.space={optim = {epochs = [1, 2]}}",
+        "search.space.learning_rate=[1, 2]",
+    ):
+        with pytest.raises(
+            UsageError, match=r"expected search\.space\.SECTION\.KEY=VALUE, such as --set 'search\.space"
+        ):
+            parse_command(SearchConfig, [*argv, "--set", wrong], prog="jobs.search", description="")
 
 
 def test_the_first_point_is_what_was_given_and_all_are_different_and_allowed() -> None:

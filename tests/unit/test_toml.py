@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from jobs import zero_shot
 from lib.config import Section, read_file, validate
-from lib.encoder_config import PretrainConfig, ZeroShotConfig
 from lib.errors import UsageError
+from lib.pretrain_config import PretrainConfig
+from lib.score_config import ZeroShotConfig
 from lib.space import SearchConfig
 from lib.toml import announcement, float_text, to_toml, value_text
 from lib.train_config import TrainConfig

@@ -1,5 +1,7 @@
-"""What a person is told when training workers end for good."""
+"""What a person is told when a run's name is taken, and when training workers end for good."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,11 +9,22 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
+from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
-from lib.errors import IncompleteError
-from lib.workers import explain
+from lib.errors import DeniedError, IncompleteError, UsageError
+from lib.storage import open_store
+from lib.workers import claim, explain
 
-JOB: Any = SimpleNamespace()
+JOB: Any = SimpleNamespace(
+    max_length=64,
+    config=SimpleNamespace(
+        optim=SimpleNamespace(batch_size=32), resources=SimpleNamespace(num_workers=4, min_workers=2)
+    ),
+)
+
+
+def raised_by_a_worker(error: Exception) -> WorkerGroupError:
+    return WorkerGroupError("a worker raised", {0: error})
 
 
 @pytest.mark.parametrize("death", [ActorDiedError(), OutOfMemoryError("no memory")])
@@ -23,4 +36,52 @@ def test_workers_that_die_too_often_leave_a_run_that_can_go_on(death: Exception)
 
 
 def test_a_bug_stays_a_bug() -> None:
-    explain(WorkerGroupError("a worker raised", {0: ZeroDivisionError("division by zero")}), JOB)
+    explain(raised_by_a_worker(ZeroDivisionError("division by zero")), JOB)
+
+
+def test_a_gpu_that_is_too_small_is_a_matter_of_the_configuration() -> None:
+    with pytest.raises(
+        UsageError,
+        match=r"out of GPU memory with 32 rows a step on 2 to 4 workers .*max_length = 64; raise optim.accum",
+    ):
+        explain(raised_by_a_worker(GpuOutOfMemoryError("CUDA out of memory")), JOB)
+
+
+def test_what_a_worker_says_to_the_user_is_said() -> None:
+    """Also where it is the cause of something else."""
+    wrapped = RuntimeError("the worker group ended")
+    wrapped.__cause__ = UsageError("valid.path: 64 of 64 rows are known")
+    for error in (wrapped, wrapped.__cause__):
+        with pytest.raises(UsageError, match=r"^valid.path: 64 of 64 rows are known$"):
+            explain(raised_by_a_worker(error), JOB)
+
+
+def test_storage_that_lets_nobody_in_any_more_leaves_a_run_that_can_go_on() -> None:
+    denied = DeniedError("s3://bucket/out: not allowed to write it (ExpiredToken)")
+    with pytest.raises(IncompleteError, match=r"ExpiredToken\); it was allowed when the run started"):
+        explain(raised_by_a_worker(denied), JOB)
+
+
+def test_a_name_is_claimed_by_one_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever sections and keys the two have: a training and a further pre-training lie in the same folder."""
+    folder = open_store(str(tmp_path))
+    train: dict[str, Any] = {
+        "train": {"path": "a"},
+        "optim": {"epochs": 4, "seed": 0},
+        "head": {"pooling": None},
+        "tasks": {},
+    }
+    claim(folder, train, "night-1")
+    claim(folder, train, "night-1")
+    assert capsys.readouterr().out == "going on with run night-1\n"
+    for other, said in (
+        ({**train, "optim": {"epochs": 3, "seed": 0}}, "optim.epochs = 3, it was 4"),
+        ({**train, "optim": {"seed": 0}}, "optim.epochs is not set, it was 4"),
+        ({**train, "optim": {**train["optim"], "rdrop": 1.0}}, "optim.rdrop = 1.0, it was not set"),
+        (
+            {"train": {"path": "a"}, "mlm": {"packing": True}, "optim": train["optim"]},
+            "mlm.packing = True, it was not set; head.pooling is not set, it was None",
+        ),
+    ):
+        with pytest.raises(UsageError, match=re.escape(f"with another configuration ({said});")):
+            claim(folder, other, "night-1")
