@@ -99,7 +99,8 @@ class DriftSection(Section):
     """Whether new rows look like those of an earlier run."""
 
     baseline: str = "last"
-    """last: the published run of this version; or the id of one of its runs, or a path to a run.json of any version"""
+    """last: the run of this version that was published last and had new rows; or the id of one of its runs, or a path to a run.json of
+    any version"""
     max_psi: float | None = Field(default=None, gt=0)
     """a population stability index over it, of labels, scores, text lengths or errors, keeps the run from being published; 0.1 is a
     small shift, 0.25 a large one; default: only reported"""

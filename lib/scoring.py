@@ -15,7 +15,7 @@ from lib.atomicity import check_output
 from lib.blocks import ScoreJob
 from lib.cost import Meter, Usage, budget_spent
 from lib.errors import ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
-from lib.history import Baseline, find_baseline, recent_runs
+from lib.history import Baseline, find_baseline, recent_runs, with_counts
 from lib.outcome import Outcome
 from lib.planning import (
     find_kept,
@@ -191,7 +191,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         objects=objects,
         published=published,
         before=last.manifest if last else publishing.MANIFEST_SCHEMA.empty_table(),
-        baseline=find_baseline(output.at(version), config.drift.baseline, last.pointer if last else None),
+        baseline=find_baseline(output.at(version), config.drift.baseline, last),
         selection=selection,
     )
 
@@ -318,12 +318,13 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str, meter
     """Write the run's report and manifest, publish it if it may be, and say where everything is. Raises what `judge` found."""
     new, allowed = outcome.plus(outcome.found), run.config.drift.max_psi
     shifts = drift.compare(new.record(), run.baseline.counts, run.job.schema.heads)
-    problem = judge(run, outcome, manifest) or drift.judge(shifts, allowed, run.baseline.name, run.run_id)
+    problem = judge(run, outcome, manifest)
+    problem = problem or drift.judge(shifts, allowed, run.baseline, new.finished_rows, run.run_id)
     folder = run.job.output.at(f"_runs/{run.run_id}")
     published = False
     write_letters(run, outcome)
     if problem is None:
-        name = publishing.write_manifest(folder, manifest)
+        name = publishing.write_manifest(folder, with_counts(manifest, run.run_id, new.record(), run.before))
         single = run.config.output.single_writer
         published = publishing.publish(
             run.output, run.job.version, run.run_id, run.planned_at, name, single_writer=single
