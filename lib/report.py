@@ -4,7 +4,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -14,8 +14,8 @@ from typing import Any
 from lib.config import masked
 from lib.cost import Meter, Usage
 from lib.drift import Shift
-from lib.errors import ExitCode
-from lib.history import Baseline
+from lib.errors import ExitCode, TextsweepError, say
+from lib.history import Baseline, recent_runs
 from lib.outcome import Outcome, Tally
 from lib.run_page import duration, render
 from lib.schema import Head
@@ -194,8 +194,14 @@ def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in seconds.items()}
 
 
-def write_report(run: Store, record: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> None:
-    """Write `run.json`, `config.json` and `report.html` of a run; `earlier`: the records it is shown beside, the latest first."""
+def write_report(version: Store, run_id: str, record: dict[str, Any]) -> None:
+    """Write `run.json`, `config.json` and `report.html` of a run. Earlier runs, beside which it is shown, may be unreadable."""
+    run = version.at(f"_runs/{run_id}")
     run.replace("run.json", json.dumps(record, indent=2).encode())
     run.replace("config.json", json.dumps(record["config"], indent=2).encode())
+    earlier = []
+    try:
+        earlier = recent_runs(version, run_id)
+    except (TextsweepError, OSError) as error:
+        say(f"WARNING: the report shows no earlier runs, they cannot be read: {error}")
     run.replace("report.html", render(record, earlier).encode())

@@ -15,7 +15,7 @@ from lib.atomicity import check_output
 from lib.blocks import ScoreJob
 from lib.cost import Meter, Usage, budget_spent
 from lib.errors import ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
-from lib.history import Baseline, find_baseline, recent_runs, with_counts
+from lib.history import Baseline, find_baseline, with_counts
 from lib.outcome import Outcome
 from lib.planning import (
     find_kept,
@@ -356,7 +356,7 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str, meter
         baseline=run.baseline,
         shifts=shifts,
     )
-    write_report(folder, run_record(facts), recent_runs(run.job.output, run.run_id))
+    write_report(run.job.output, run.run_id, run_record(facts))
     print(f"report: {folder.url}/report.html", flush=True)
     print(drift.remarks(shifts, allowed, run.baseline.why_not), end="", flush=True)
     for shard, why in sorted(outcome.bad_shards.items())[:SHOWN_BAD_SHARDS]:

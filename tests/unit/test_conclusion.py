@@ -6,11 +6,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from lib.errors import OverLimitError
+from lib import report
+from lib.errors import IncompleteError, OverLimitError
 from lib.history import COUNTS_KEY
 from lib.publishing import write_table
-from lib.storage import open_store
-from lib.versions import roll_back
+from lib.storage import Store, open_store
+from lib.versions import read_json, roll_back
 from tests.stand_in import add, prepared, published, run_night
 
 LIMIT = {"max_psi": 0.5}
@@ -77,3 +78,18 @@ def test_an_old_manifest_is_judged_by_what_run_json_says_or_not_published(
     assert published(tmp_path) == "x"
     run_night(tmp_path, classifier, "z")
     assert published(tmp_path) == "z"
+
+
+def test_a_run_has_its_record_though_earlier_ones_cannot_be_read(
+    tmp_path: Path, classifier: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(version: Store, but: str) -> None:
+        assert read_json(version.at(f"_runs/{but}"), "run.json")["published"]
+        raise IncompleteError("storage failed to list: 503 SlowDown")
+
+    monkeypatch.setattr(report, "recent_runs", fail)
+    add(tmp_path, "a.parquet", *mixed(30))
+    run_night(tmp_path, classifier, "x")
+    run = prepared(tmp_path, classifier, "x").job.output.at("_runs/x")
+    assert {"run.json", "config.json", "report.html"} <= set(run.list()["path"].to_pylist())
+    assert "WARNING: the report shows no earlier runs, they cannot be read: storage failed" in capsys.readouterr().err
