@@ -5,7 +5,8 @@ Pure arithmetic; what goes in was listed, sampled or measured.
 
 import heapq
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,23 +85,42 @@ def layout_of(cluster: Cluster, wanted: ScoreResources) -> Layout:
     return replace(layout, threads=max(1, int(smallest / per_node)))
 
 
+def meant(asked: str, names: Iterable[str]) -> list[str]:
+    """The devices that a name, or a part of one, stands for: the one that is called exactly so, whatever the case; else all it fits.
+
+    A part begins a word and ends no number in its middle: A10 is no part of A100, nor L4 of L40S.
+    """
+    same = [name for name in names if name.lower() == asked.lower()]
+    return same or [name for name in names if is_part(asked, name) or is_part(name, asked)]
+
+
+def is_part(part: str, name: str) -> bool:
+    """Whether a part stands in a name, see `meant`."""
+    return re.search(rf"(?<![a-z0-9]){re.escape(part.lower())}(?![0-9])", name.lower()) is not None
+
+
 def earlier_speed(records: Sequence[dict[str, object]], is_gpu: bool, device: str | None, source: str) -> Speed | None:
     """The speed that the latest of some runs reached with such devices; of runs that were too short the longest.
 
-    `records` are `run.json` of each, the latest first.
+    `records` are `run.json` of each, the latest first. Raises `UsageError` if `device` stands for several of them.
     """
-    best: tuple[Throughput, dict[str, object]] | None = None
-    for record in records:
-        for raw in record.get("throughput", []):  # type: ignore[attr-defined]
-            found = Throughput.model_validate(raw)
-            named = device is None or device.lower() in found.device.name.lower()
-            if found.device.is_gpu != is_gpu or not named or not found.tokens_per_second:
-                continue
-            if best is None or found.seconds > best[0].seconds:
-                best = found, record
-            if found.seconds >= LONG_ENOUGH_SECONDS:
-                return told_by(found, record, source)
-    return told_by(*best, source) if best else None
+    done = [
+        (found, record)
+        for record in records
+        for found in map(Throughput.model_validate, record.get("throughput", []))  # type: ignore[call-overload]
+        if found.device.is_gpu == is_gpu and found.tokens_per_second
+    ]
+    if device is not None:
+        names = meant(device, sorted({found.device.name for found, _ in done}))
+        if len(names) > 1:
+            raise UsageError(
+                f"forecast.device = {device!r} fits {', '.join(map(repr, names))}, which earlier runs had: set it to one of these"
+            )
+        done = [(found, record) for found, record in done if found.device.name in names]
+    if not done:
+        return None
+    long = (one for one in done if one[0].seconds >= LONG_ENOUGH_SECONDS)
+    return told_by(*next(long, max(done, key=lambda one: one[0].seconds)), source)
 
 
 def told_by(found: Throughput, record: dict[str, object], source: str) -> Speed:
@@ -123,10 +143,7 @@ def given_speed(wanted: ForecastSection) -> Speed | None:
         return None
     if not isinstance(given, dict):
         return Speed(per_unit=given, source="forecast.tokens_per_second")
-    asked = (wanted.device or "").lower()
-    fitting = [name for name in given if asked and (asked in name.lower() or name.lower() in asked)] or (
-        [] if asked else list(given)
-    )
+    fitting = list(given) if wanted.device is None else meant(wanted.device, given)
     if len(fitting) != 1:
         raise UsageError(
             f"forecast.tokens_per_second has {', '.join(given)}, and forecast.device = {wanted.device!r} does not say which of them:"

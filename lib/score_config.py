@@ -134,7 +134,7 @@ class ForecastSection(Section):
     nodes: int | None = Field(default=None, ge=1)
     """jobs.plan: of the cluster to forecast for; default: one for each 8 GPUs, without GPUs one"""
     device: str | None = None
-    """jobs.plan: take the speed of this GPU or processor, by a part of its name as run.json has it (H100)"""
+    """jobs.plan: take the speed of this GPU or processor, by its name as run.json has it or a part of it that fits no other (H100)"""
     tokens_per_second: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     """jobs.plan: speed of one GPU, without GPUs of one CPU; or a table {H100 = 400000, A10G = 60000}, see device; default: what earlier
     runs below output.path reached, else measured here"""

@@ -110,6 +110,35 @@ def test_other_devices_and_old_records_say_nothing() -> None:
     assert cpu.per_unit == 5, "of one of its four threads"
 
 
+@pytest.mark.parametrize(("short", "long"), [("A10", "A100"), ("L4", "L40S"), ("H100", "GH100")])
+def test_a_device_is_not_taken_for_one_whose_name_is_longer(short: str, long: str) -> None:
+    table = {long: 9.0, short: 1.0}
+    for device, expected in ((short, 1), (long.lower(), 9), (f"NVIDIA {short}", 1), (f"NVIDIA {long} 48GB", 9)):
+        found = given_speed(ForecastSection(tokens_per_second=table, device=device))
+        assert found is not None
+        assert found.per_unit == expected, device
+    records = [record("long", f"NVIDIA {long}-PCIe", 20.0), record("short", f"NVIDIA {short}", 20.0)]
+    for device, run in ((short, "short"), (f"nvidia {short}", "short"), (long, "long")):
+        found = earlier_speed(records, True, device, "")
+        assert found is not None
+        assert f"run {run}" in found.source, device
+    assert earlier_speed(records[:1], True, short, "") is None
+
+
+def test_a_part_of_several_names_is_refused_and_each_of_them_taken() -> None:
+    records = [
+        record("a", "NVIDIA H100 PCIe", 20.0),
+        record("b", "NVIDIA H100", 20.0),
+        record("c", "EPYC", 20, is_gpu=False),
+    ]
+    with pytest.raises(UsageError, match=r"'h100' fits 'NVIDIA H100', 'NVIDIA H100 PCIe', which earlier runs had"):
+        earlier_speed(records, True, "h100", "")
+    for device, run in (("NVIDIA H100", "b"), ("h100 pcie", "a")):
+        found = earlier_speed(records, True, device, "")
+        assert found is not None
+        assert f"run {run}" in found.source
+
+
 def test_a_table_of_speeds_is_read_by_the_device() -> None:
     table = {"H100": 400.0, "A10G": 60.0}
     for device, expected in (("H100", 400), ("NVIDIA A10G", 60)):
