@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import ceil
 from typing import Any
 
 import pyarrow.compute as pc
@@ -30,7 +31,7 @@ from lib import scoring, survey
 from lib.config import parse_command
 from lib.errors import at_work, run_job
 from lib.estimate import CONFIDENCE, Estimate
-from lib.forecast import Forecast, Speed, described_cluster, forecast, layout_of
+from lib.forecast import Forecast, Speed, described_cluster, forecast
 from lib.run_page import duration
 from lib.runtime import Cluster, Layout, plan_layout, ray_session
 from lib.score_config import ScoreConfig, ScoreResources
@@ -56,7 +57,9 @@ def plan(config: ScoreConfig, run_id: str) -> dict[str, Any]:
     with ray_session() as here, at_work():
         wanted = config.forecast
         cluster = described_cluster(wanted) if wanted.describes_cluster else here
-        layout = layout_of(cluster, config.resources)
+        # A described cluster's nodes have the threads that they are said to have, not this machine's.
+        most_threads = ceil(cluster.cpus) if wanted.describes_cluster else None
+        layout = plan_layout(cluster, config.resources, most_threads)
         # On this cluster nothing but footers and a sample is read: it need not be able to hold what is asked for.
         found, running = survey.take_survey(run, plan_layout(here, ScoreResources()))
         planning_seconds = time.monotonic() - run.begun - found.sampling_seconds

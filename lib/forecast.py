@@ -16,8 +16,8 @@ from lib.cost import Usage
 from lib.errors import UsageError
 from lib.estimate import Estimate
 from lib.planning import MAX_WAVE_BLOCKS
-from lib.runtime import Cluster, Layout, Node, plan_layout
-from lib.score_config import ForecastSection, ScoreResources
+from lib.runtime import Cluster, Layout, Node
+from lib.score_config import ForecastSection
 from lib.throughput import Device, Throughput
 
 BLOCK_SECONDS = 0.023
@@ -73,16 +73,6 @@ def described_cluster(wanted: ForecastSection) -> Cluster:
     nodes = wanted.nodes or max(1, math.ceil(gpus / GPUS_PER_NODE))
     cpus = wanted.cpus or max(CPUS_PER_GPU * gpus, CPUS_PER_NODE * nodes)
     return Cluster((Node(cpus=cpus / nodes, gpus=gpus / nodes),) * nodes)
-
-
-def layout_of(cluster: Cluster, wanted: ScoreResources) -> Layout:
-    """How jobs.score would divide a cluster; its threads are those of that cluster, not of this machine."""
-    layout = plan_layout(cluster, wanted)
-    if layout.actor_gpus:
-        return layout
-    smallest = min(node.cpus for node in cluster.nodes if node.cpus)
-    per_node = math.ceil(layout.num_actors / len(cluster.nodes))
-    return replace(layout, threads=max(1, int(smallest / per_node)))
 
 
 def meant(asked: str, names: Iterable[str]) -> list[str]:

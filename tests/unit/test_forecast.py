@@ -17,11 +17,10 @@ from lib.forecast import (
     earlier_speed,
     forecast,
     given_speed,
-    layout_of,
     makespan,
     scoring_seconds,
 )
-from lib.runtime import Cluster, Node
+from lib.runtime import Cluster, Node, plan_layout
 from lib.score_config import ForecastSection, ScoreResources
 from lib.throughput import Device, Throughput
 
@@ -52,7 +51,7 @@ def test_the_driver_limits_what_many_actors_can_do() -> None:
 
 def test_a_forecast_adds_up_and_costs_the_whole_cluster() -> None:
     cluster = Cluster((Node(16, 2),))
-    layout = layout_of(cluster, ScoreResources())
+    layout = plan_layout(cluster, ScoreResources())
     tokens = Estimate(value=1e6, low=0.5e6, high=2e6)
     speed = Speed(per_unit=1_000, source="a test", starting_seconds=20, finishing_seconds=5)
     found = forecast(tokens, np.ones(100), cluster, layout, speed, 10.0, ForecastSection(gpu_hour=3.6, cpu_hour=0.36))
@@ -70,7 +69,15 @@ def test_clusters_are_described_by_a_part_of_what_they_are() -> None:
 
 
 def test_threads_are_those_of_the_described_cluster() -> None:
-    assert layout_of(described_cluster(ForecastSection(cpus=96, nodes=2)), ScoreResources()).threads == 48
+    cluster = described_cluster(ForecastSection(cpus=96, nodes=2))
+    assert plan_layout(cluster, ScoreResources(), most_threads=96).threads == 48
+
+
+def test_a_node_without_cpus_gets_no_actor_and_takes_no_thread() -> None:
+    """The head of our KubeRay cluster, for example."""
+    cluster = Cluster((Node(0, 0), Node(8, 0)))
+    layout = plan_layout(cluster, ScoreResources(num_actors=2), most_threads=8)
+    assert (layout.num_actors, layout.threads) == (2, 4)
 
 
 def record(run: str, name: str, seconds: float, tokens: int = 1_000, is_gpu: bool = True) -> dict[str, Any]:
