@@ -33,7 +33,7 @@ GPUS_PER_NODE, CPUS_PER_GPU, CPUS_PER_NODE = 8, 8, 8
 """Of a cluster that is described by a part of these."""
 
 LONG_ENOUGH_SECONDS = 10.0
-"""Of work that an earlier run must have done to be believed before others."""
+"""That each actor of an earlier run must have worked, on average, for the run to be believed before others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +109,18 @@ def earlier_speed(records: Sequence[dict[str, object]], is_gpu: bool, device: st
         done = [(found, record) for found, record in done if found.device.name in names]
     if not done:
         return None
-    long = (one for one in done if one[0].seconds >= LONG_ENOUGH_SECONDS)
-    return told_by(*next(long, max(done, key=lambda one: one[0].seconds)), source)
+    long = (one for one in done if one[0].seconds_each >= LONG_ENOUGH_SECONDS)
+    return told_by(*next(long, max(done, key=lambda one: one[0].seconds_each)), source)
 
 
 def told_by(found: Throughput, record: dict[str, object], source: str) -> Speed:
     """What a run's record says."""
     phases: dict[str, float] = record.get("phases", {})  # type: ignore[assignment]
-    short = "" if found.seconds >= LONG_ENOUGH_SECONDS else f", which worked for {found.seconds:.0f} s only"
+    short = (
+        ""
+        if found.seconds_each >= LONG_ENOUGH_SECONDS
+        else f", whose actors worked for {found.seconds_each:.0f} s only"
+    )
     return Speed(
         per_unit=found.per_unit,
         source=f"run {record.get('run_id')} {source}{short}",

@@ -63,15 +63,15 @@ def test_a_budget_that_nothing_would_ever_spend_is_refused() -> None:
 
 
 def test_throughput_is_added_up_by_device() -> None:
-    one = Device(name="GPU", is_gpu=True, engine="packed", precision="bf16", threads=1, parameters=10)
-    other = Device(name="CPU", is_gpu=False, engine="openvino", precision="bf16", threads=4, parameters=10)
+    one = Device(name="GPU", is_gpu=True, engine="packed", precision="bf16", threads=1)
+    other = Device(name="CPU", is_gpu=False, engine="openvino", precision="bf16", threads=4)
     parts = [
-        Throughput(device=one, actors=1, tokens=300, seconds=2, busy_seconds=1),
-        Throughput(device=other, actors=1, tokens=100, seconds=5, busy_seconds=5),
-        Throughput(device=one, actors=1, tokens=100, seconds=2, busy_seconds=1),
+        Throughput(device=one, lives=1, tokens=300, seconds=2, busy_seconds=1),
+        Throughput(device=other, lives=1, tokens=100, seconds=5, busy_seconds=5),
+        Throughput(device=one, lives=1, tokens=100, seconds=2, busy_seconds=1),
     ]
     fast, slow = add_up(parts)
-    assert (fast.device, fast.actors, fast.tokens_per_second, fast.per_unit) == (one, 2, 100, 100)
+    assert (fast.device, fast.lives, fast.tokens_per_second, fast.per_unit) == (one, 2, 100, 100)
     assert (slow.tokens_per_second, slow.per_unit) == (20, 5)
     assert Throughput.model_validate(fast.record()) == fast
 

@@ -80,11 +80,11 @@ def test_a_node_without_cpus_gets_no_actor_and_takes_no_thread() -> None:
     assert (layout.num_actors, layout.threads) == (2, 4)
 
 
-def record(run: str, name: str, seconds: float, tokens: int = 1_000, is_gpu: bool = True) -> dict[str, Any]:
-    device = Device(
-        name=name, is_gpu=is_gpu, engine="torch", precision="bf16", threads=1 if is_gpu else 4, parameters=1
-    )
-    done = Throughput(device=device, actors=2, tokens=tokens, seconds=seconds, busy_seconds=seconds)
+def record(
+    run: str, name: str, seconds: float, tokens: int = 1_000, is_gpu: bool = True, lives: int = 1
+) -> dict[str, Any]:
+    device = Device(name=name, is_gpu=is_gpu, engine="torch", precision="bf16", threads=1 if is_gpu else 4)
+    done = Throughput(device=device, lives=lives, tokens=tokens, seconds=seconds, busy_seconds=seconds)
     return {"run_id": run, "throughput": [done.record()], "phases": {"starting": 33.0}}
 
 
@@ -105,6 +105,23 @@ def test_of_runs_that_were_all_too_short_the_longest_is_believed_and_says_so() -
     assert found is not None
     assert "run b" in found.source
     assert "for 4 s only" in found.source
+
+
+def test_many_short_lives_are_not_one_long_one() -> None:
+    """Eight actors in three waves that worked for a second each tell less than one that worked for 20."""
+    records = [record("waves", "x", 24.0, lives=24), record("one", "x", 20.0)]
+    found = earlier_speed(records, True, None, "")
+    assert found is not None
+    assert found.source == "run one "
+    short = earlier_speed(records[:1], True, None, "")
+    assert short is not None
+    assert "whose actors worked for 1 s only" in short.source
+
+
+def test_records_that_call_lives_actors_are_read() -> None:
+    (done,) = record("old", "x", 40.0, lives=2)["throughput"]
+    done["actors"] = done.pop("lives")
+    assert Throughput.model_validate(done).seconds_each == 20
 
 
 def test_other_devices_and_old_records_say_nothing() -> None:
