@@ -25,6 +25,7 @@ from lib.actors import PredictBlock
 from lib.blocks import Footer, ScoreJob
 from lib.checkpoint import fetch
 from lib.cost import Meter
+from lib.course import FINISHING
 from lib.errors import BudgetError, UsageError
 from lib.outcome import Outcome
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity, select_rows
@@ -182,13 +183,13 @@ def score(
     blocks = bundle(with_rows(run, plan_chunks(run, shards, selected)), job.chunk_bytes)
     try:
         while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
-            run.outcome.mark("planned")
             run_wave(run, wave)
             run.outcome.close_wave()
     except BudgetError as error:
         run.outcome.over_budget = error
-    run.outcome.mark("ended")
     run.outcome.counts = read_progress(run.progress) or run.outcome.counts
+    run.outcome.course.note(run.outcome.counts)
+    run.outcome.course.begin(FINISHING)
     return run.outcome
 
 

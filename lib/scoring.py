@@ -344,7 +344,6 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str, meter
         message=message,
         published=published,
         started_at=run.planned_at,
-        begun=run.begun,
         model_digest=run.job.model_digest,
         usage=meter.count() if meter else Usage(),
         outcome=outcome,

@@ -78,8 +78,6 @@ class Watch:
         raise_if_stopped()
         counts = read_progress(self.run.progress)
         outcome = self.run.outcome
-        if counts and (counts.busy or counts.batches):
-            outcome.mark("begun")
         outcome.counts = counts or outcome.counts
         outcome.course.note(outcome.counts)
         version = self.run.job.version

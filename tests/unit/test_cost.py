@@ -5,7 +5,6 @@ import pytest
 from lib.config import validate
 from lib.cost import ASK_EVERY_SECONDS, Meter, Usage
 from lib.errors import BudgetError, ExitCode, UsageError
-from lib.report import phases
 from lib.runtime import Cluster, Node
 from lib.score_config import ForecastSection, ScoreConfig
 from lib.throughput import Device, Throughput, add_up
@@ -74,10 +73,3 @@ def test_throughput_is_added_up_by_device() -> None:
     assert (fast.device, fast.lives, fast.tokens_per_second, fast.per_unit) == (one, 2, 100, 100)
     assert (slow.tokens_per_second, slow.per_unit) == (20, 5)
     assert Throughput.model_validate(fast.record()) == fast
-
-
-def test_phases_are_told_as_far_as_a_run_came(clock: list[float]) -> None:
-    whole = phases({"planned": 905.0, "begun": 915.0, "ended": 990.0}, 900.0)
-    assert whole == {"planning": 5.0, "starting": 10.0, "scoring": 75.0, "finishing": 10.0}
-    assert phases({"planned": 905.0, "ended": 990.0}, 900.0) == {"planning": 5.0, "scoring": 85.0, "finishing": 10.0}
-    assert phases({}, 900.0) == {"finishing": 100.0}
