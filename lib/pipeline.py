@@ -299,6 +299,9 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
                 raise item
             run.add(item)
             watch.moved()
+    except BudgetError:
+        note_waiting(run, inbox)
+        raise
     except ray.exceptions.RayError as error:
         run.outcome.counts = read_progress(run.progress) or run.outcome.counts
         raise explain_ray_error(error, run.outcome.counts) from error
@@ -306,6 +309,13 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
         if dataset._current_executor is not None:
             dataset._current_executor.shutdown(force=True)
         end_actors(run.progress)
+
+
+def note_waiting(run: Running, inbox: "queue.Queue[dict[str, Any] | Exception | None]") -> None:
+    """Note the results that have come by now, without waiting for any: their objects are there."""
+    with contextlib.suppress(queue.Empty):
+        while isinstance(item := inbox.get_nowait(), dict):
+            run.add(item)
 
 
 def unsettled(run: Running, blocks: Sequence[Block]) -> list[Chunk]:

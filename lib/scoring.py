@@ -242,7 +242,8 @@ def judge(run: Run, outcome: Outcome, manifest: pa.Table) -> TextsweepError | No
     if outcome.over_budget is not None:
         left = find_left(run, outcome, manifest)
         if left.num_rows or outcome.finished_rows != outcome.planned_rows:
-            return budget_spent(outcome.over_budget, run.unfinished.num_rows, left, outcome.finished_chunks)
+            made = manifest.join(run.before.select(["path"]), "path", join_type="left anti")
+            return budget_spent(outcome.over_budget, run.unfinished.num_rows, left, made.num_rows)
     problems = []
     if outcome.missing:
         problems.append(

@@ -1,18 +1,23 @@
 """How a run ends: what it is compared with, what keeps it from being published, and what is left of it if something fails then."""
 
 import io
+import queue
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from lib import report
-from lib.errors import IncompleteError, OverLimitError
+from lib import pipeline, report
+from lib.errors import BudgetError, IncompleteError, OverLimitError
 from lib.history import COUNTS_KEY
+from lib.outcome import Outcome
 from lib.publishing import write_table
 from lib.storage import Store, open_store
 from lib.versions import read_json, roll_back
-from tests.stand_in import add, prepared, published, run_night
+from tests import fakes
+from tests.stand_in import add, conclude, prepared, published, run_night, score
 
 LIMIT = {"max_psi": 0.5}
 
@@ -78,6 +83,48 @@ def test_an_old_manifest_is_judged_by_what_run_json_says_or_not_published(
     assert published(tmp_path) == "x"
     run_night(tmp_path, classifier, "z")
     assert published(tmp_path) == "z"
+
+
+SPENT = BudgetError("limits.budget = 1 is spent: 1.01 by now")
+
+
+def test_a_budget_that_is_spent_when_all_is_done_keeps_nothing_from_readers(tmp_path: Path, classifier: str) -> None:
+    add(tmp_path, "a.parquet", *mixed(30))
+    fakes.write_archive(f"{tmp_path}/archive", {"bad.parquet": b"PAR1 no Parquet PAR1"})  # never gets an object
+    run = prepared(tmp_path, classifier, "x", limits={"max_bad_shards": 1})
+    outcome = score(run)
+    outcome.over_budget = SPENT
+    conclude(run, outcome)
+    assert published(tmp_path) == "x"
+
+
+def test_a_budget_that_is_spent_before_says_what_is_left_and_what_it_brought(tmp_path: Path, classifier: str) -> None:
+    add(tmp_path, "a.parquet", *mixed(30))
+    run = prepared(tmp_path, classifier, "x")
+    run.start()
+    with pytest.raises(
+        BudgetError, match=r"of 1 shards to do 1 \(.*\) are left; .*; not one chunk was finished: raise it"
+    ):
+        conclude(run, Outcome(over_budget=SPENT))
+    score(run)
+    add(tmp_path, "b.parquet", *mixed(30))
+    run = prepared(tmp_path, classifier, "x")
+    # The budget's end came before the news of any object.
+    with pytest.raises(BudgetError, match="of 1 shards to do 1") as caught:
+        conclude(run, Outcome(over_budget=SPENT))
+    assert "not one chunk" not in str(caught.value)
+    assert published(tmp_path) is None
+
+
+def test_what_has_come_by_the_end_of_a_budget_is_noted() -> None:
+    inbox: queue.Queue[dict[str, Any] | Exception | None] = queue.Queue()
+    for item in ({"name": "a"}, {"name": "b"}, None):
+        inbox.put(item)
+    noted: list[dict[str, Any]] = []
+    pipeline.note_waiting(SimpleNamespace(add=noted.append), inbox)  # type: ignore[arg-type]
+    assert noted == [{"name": "a"}, {"name": "b"}]
+    pipeline.note_waiting(SimpleNamespace(add=noted.append), inbox)  # type: ignore[arg-type]
+    assert len(noted) == 2
 
 
 def test_a_run_has_its_record_though_earlier_ones_cannot_be_read(
