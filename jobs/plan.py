@@ -28,7 +28,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from lib import scoring, survey
-from lib.config import parse_command
+from lib.config import masked, parse_command
 from lib.errors import at_work, run_job
 from lib.estimate import CONFIDENCE, Estimate
 from lib.forecast import Forecast, Speed, described_cluster, forecast
@@ -80,10 +80,10 @@ def describe(
     speed: Speed | None,
     expected: Forecast | None,
 ) -> dict[str, Any]:
-    """The record that --json prints."""
+    """The record that --json prints, credentials in URLs left out."""
     outcome, rows = found.outcome, int(found.tally.numbers("rows").sum())
     unit = "GPU" if layout.actor_gpus else "CPU"
-    return {
+    record = {
         "input": run.job.archive.url,
         "output": run.output.url,
         "model": run.config.model.path,
@@ -121,6 +121,8 @@ def describe(
         "cost": None if expected is None or expected.cost is None else rounded(expected.cost, 2),
         "budget": run.config.limits.budget,
     }
+    plain: dict[str, Any] = json.loads(masked(json.dumps(record)))
+    return plain
 
 
 def describe_speed(speed: Speed, layout: Layout) -> dict[str, Any]:

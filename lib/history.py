@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from lib.config import masked
 from lib.errors import UsageError, nearest, say
 from lib.publishing import Published
 from lib.storage import Store, open_store
@@ -61,28 +60,27 @@ def find_baseline(version: Store, choice: str, last: Published | None) -> Baseli
     """
     if choice == LAST:
         return last_baseline(version, last)
-    shown = masked(choice)
     if "/" in choice or choice.endswith(".json"):
         folder, _, name = choice.rpartition("/")
         record = read_json(open_store(folder or "."), name)
         if not record:
             raise UsageError(
-                f"drift.baseline {shown}: there is no such file, or nothing in it; expected the run.json of a scoring run"
+                f"drift.baseline {choice}: there is no such file, or nothing in it; expected the run.json of a scoring run"
             )
     else:
         record = read_json(version.at(f"_runs/{choice}"), "run.json")
         if not record:
             known = sorted(version.at("_runs").folders())
             raise UsageError(
-                f"drift.baseline {shown}: {masked(version.url)}/_runs/{choice}/run.json is not there{nearest(choice, known)} (runs of"
+                f"drift.baseline {choice}: {version.url}/_runs/{choice}/run.json is not there{nearest(choice, known)} (runs of"
                 f" this version: {', '.join(known[-10:]) or 'none'}); name one of them, a path to a run.json, or {LAST}"
             )
     counts = counts_of(record)
     if counts is None:
         raise UsageError(
-            f"drift.baseline {shown}: not the run.json of a scoring run with new rows; name a run that scored some"
+            f"drift.baseline {choice}: not the run.json of a scoring run with new rows; name a run that scored some"
         )
-    return Baseline(name=shown, counts=counts)
+    return Baseline(name=choice, counts=counts)
 
 
 def last_baseline(version: Store, last: Published | None) -> Baseline:
