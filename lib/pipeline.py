@@ -170,7 +170,7 @@ def score(
     show: Show,
     selected: Selected | None = None,
     meter: Meter | None = None,
-    run_id: str = "",
+    run_id: str | None = None,
 ) -> Outcome:
     """Score all chunks of unfinished shards (columns path, identity), wave by wave; returns what came of it.
 
@@ -194,7 +194,12 @@ def score(
 
 
 def start(
-    job: ScoreJob, layout: Layout, limits: LimitsSection, show: Show, meter: Meter | None = None, run_id: str = ""
+    job: ScoreJob,
+    layout: Layout,
+    limits: LimitsSection,
+    show: Show,
+    meter: Meter | None = None,
+    run_id: str | None = None,
 ) -> Running:
     """What every task of a run shares, brought to the cluster."""
     tokenizer = load_tokenizer(
