@@ -15,12 +15,11 @@ import ray
 from lib import pipeline
 from lib.actors import LoneWorker
 from lib.blocks import IDS
-from lib.errors import TextsweepError, raise_if_stopped, say
+from lib.errors import IncompleteError, TextsweepError, raise_if_stopped, say
 from lib.estimate import Draws, Estimate, draw, estimate, guess_tokens
 from lib.forecast import Speed, earlier_speed, given_speed
 from lib.outcome import Outcome
 from lib.planning import Chunk, bundle
-from lib.progress import SILENT
 from lib.runtime import Layout
 from lib.sampling import Sampled, Window
 from lib.score_config import ForecastSection
@@ -55,6 +54,8 @@ class Tally:
     text_bytes: array = field(default_factory=lambda: array("q"))  # type: ignore[type-arg]
     block: array = field(default_factory=lambda: array("l"))  # type: ignore[type-arg]
     """its block's number"""
+    only: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """by the number of a chunk of which not all rows are scored: those that are, counted in the shard"""
     shards: list[tuple[str, str]] = field(default_factory=list)
     """name and identity of each shard that has a chunk to score"""
     num_blocks: int = 0
@@ -67,6 +68,8 @@ class Tally:
                 continue
             if not self.shards or self.shards[-1][0] != chunk.shard:
                 self.shards.append((chunk.shard, chunk.identity))
+            if chunk.only is not None:
+                self.only[len(self.rows)] = chunk.only
             self.shard.append(len(self.shards) - 1)
             self.start.append(chunk.start)
             self.rows.append(chunk.num_scored)
@@ -182,32 +185,47 @@ def take_survey(run: Run, layout: Layout, seed: int = 0) -> tuple[Survey, Runnin
     ), running
 
 
-def read_sample(running: Running, tally: Tally, draws: Draws) -> Iterator[Sampled]:
-    """Read the windows of a sample, those of a few shards in each task."""
-    wanted: dict[tuple[str, str], list[Window]] = {}
+def windows_of(tally: Tally, draws: Draws) -> dict[tuple[str, str], list[Window]]:
+    """The windows of a sample by the shard, with its identity, that they lie in; a row that stands alone is one of its own."""
+    found: dict[tuple[str, str], list[Window]] = {}
     for number, unit in enumerate(draws.unit.tolist()):
-        first = tally.start[unit] + int(draws.first[number])
-        window = Window(number, first, int(draws.rows[number]))
-        wanted.setdefault(tally.shards[tally.shard[unit]], []).append(window)
+        first, rows = int(draws.first[number]), int(draws.rows[number])
+        places = [(tally.start[unit] + first, rows)]
+        if unit in tally.only:
+            places = [(row, 1) for row in tally.only[unit][first : first + rows]]
+        windows = found.setdefault(tally.shards[tally.shard[unit]], [])
+        windows += [Window(number, *place) for place in places]
+    return found
+
+
+def read_sample(running: Running, tally: Tally, draws: Draws) -> Iterator[Sampled]:
+    """Read the windows of a sample, those of a few shards in each task.
+
+    Raises `IncompleteError` if the cluster fails, or has read nothing for `limits.stall_seconds`.
+    """
+    wanted = windows_of(tally, draws)
     names = list(wanted)
     tasks = [
         sample_shards.remote(
             running.job,
             {name: wanted[name] for name in names[start : start + SHARDS_PER_TASK]},
             [running.tokenizer],
-            draws.is_census,
+            draws.is_census or bool(tally.only),
         )
         for start in range(0, len(names), SHARDS_PER_TASK)
     ]
     for task in tasks:
-        while not ray.wait([task], timeout=1)[0]:
-            raise_if_stopped()
         try:
-            yield from ray.get(task)
+            found = wait(task, running.limits.stall_seconds)
         except ray.exceptions.WorkerCrashedError:  # a page that PyArrow does not survive: the run finds out which
             continue
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, TextsweepError) else error from error
+        except ray.exceptions.RayError as error:
+            raise IncompleteError(
+                f"a sample could not be read: {explained(error)}; run the same command again"
+            ) from error
+        yield from found
 
 
 def show_footers() -> Any:
@@ -272,8 +290,8 @@ def measure(running: Running, sample: pa.Table, wanted: ForecastSection) -> Spee
         found = wait(
             worker.measure.remote(rows.take(pa.array(chosen)), wanted.measure_seconds), running.limits.stall_seconds
         )
-    except (ray.exceptions.RayError, *SILENT) as error:
-        say(f"WARNING: speed could not be measured: {type(error).__name__}: {str(error).strip()[-300:]}")
+    except ray.exceptions.RayError as error:
+        say(f"WARNING: speed could not be measured: {explained(error)}")
         return None
     finally:
         ray.kill(worker)
@@ -283,6 +301,11 @@ def measure(running: Running, sample: pa.Table, wanted: ForecastSection) -> Spee
         device=found.device,
         starting_seconds=started,
     )
+
+
+def explained(error: ray.exceptions.RayError) -> str:
+    """What Ray says, as far as it fits a line."""
+    return f"{type(error).__name__}: {str(error).strip()[-300:]}"
 
 
 def wait(reference: Any, seconds: float) -> Any:
