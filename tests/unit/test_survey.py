@@ -17,9 +17,10 @@ from lib.estimate import Draws
 from lib.planning import chunks_of, select_rows
 from lib.sampling import Sampled, sample_shard
 from lib.schema import DEAD_LETTER_SCHEMA
-from lib.survey import Tally, read_sample, tally_chunks, windows_of
+from lib.storage import open_store
+from lib.survey import Tally, count_shards, read_sample, tally_chunks, windows_of
 from tests import fakes
-from tests.stand_in import prepared
+from tests.stand_in import add, prepared, run_night
 
 WINDOW = Draws(unit=np.array([0]), first=np.array([0]), rows=np.array([4]), weight=np.ones(1), is_census=False)
 
@@ -96,3 +97,14 @@ def sampled(monkeypatch: pytest.MonkeyPatch, shards: int = 1) -> Any:
         tally.start.append(0)
     draws = Draws(unit=np.arange(shards), first=0 * ones, rows=ones, weight=ones.astype(float), is_census=True)
     return read_sample(running, tally, draws)
+
+
+def test_a_shard_that_lost_its_objects_has_not_changed(tmp_path: Path, classifier: str) -> None:
+    for name in ("lost", "changed", "same"):
+        add(tmp_path, f"{name}.parquet", "down", "up")
+    run_night(tmp_path, classifier, "x")
+    output = open_store(f"{tmp_path}/scores")
+    output.delete_all([path for path in output.list()["path"].to_pylist() if "/lost.parquet-" in path])
+    add(tmp_path, "changed.parquet", "same")
+    found = count_shards(prepared(tmp_path, classifier, "y"))
+    assert (found["finished"], found["to_do"], found["changed"], found["new"], found["begun"]) == (1, 2, 1, 1, 0)
