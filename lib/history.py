@@ -1,7 +1,7 @@
 """Earlier runs of a version: those beside which a run is shown, by their `run.json`, and the one it is compared with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import pyarrow as pa
 from lib.errors import UsageError, nearest, say
 from lib.publishing import Published
 from lib.storage import Store, open_store
-from lib.versions import READERS, read_json
+from lib.versions import READERS, VERSION, read_json
 
 LAST = "last"
 
@@ -110,9 +110,24 @@ def recent_runs(version: Store, but: str) -> list[dict[str, Any]]:
 
 def latest_records(version: Store, most: int, but: str | None = None) -> list[dict[str, Any]]:
     """`run.json` of a version's latest runs, the latest first, but for one."""
-    paths = [path for _, path in list_records(version) if path != f"_runs/{but}/run.json"]
+    return read_records(version, [path for _, path in list_records(version) if path != f"_runs/{but}/run.json"][:most])
+
+
+def records_by_version(output: Store, but: str, most: int) -> Iterator[list[dict[str, Any]]]:
+    """The same of each version of an output folder but one, the version with the latest run first; read when they are asked for."""
+    versions = [output.at(name) for name in output.folders() if VERSION.fullmatch(name) and name != but]
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda path: read_json(version, path), paths[:most]))
+        listed = zip(pool.map(list_records, versions), versions, strict=True)
+    for records, version in sorted(
+        ((found, one) for found, one in listed if found), key=lambda one: one[0][0], reverse=True
+    ):
+        yield read_records(version, [path for _, path in records[:most]])
+
+
+def read_records(version: Store, paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Some of a version's small JSON files, in order."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda path: read_json(version, path), paths))
 
 
 def list_records(version: Store) -> list[tuple[int, str]]:

@@ -18,6 +18,7 @@ from lib.blocks import IDS
 from lib.errors import IncompleteError, TextsweepError, raise_if_stopped, say
 from lib.estimate import Draws, Estimate, draw, estimate, guess_tokens
 from lib.forecast import Speed, earlier_speed, given_speed
+from lib.history import latest_records, records_by_version
 from lib.outcome import Outcome
 from lib.planning import Chunk, bundle
 from lib.runtime import Layout
@@ -25,7 +26,6 @@ from lib.sampling import Sampled, Window
 from lib.score_config import ForecastSection
 from lib.scoring import Run
 from lib.tasks import sample_shards
-from lib.versions import VERSION, read_json
 from lib.watch import Running
 
 SHARDS_PER_TASK = 8
@@ -246,27 +246,18 @@ def find_speed(run: Run, survey: Survey, running: Running, is_gpu: bool, can_mea
     wanted = run.config.forecast
     speed = given_speed(wanted)
     if speed is None:
-        speed = earlier_speed(recent_records(run, run.job.version), is_gpu, wanted.device, "of this version")
+        mine = latest_records(run.job.output, RECENT_RUNS)
+        speed = earlier_speed(mine, is_gpu, wanted.device, "of this version")
     if speed is None:
-        others = [record for record in other_records(run) if is_alike(record, run)]
-        speed = earlier_speed(others, is_gpu, wanted.device, "of another version of this model")
+        others = (
+            [record for record in records if is_alike(record, run)]
+            for records in records_by_version(run.output, run.job.version, RECENT_RUNS)
+        )
+        speeds = (earlier_speed(some, is_gpu, wanted.device, "of another version of this model") for some in others)
+        speed = next(filter(None, speeds), None)
     if speed is None and can_measure and wanted.measure_seconds and survey.sample is not None:
         speed = measure(running, survey.sample, wanted)
     return speed
-
-
-def recent_records(run: Run, version: str) -> list[dict[str, Any]]:
-    """`run.json` of a version's latest runs, the latest first."""
-    listing = run.output.at(version).list("_runs")
-    listing = listing.filter(pc.ends_with(listing["path"], "/run.json")).sort_by([("mtime_ns", "descending")])
-    return [read_json(run.output.at(version), path) for path in listing["path"].slice(0, RECENT_RUNS).to_pylist()]
-
-
-def other_records(run: Run) -> list[dict[str, Any]]:
-    """`run.json` of the latest runs of all other versions, the latest first."""
-    versions = [name for name in run.output.folders() if VERSION.fullmatch(name) and name != run.job.version]
-    records = [record for version in versions for record in recent_records(run, version)]
-    return sorted(records, key=lambda record: str(record.get("started_at", "")), reverse=True)
 
 
 def is_alike(record: dict[str, Any], run: Run) -> bool:
