@@ -37,9 +37,11 @@ from lib.runtime import Cluster, Layout, plan_layout, ray_session
 from lib.score_config import ScoreConfig, ScoreResources
 
 UNKNOWN_SPEED = (
-    "not known: no earlier run below output.path says how fast one {unit} is with this model, and there is none here to measure;"
-    " set forecast.tokens_per_second to the tokens a second of one {unit}"
+    "not known: no earlier run below output.path says how fast one {unit} is with this model, and {why}; set"
+    " forecast.tokens_per_second to the tokens a second of one {unit}"
 )
+
+UNKNOWN_TOKENS = "not known: too few of the rows that were tried could be read to say how many tokens there are"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,12 +66,15 @@ def plan(config: ScoreConfig, run_id: str) -> dict[str, Any]:
         found, running = survey.take_survey(run, plan_layout(here, ScoreResources()))
         planning_seconds = time.monotonic() - run.begun - found.sampling_seconds
         is_gpu = layout.actor_gpus > 0
-        can_measure = (here.gpus >= 1) == is_gpu and not run.is_published
-        speed = survey.find_speed(run, found, running, is_gpu, can_measure)
-    expected = None
+        speed, expected, problem = None, None, None
+        if found.tokens is None:
+            problem = UNKNOWN_TOKENS
+        elif found.tally.rows:
+            speed, why = survey.find_speed(run, found, running, is_gpu, is_here=(here.gpus >= 1) == is_gpu)
+            problem = None if speed else UNKNOWN_SPEED.format(unit="GPU" if is_gpu else "CPU", why=why)
     if speed is not None and found.tokens is not None:
         expected = forecast(found.tokens, found.block_guesses, cluster, layout, speed, planning_seconds, wanted)
-    return describe(run, found, cluster, layout, speed, expected)
+    return describe(run, found, cluster, layout, speed, expected, problem)
 
 
 def describe(
@@ -79,10 +84,10 @@ def describe(
     layout: Layout,
     speed: Speed | None,
     expected: Forecast | None,
+    problem: str | None,
 ) -> dict[str, Any]:
     """The record that --json prints, credentials in URLs left out."""
     outcome, rows = found.outcome, int(found.tally.numbers("rows").sum())
-    unit = "GPU" if layout.actor_gpus else "CPU"
     record = {
         "input": run.job.archive.url,
         "output": run.output.url,
@@ -108,7 +113,7 @@ def describe(
             "actors": layout.num_actors,
         },
         "speed": None if speed is None else describe_speed(speed, layout),
-        "problem": UNKNOWN_SPEED.format(unit=unit) if speed is None else None,
+        "problem": problem,
         "seconds": None if expected is None else rounded(expected.seconds),
         "phases": None
         if expected is None
@@ -160,6 +165,8 @@ def lines(record: dict[str, Any]) -> list[str]:
     )
     if record["problem"]:
         said.append(f"time on {where}: {record['problem']}")
+    if not record["rows"]:
+        said.append("time: that of listing and publishing, nothing is to be scored")
     if speed:
         device = f" ({speed['device']})" if speed["device"] else ""
         said.append(f"speed: {speed['actor_tokens_per_second']:,} tokens/s an actor: {speed['source']}{device}")

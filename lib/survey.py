@@ -241,23 +241,42 @@ def show_footers() -> Any:
     return show
 
 
-def find_speed(run: Run, survey: Survey, running: Running, is_gpu: bool, can_measure: bool) -> Speed | None:
-    """How fast it will be: as the configuration says, as an earlier run was, as is measured now. None if nobody knows."""
+def find_speed(run: Run, survey: Survey, running: Running, is_gpu: bool, is_here: bool) -> tuple[Speed | None, str]:
+    """How fast it will be: as the configuration says, as an earlier run was, as is measured now; or None, and why nobody knows.
+
+    `is_here`: whether there is a device of the kind to measure.
+    """
+    if (speed := known_speed(run, is_gpu)) is not None:
+        return speed, ""
+    if not is_here:
+        return None, "there is none here to measure"
+    if not run.config.forecast.measure_seconds:
+        return None, "forecast.measure_seconds = 0 keeps it from being measured"
+    rows = (
+        None if survey.sample is None else survey.sample.filter(pc.greater(pc.list_value_length(survey.sample[IDS]), 0))
+    )
+    if rows is None or not rows.num_rows:
+        return None, "not one of the sampled rows is good enough to measure with"
+    try:
+        return measure(running, rows, run.config.forecast), ""
+    except ray.exceptions.RayError as error:
+        return None, f"measuring it failed ({explained(error)})"
+
+
+def known_speed(run: Run, is_gpu: bool) -> Speed | None:
+    """The speed that the configuration gives, or that an earlier run of this model reached."""
     wanted = run.config.forecast
-    speed = given_speed(wanted)
-    if speed is None:
-        mine = latest_records(run.job.output, RECENT_RUNS)
-        speed = earlier_speed(mine, is_gpu, wanted.device, "of this version")
-    if speed is None:
-        others = (
-            [record for record in records if is_alike(record, run)]
-            for records in records_by_version(run.output, run.job.version, RECENT_RUNS)
-        )
-        speeds = (earlier_speed(some, is_gpu, wanted.device, "of another version of this model") for some in others)
-        speed = next(filter(None, speeds), None)
-    if speed is None and can_measure and wanted.measure_seconds and survey.sample is not None:
-        speed = measure(running, survey.sample, wanted)
-    return speed
+    if (speed := given_speed(wanted)) is not None:
+        return speed
+    mine = latest_records(run.job.output, RECENT_RUNS)
+    if (speed := earlier_speed(mine, is_gpu, wanted.device, "of this version")) is not None:
+        return speed
+    others = (
+        [record for record in records if is_alike(record, run)]
+        for records in records_by_version(run.output, run.job.version, RECENT_RUNS)
+    )
+    speeds = (earlier_speed(some, is_gpu, wanted.device, "of another version of this model") for some in others)
+    return next(filter(None, speeds), None)
 
 
 def is_alike(record: dict[str, Any], run: Run) -> bool:
@@ -267,13 +286,12 @@ def is_alike(record: dict[str, Any], run: Run) -> bool:
     return same and record.get("model_digest") == run.job.model_digest
 
 
-def measure(running: Running, sample: pa.Table, wanted: ForecastSection) -> Speed | None:
-    """Score some of the sample on one actor of the cluster. None, with a warning, if none can be had."""
+def measure(running: Running, rows: pa.Table, wanted: ForecastSection) -> Speed:
+    """Score some rows of a sample, none of them bad, on one actor of the cluster. Raises Ray's error if none can be had."""
     layout, begun = running.layout, time.monotonic()
     options = {"num_cpus": layout.actor_cpus, "num_gpus": layout.actor_gpus}
     say(f"measuring how fast the model is here, for {wanted.measure_seconds:g} s (forecast.measure_seconds)")
     worker = LoneWorker.options(**options).remote(running.job, layout.threads, running.progress)  # type: ignore[attr-defined]
-    rows = sample.filter(pc.greater(pc.list_value_length(sample[IDS]), 0))
     chosen = np.random.default_rng(0).permutation(rows.num_rows)[:MEASURED_TEXTS]
     try:
         wait(worker.ready.remote(), running.limits.stall_seconds)
@@ -281,9 +299,6 @@ def measure(running: Running, sample: pa.Table, wanted: ForecastSection) -> Spee
         found = wait(
             worker.measure.remote(rows.take(pa.array(chosen)), wanted.measure_seconds), running.limits.stall_seconds
         )
-    except ray.exceptions.RayError as error:
-        say(f"WARNING: speed could not be measured: {explained(error)}")
-        return None
     finally:
         ray.kill(worker)
     return Speed(
