@@ -175,7 +175,7 @@ class GateSection(Section):
 
     metric: Literal["macro_f1", "accuracy"] = "macro_f1"
     """what must not get worse"""
-    margin: float = Field(default=0.002, ge=0, lt=1)
+    margin: float = Field(default=0.002, gt=0, lt=1)
     """a loss of the metric that would not matter; 0.002 is 0.2 points"""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """with which a loss of the margin or more must be ruled out"""
