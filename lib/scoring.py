@@ -150,7 +150,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         prefix=config.output.prefix,
         probabilities=config.output.probabilities,
         keys=columns.keys if keys is None else keys,
-        embedding=vector_type(config, model),
+        embedding=checkpoint.vector_type(config, model),
     )
     if schema.clashes():
         raise UsageError(
@@ -194,23 +194,6 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         baseline=find_baseline(output.at(version), config.drift.baseline, last),
         selection=selection,
     )
-
-
-def vector_type(config: ScoreConfig, model: checkpoint.Checkpoint) -> pa.DataType | None:
-    """The type of the column with each text's vector, if it is asked for. Raises `UsageError` for a pooling of nothing."""
-    output = config.output
-    if output.embedding is None:
-        if output.embedding_pooling is not None:
-            raise UsageError(
-                "output.embedding_pooling is set, but no vector is asked for; set output.embedding, float16 for example"
-            )
-        return None
-    if model.facts.prompt is not None:
-        raise UsageError(
-            f"output.embedding: model.path {model.url} has a template around each text, which would be part of its vector; take the"
-            " encoder that it was made from"
-        )
-    return pa.list_({"float16": pa.float16(), "float32": pa.float32()}[output.embedding], model.facts.hidden_size)
 
 
 def list_version(config: ScoreConfig, output: Store, model: checkpoint.Checkpoint) -> pa.Table:
