@@ -10,6 +10,7 @@ from lib import blocks, scoring
 from lib.config import validate
 from lib.outcome import Outcome
 from lib.planning import Chunk, chunks_of
+from lib.publishing import read_published
 from lib.score_config import ScoreConfig
 from lib.scoring import Run
 from lib.storage import open_store
@@ -70,5 +71,5 @@ def add(folder: Path, name: str, *texts: str | None) -> None:
 
 def published(folder: Path) -> str | None:
     """The run that readers see."""
-    found = scoring.publishing.read_published(open_store(f"{folder}/scores"))
+    found = read_published(open_store(f"{folder}/scores"))
     return found.pointer.run if found else None

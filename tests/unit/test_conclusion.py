@@ -43,6 +43,22 @@ def test_a_refused_run_is_refused_again_under_its_own_id(tmp_path: Path, classif
     assert published(tmp_path) == "y", "accepted"
 
 
+def test_a_baseline_may_be_a_file_and_without_a_limit_a_shift_is_only_told(
+    tmp_path: Path, classifier: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(tmp_path, "a.parquet", *mixed(300))
+    run_night(tmp_path, classifier, "x")
+    file = tmp_path / "run.json"
+    file.write_bytes(prepared(tmp_path, classifier, "x").job.output.read("_runs/x/run.json") or b"")
+    add(tmp_path, "b.parquet", *["down"] * 300)
+    with pytest.raises(OverLimitError, match=f"as in run {file}: labels: "):
+        run_night(tmp_path, classifier, "y", drift=LIMIT | {"baseline": str(file)})
+    capsys.readouterr()
+    run_night(tmp_path, classifier, "y")
+    assert "drift: labels: population stability index" in capsys.readouterr().out
+    assert published(tmp_path) == "y"
+
+
 def test_runs_without_new_rows_hand_on_what_they_were_compared_with(
     tmp_path: Path, classifier: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

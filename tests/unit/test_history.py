@@ -3,12 +3,14 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lib import history
 from lib.history import latest_records, records_by_version
-from lib.storage import open_store
+from lib.storage import Store, open_store
+from lib.versions import read_json
 
 
 def write_run(folder: Path, version: str, run: str, moment: int) -> None:
@@ -35,10 +37,14 @@ def test_runs_come_latest_first_and_versions_by_their_latest_run(
     (tmp_path / empty).mkdir()
     (tmp_path / new / "_runs" / "n2" / "run.json").write_text("no JSON")
     os.utime(tmp_path / new / "_runs" / "n2" / "run.json", (5, 5))
-    output, read = open_store(str(tmp_path)), []
-    monkeypatch.setattr(
-        history, "read_json", lambda store, name, known=history.read_json: read.append(name) or known(store, name)
-    )
+    output = open_store(str(tmp_path))
+    read: list[str] = []
+
+    def counted(store: Store, name: str) -> dict[str, Any]:
+        read.append(name)
+        return read_json(store, name)
+
+    monkeypatch.setattr(history, "read_json", counted)
     assert latest_records(output.at(new), 9, but="n3") == [{}, {"run_id": "n1"}]
     read.clear()
     versions = records_by_version(output, mine, 2)

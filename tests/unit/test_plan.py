@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from jobs import plan
-from lib import survey
+from lib import scoring, survey
 from lib.blocks import IDS
 from lib.estimate import Estimate
 from lib.outcome import Outcome
@@ -71,11 +71,12 @@ def asked(
     monkeypatch.setattr(plan, "ray_session", lambda: contextlib.nullcontext(here))
     monkeypatch.setattr(survey, "take_survey", lambda run, layout: (found, running))
     monkeypatch.setattr(survey, "measure", measure)
-    monkeypatch.setattr(plan.scoring, "prepare", lambda config, run_id: run)
+    monkeypatch.setattr(scoring, "prepare", lambda config, run_id: run)
     return plan.plan(run.config, "x")
 
 
-GOOD, BAD = (pa.table({IDS: pa.array(ids, pa.list_(pa.int32()))}) for ids in ([[1, 2], []], [[], []]))
+SAMPLES: tuple[list[list[int]], ...] = ([[1, 2], []], [[], []])
+GOOD, BAD = (pa.table({IDS: pa.array(ids, pa.list_(pa.int32()))}) for ids in SAMPLES)
 
 DIED = ray.exceptions.OutOfMemoryError("the node has no memory left")
 
