@@ -22,23 +22,26 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import ceil
 from typing import Any
 
 import pyarrow.compute as pc
 
 from lib import scoring, survey
-from lib.config import parse_command
+from lib.config import masked, parse_command
 from lib.errors import at_work, run_job
 from lib.estimate import CONFIDENCE, Estimate
-from lib.forecast import Forecast, Speed, described_cluster, forecast, layout_of
+from lib.forecast import Forecast, Speed, described_cluster, forecast
 from lib.run_page import duration
 from lib.runtime import Cluster, Layout, plan_layout, ray_session
 from lib.score_config import ScoreConfig, ScoreResources
 
 UNKNOWN_SPEED = (
-    "not known: no earlier run below output.path says how fast one {unit} is with this model, and there is none here to measure;"
-    " set forecast.tokens_per_second to the tokens a second of one {unit}"
+    "not known: no earlier run below output.path says how fast one {unit} is with this model, and {why}; set"
+    " forecast.tokens_per_second to the tokens a second of one {unit}"
 )
+
+UNKNOWN_TOKENS = "not known: too few of the rows that were tried could be read to say how many tokens there are"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,17 +59,22 @@ def plan(config: ScoreConfig, run_id: str) -> dict[str, Any]:
     with ray_session() as here, at_work():
         wanted = config.forecast
         cluster = described_cluster(wanted) if wanted.describes_cluster else here
-        layout = layout_of(cluster, config.resources)
+        # A described cluster's nodes have the threads that they are said to have, not this machine's.
+        most_threads = ceil(cluster.cpus) if wanted.describes_cluster else None
+        layout = plan_layout(cluster, config.resources, most_threads)
         # On this cluster nothing but footers and a sample is read: it need not be able to hold what is asked for.
         found, running = survey.take_survey(run, plan_layout(here, ScoreResources()))
         planning_seconds = time.monotonic() - run.begun - found.sampling_seconds
         is_gpu = layout.actor_gpus > 0
-        can_measure = (here.gpus >= 1) == is_gpu and not run.is_published
-        speed = survey.find_speed(run, found, running, is_gpu, can_measure)
-    expected = None
+        speed, expected, problem = None, None, None
+        if found.tokens is None:
+            problem = UNKNOWN_TOKENS
+        elif found.tally.rows:
+            speed, why = survey.find_speed(run, found, running, is_gpu, is_here=(here.gpus >= 1) == is_gpu)
+            problem = None if speed else UNKNOWN_SPEED.format(unit="GPU" if is_gpu else "CPU", why=why)
     if speed is not None and found.tokens is not None:
         expected = forecast(found.tokens, found.block_guesses, cluster, layout, speed, planning_seconds, wanted)
-    return describe(run, found, cluster, layout, speed, expected)
+    return describe(run, found, cluster, layout, speed, expected, problem)
 
 
 def describe(
@@ -76,11 +84,11 @@ def describe(
     layout: Layout,
     speed: Speed | None,
     expected: Forecast | None,
+    problem: str | None,
 ) -> dict[str, Any]:
-    """The record that --json prints."""
+    """The record that --json prints, credentials in URLs left out."""
     outcome, rows = found.outcome, int(found.tally.numbers("rows").sum())
-    unit = "GPU" if layout.actor_gpus else "CPU"
-    return {
+    record = {
         "input": run.job.archive.url,
         "output": run.output.url,
         "model": run.config.model.path,
@@ -105,7 +113,7 @@ def describe(
             "actors": layout.num_actors,
         },
         "speed": None if speed is None else describe_speed(speed, layout),
-        "problem": UNKNOWN_SPEED.format(unit=unit) if speed is None else None,
+        "problem": problem,
         "seconds": None if expected is None else rounded(expected.seconds),
         "phases": None
         if expected is None
@@ -118,6 +126,8 @@ def describe(
         "cost": None if expected is None or expected.cost is None else rounded(expected.cost, 2),
         "budget": run.config.limits.budget,
     }
+    plain: dict[str, Any] = json.loads(masked(json.dumps(record)))
+    return plain
 
 
 def describe_speed(speed: Speed, layout: Layout) -> dict[str, Any]:
@@ -155,6 +165,8 @@ def lines(record: dict[str, Any]) -> list[str]:
     )
     if record["problem"]:
         said.append(f"time on {where}: {record['problem']}")
+    if not record["rows"]:
+        said.append("time: that of listing and publishing, nothing is to be scored")
     if speed:
         device = f" ({speed['device']})" if speed["device"] else ""
         said.append(f"speed: {speed['actor_tokens_per_second']:,} tokens/s an actor: {speed['source']}{device}")

@@ -24,6 +24,7 @@ from contextlib import nullcontext
 from lib import pipeline, scoring
 from lib.config import parse_command
 from lib.cost import Meter
+from lib.course import FINISHING
 from lib.errors import at_work, run_job
 from lib.outcome import Outcome
 from lib.report import ProgressLine
@@ -59,6 +60,7 @@ def score(config: ScoreConfig, run_id: str) -> None:
                 line = ProgressLine(meter=meter)
                 outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, line, selected, meter, run_id)
     else:
+        outcome.course.begin(FINISHING)
         run.start()
 
     # Every planned row is accounted for, or the run is no success.

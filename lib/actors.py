@@ -95,9 +95,7 @@ class LoneWorker:
             predictor.predict(ids.values.to_numpy(), ids.offsets.to_numpy(), type_ids)
             took = time.perf_counter() - begun
             table = pa.concat_tables([table, table])
-        return Throughput(
-            device=predictor.describe(), actors=1, tokens=len(ids.values), seconds=took, busy_seconds=took
-        )
+        return Throughput(device=predictor.describe(), lives=1, tokens=len(ids.values), seconds=took, busy_seconds=took)
 
     def score(self, chunk: Chunk) -> dict[str, Any] | None:
         """Make a chunk's object; returns what it says of itself, or None if it is there or its shard changed."""

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lib.config import TRUST_NOTHING, Truncation, Trust
@@ -174,6 +175,23 @@ def digest_of(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def vector_type(config: ScoreConfig, model: Checkpoint) -> pa.DataType | None:
+    """The type of the column with each text's vector, if it is asked for. Raises `UsageError` for a pooling of nothing."""
+    output = config.output
+    if output.embedding is None:
+        if output.embedding_pooling is not None:
+            raise UsageError(
+                "output.embedding_pooling is set, but no vector is asked for; set output.embedding, float16 for example"
+            )
+        return None
+    if model.facts.prompt is not None:
+        raise UsageError(
+            f"output.embedding: model.path {model.url} has a template around each text, which would be part of its vector; take the"
+            " encoder that it was made from"
+        )
+    return pa.list_({"float16": pa.float16(), "float32": pa.float32()}[output.embedding], model.facts.hidden_size)
 
 
 def version_of(checkpoint: Checkpoint, config: ScoreConfig, selection: str = "") -> str:

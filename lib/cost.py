@@ -97,10 +97,10 @@ class Meter:
         return f"{self.spent:,.2f} spent" if self.budget is None else f"{self.spent:,.2f} of {self.budget:g} spent"
 
 
-def budget_spent(why: BudgetError, num_shards: int, left: pa.Table, num_chunks: int) -> BudgetError:
-    """What a budget has brought when it was spent: chunks that were finished, and the shards (with their sizes) that are left."""
+def budget_spent(why: BudgetError, num_shards: int, left: pa.Table, num_objects: int) -> BudgetError:
+    """What a budget has brought when it was spent: objects that are new, and the shards (with their sizes) that are left."""
     size = int(pc.sum(left["size"]).as_py() or 0) / 1e6
-    too_small = "" if num_chunks else "; not one chunk was finished: raise it, jobs.plan says what is needed"
+    too_small = "" if num_objects else "; not one chunk was finished: raise it, jobs.plan says what is needed"
     return BudgetError(
         f"{why}; of {num_shards:,} shards to do {left.num_rows:,} ({size:,.1f} MB) are left; what is finished is kept, nothing is"
         f" published{too_small}; run the same command again, and it goes on with a new budget"

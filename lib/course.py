@@ -1,6 +1,6 @@
 """How a run went over time: a bounded series of what was done by when, and the stages it went through.
 
-Times are seconds since the run's scoring began, on a clock that nobody sets.
+Times are seconds since the pipeline was called, on a clock that nobody sets.
 """
 
 import time
@@ -13,7 +13,8 @@ from lib.progress import Counts
 MAX_POINTS = 600
 """At twice as many every second one is dropped: a plot of 600 points shows a night as well as a minute."""
 
-START_UP, TAIL = "start-up", "tail"
+PLANNING, START_UP, TAIL, FINISHING = "planning", "start-up", "tail", "finishing"
+"""Stages that are always called so; the others are waves and what they left missing."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Course:
     every: float = 0.5
     """seconds between two points; doubled when there are too many"""
     points: list[Point] = field(default_factory=lambda: [Point(0.0, 0, 0, 0)])
-    starts: list[tuple[str, float]] = field(default_factory=lambda: [(START_UP, 0.0)])
+    starts: list[tuple[str, float]] = field(default_factory=lambda: [(PLANNING, 0.0)])
     """stages, in the order in which they began"""
     waves: int = 0
     all_busy_at: float | None = None
@@ -51,8 +52,8 @@ class Course:
     def note(self, counts: Counts, now: float | None = None) -> None:
         """Note what is done by now, unless that was done a moment ago."""
         now = self.now() if now is None else now
-        if counts.rows and self.starts[-1][0] == START_UP:
-            self.starts.append((f"wave {max(1, self.waves)}", self.points[-1].seconds))
+        if (counts.rows or counts.num_busy) and self.starts[-1][0] == START_UP:
+            self.begin(f"wave {self.waves}", max(self.starts[-1][1], self.points[-1].seconds))
         if counts.num_busy >= max(1, self.most_busy):
             self.most_busy, self.all_busy_at = counts.num_busy, now
         last = self.points[-1]
@@ -65,11 +66,13 @@ class Course:
         if len(self.points) > 2 * MAX_POINTS:
             self.points, self.every = self.points[::2], 2 * self.every
 
-    def begin_wave(self) -> None:
-        """A wave of blocks is about to run; the first one's start is start-up, until a row is scored."""
+    def begin_wave(self, now: float | None = None) -> None:
+        """A wave of blocks is about to run; the first one's start is start-up, until an actor has a block."""
         self.waves += 1
-        if self.starts[-1][0] != START_UP:
-            self.begin(f"wave {self.waves}")
+        if self.starts[-1][0] == PLANNING:
+            self.begin(START_UP, now)
+        elif self.starts[-1][0] != START_UP:
+            self.begin(f"wave {self.waves}", now)
         self.all_busy_at, self.most_busy = None, 0
 
     def end_wave(self, now: float | None = None) -> None:
@@ -84,9 +87,9 @@ class Course:
         self.starts.append((stage, self.now() if now is None else now))
 
     def record(self, offset: float = 0.0) -> dict[str, Any]:
-        """The course as plain JSON values, every time later by `offset` seconds; the last stage ends now."""
+        """The course as plain JSON values, every time later by `offset` seconds, in which the first stage had begun; the last ends now."""
         points = self.points[:: 1 + len(self.points) // (MAX_POINTS + 1)]
-        ends = [*self.starts, ("", self.now())]
+        ends = [(self.starts[0][0], -offset), *self.starts[1:], ("", self.now())]
         return {
             "points": {
                 "seconds": [round(offset + one.seconds, 2) for one in points],

@@ -23,6 +23,7 @@ from scipy.special import chdtri, kolmogorov
 
 from lib.blocks import LENGTH_EDGES
 from lib.errors import OverLimitError
+from lib.history import NOTHING_YET, Baseline
 from lib.schema import Head, Task, label_name
 
 SMOOTHING = 0.5
@@ -199,13 +200,23 @@ def describe(shift: Shift) -> str:
     )
 
 
-def judge(shifts: Sequence[Shift], allowed: float | None, baseline: str, run_id: str) -> OverLimitError | None:
-    """Whether new rows are too far from the baseline's to be published (`drift.max_psi`)."""
+def judge(
+    shifts: Sequence[Shift], allowed: float | None, baseline: Baseline, new_rows: int, run_id: str
+) -> OverLimitError | None:
+    """Whether new rows are too far from the baseline's to be published (`drift.max_psi`).
+
+    A limit that cannot be judged is none that is kept: only a version's first run passes without a baseline.
+    """
+    if allowed is not None and new_rows and baseline.counts is None and baseline.why_not != NOTHING_YET:
+        return OverLimitError(
+            f"new rows cannot be compared: {baseline.why_not}; drift.max_psi = {allowed}; not published. Name a run to compare with"
+            " (drift.baseline), or leave drift.max_psi out for once, and run the same command again"
+        )
     over = [shift for shift in shifts if allowed is not None and shift.exceeds(allowed)]
     if not over:
         return None
     return OverLimitError(
-        f"new rows are not distributed as in run {baseline}: {'; '.join(map(describe, over))}; drift.max_psi = {allowed}; not"
+        f"new rows are not distributed as in run {baseline.name}: {'; '.join(map(describe, over))}; drift.max_psi = {allowed}; not"
         f" published. If the archive has changed for good, accept it: run the same command with --set drift.baseline={run_id};"
         " else repair the archive or raise drift.max_psi, and run the same command again"
     )

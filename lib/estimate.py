@@ -78,7 +78,7 @@ def draw(
 ) -> Draws:
     """Choose windows from K units of `rows` rows each: about `sample_rows` rows in all (default: a share of all); all if there are so few.
 
-    `may_be_census`: whether reading every row of a unit gives its tokens; not if only some of a chunk's rows are scored.
+    `may_be_census`: not where few rows of each of many chunks are scored: that would be as much reading as the run itself.
     """
     total = int(rows.sum())
     wanted = sample_rows or min(MOST_ROWS, max(LEAST_ROWS, round(SAMPLED_SHARE * total)))

@@ -5,7 +5,8 @@ Pure arithmetic; what goes in was listed, sampled or measured.
 
 import heapq
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,8 +16,8 @@ from lib.cost import Usage
 from lib.errors import UsageError
 from lib.estimate import Estimate
 from lib.planning import MAX_WAVE_BLOCKS
-from lib.runtime import Cluster, Layout, Node, plan_layout
-from lib.score_config import ForecastSection, ScoreResources
+from lib.runtime import Cluster, Layout, Node
+from lib.score_config import ForecastSection
 from lib.throughput import Device, Throughput
 
 BLOCK_SECONDS = 0.023
@@ -32,7 +33,7 @@ GPUS_PER_NODE, CPUS_PER_GPU, CPUS_PER_NODE = 8, 8, 8
 """Of a cluster that is described by a part of these."""
 
 LONG_ENOUGH_SECONDS = 10.0
-"""Of work that an earlier run must have done to be believed before others."""
+"""That each actor of an earlier run must have worked, on average, for the run to be believed before others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,39 +75,52 @@ def described_cluster(wanted: ForecastSection) -> Cluster:
     return Cluster((Node(cpus=cpus / nodes, gpus=gpus / nodes),) * nodes)
 
 
-def layout_of(cluster: Cluster, wanted: ScoreResources) -> Layout:
-    """How jobs.score would divide a cluster; its threads are those of that cluster, not of this machine."""
-    layout = plan_layout(cluster, wanted)
-    if layout.actor_gpus:
-        return layout
-    smallest = min(node.cpus for node in cluster.nodes if node.cpus)
-    per_node = math.ceil(layout.num_actors / len(cluster.nodes))
-    return replace(layout, threads=max(1, int(smallest / per_node)))
+def meant(asked: str, names: Iterable[str]) -> list[str]:
+    """The devices that a name, or a part of one, stands for: the one that is called exactly so, whatever the case; else all it fits.
+
+    A part begins a word and ends no number in its middle: A10 is no part of A100, nor L4 of L40S.
+    """
+    same = [name for name in names if name.lower() == asked.lower()]
+    return same or [name for name in names if is_part(asked, name) or is_part(name, asked)]
+
+
+def is_part(part: str, name: str) -> bool:
+    """Whether a part stands in a name, see `meant`."""
+    return re.search(rf"(?<![a-z0-9]){re.escape(part.lower())}(?![0-9])", name.lower()) is not None
 
 
 def earlier_speed(records: Sequence[dict[str, object]], is_gpu: bool, device: str | None, source: str) -> Speed | None:
     """The speed that the latest of some runs reached with such devices; of runs that were too short the longest.
 
-    `records` are `run.json` of each, the latest first.
+    `records` are `run.json` of each, the latest first. Raises `UsageError` if `device` stands for several of them.
     """
-    best: tuple[Throughput, dict[str, object]] | None = None
-    for record in records:
-        for raw in record.get("throughput", []):  # type: ignore[attr-defined]
-            found = Throughput.model_validate(raw)
-            named = device is None or device.lower() in found.device.name.lower()
-            if found.device.is_gpu != is_gpu or not named or not found.tokens_per_second:
-                continue
-            if best is None or found.seconds > best[0].seconds:
-                best = found, record
-            if found.seconds >= LONG_ENOUGH_SECONDS:
-                return told_by(found, record, source)
-    return told_by(*best, source) if best else None
+    done = [
+        (found, record)
+        for record in records
+        for found in map(Throughput.model_validate, record.get("throughput", []))  # type: ignore[call-overload]
+        if found.device.is_gpu == is_gpu and found.tokens_per_second
+    ]
+    if device is not None:
+        names = meant(device, sorted({found.device.name for found, _ in done}))
+        if len(names) > 1:
+            raise UsageError(
+                f"forecast.device = {device!r} fits {', '.join(map(repr, names))}, which earlier runs had: set it to one of these"
+            )
+        done = [(found, record) for found, record in done if found.device.name in names]
+    if not done:
+        return None
+    long = (one for one in done if one[0].seconds_each >= LONG_ENOUGH_SECONDS)
+    return told_by(*next(long, max(done, key=lambda one: one[0].seconds_each)), source)
 
 
 def told_by(found: Throughput, record: dict[str, object], source: str) -> Speed:
     """What a run's record says."""
     phases: dict[str, float] = record.get("phases", {})  # type: ignore[assignment]
-    short = "" if found.seconds >= LONG_ENOUGH_SECONDS else f", which worked for {found.seconds:.0f} s only"
+    short = (
+        ""
+        if found.seconds_each >= LONG_ENOUGH_SECONDS
+        else f", whose actors worked for {found.seconds_each:.0f} s only"
+    )
     return Speed(
         per_unit=found.per_unit,
         source=f"run {record.get('run_id')} {source}{short}",
@@ -123,10 +137,7 @@ def given_speed(wanted: ForecastSection) -> Speed | None:
         return None
     if not isinstance(given, dict):
         return Speed(per_unit=given, source="forecast.tokens_per_second")
-    asked = (wanted.device or "").lower()
-    fitting = [name for name in given if asked and (asked in name.lower() or name.lower() in asked)] or (
-        [] if asked else list(given)
-    )
+    fitting = list(given) if wanted.device is None else meant(wanted.device, given)
     if len(fitting) != 1:
         raise UsageError(
             f"forecast.tokens_per_second has {', '.join(given)}, and forecast.device = {wanted.device!r} does not say which of them:"

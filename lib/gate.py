@@ -75,10 +75,12 @@ class Verdict:
             )
         if self.high < 0:
             return f"the challenger is worse: it loses at least {points(-self.high)} in {name} at {sure}"
+        unsure = f"a loss of up to {points(-self.low)} in {name} is not ruled out at {sure}, and gate.margin allows {points(self.margin)}"
+        if self.rows_needed <= self.rows:  # enough to show equally good models to be so, four times of five
+            return f"{unsure}; the challenger looks worse: it loses {points(-self.difference)} on {self.rows:,} rows"
         return (
-            f"a loss of up to {points(-self.low)} in {name} is not ruled out at {sure}, and gate.margin allows {points(self.margin)};"
-            f" {self.rows:,} rows cannot tell: about {self.rows_needed:,} would, if both are equally good. Give a larger test set, or a"
-            " larger gate.margin"
+            f"{unsure}; {self.rows:,} rows cannot tell: about {self.rows_needed:,} would, if both are equally good. Give a larger"
+            " test set, or a larger gate.margin"
         )
 
 
@@ -116,7 +118,7 @@ def judge(
     alone = (champion == truth) != (challenger == truth)
     challenger_alone = int((alone & (challenger == truth)).sum())
     p_value = binomtest(challenger_alone, int(alone.sum())).pvalue if alone.any() else 1.0
-    spread = (norm.ppf(confidence) + norm.ppf(0.8)) * found.std() / margin if margin else np.inf
+    spread = (norm.ppf(confidence) + norm.ppf(0.8)) * found.std() / margin
     return Verdict(
         metric=metric,
         rows=rows,

@@ -1,6 +1,5 @@
 """What a run planned and did, added up wave by wave, so that a run over a million shards stays small in memory."""
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -117,8 +116,6 @@ class Outcome(Tally):
     counts: Counts = field(default_factory=Counts)
     over_budget: BudgetError | None = None
     """why the run ended before its work did"""
-    marks: dict[str, float] = field(default_factory=dict)
-    """when what first happened, by `time.monotonic`: planned (the first wave), begun (the first block), ended"""
     course: Course = field(default_factory=Course)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """of all chunks: reading with tokenizing, predicting, writing"""
@@ -134,10 +131,6 @@ class Outcome(Tally):
     """what earlier waves' objects say, as `RECORD_SCHEMA`"""
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _spent: dict[str, Spent] = field(default_factory=dict)
-
-    def mark(self, event: str) -> None:
-        """Note that something happened, if it is the first time."""
-        self.marks.setdefault(event, time.monotonic())
 
     def plan(self, chunk: Chunk) -> None:
         """Note a chunk that this run sets out to do."""

@@ -25,6 +25,7 @@ from lib.actors import PredictBlock
 from lib.blocks import Footer, ScoreJob
 from lib.checkpoint import fetch
 from lib.cost import Meter
+from lib.course import FINISHING
 from lib.errors import BudgetError, UsageError
 from lib.outcome import Outcome
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity, select_rows
@@ -169,7 +170,7 @@ def score(
     show: Show,
     selected: Selected | None = None,
     meter: Meter | None = None,
-    run_id: str = "",
+    run_id: str | None = None,
 ) -> Outcome:
     """Score all chunks of unfinished shards (columns path, identity), wave by wave; returns what came of it.
 
@@ -182,18 +183,23 @@ def score(
     blocks = bundle(with_rows(run, plan_chunks(run, shards, selected)), job.chunk_bytes)
     try:
         while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
-            run.outcome.mark("planned")
             run_wave(run, wave)
             run.outcome.close_wave()
     except BudgetError as error:
         run.outcome.over_budget = error
-    run.outcome.mark("ended")
     run.outcome.counts = read_progress(run.progress) or run.outcome.counts
+    run.outcome.course.note(run.outcome.counts)
+    run.outcome.course.begin(FINISHING)
     return run.outcome
 
 
 def start(
-    job: ScoreJob, layout: Layout, limits: LimitsSection, show: Show, meter: Meter | None = None, run_id: str = ""
+    job: ScoreJob,
+    layout: Layout,
+    limits: LimitsSection,
+    show: Show,
+    meter: Meter | None = None,
+    run_id: str | None = None,
 ) -> Running:
     """What every task of a run shares, brought to the cluster."""
     tokenizer = load_tokenizer(
@@ -298,6 +304,9 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
                 raise item
             run.add(item)
             watch.moved()
+    except BudgetError:
+        note_waiting(run, inbox)
+        raise
     except ray.exceptions.RayError as error:
         run.outcome.counts = read_progress(run.progress) or run.outcome.counts
         raise explain_ray_error(error, run.outcome.counts) from error
@@ -305,6 +314,13 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
         if dataset._current_executor is not None:
             dataset._current_executor.shutdown(force=True)
         end_actors(run.progress)
+
+
+def note_waiting(run: Running, inbox: "queue.Queue[dict[str, Any] | Exception | None]") -> None:
+    """Note the results that have come by now, without waiting for any: their objects are there."""
+    with contextlib.suppress(queue.Empty):
+        while isinstance(item := inbox.get_nowait(), dict):
+            run.add(item)
 
 
 def unsettled(run: Running, blocks: Sequence[Block]) -> list[Chunk]:

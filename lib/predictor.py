@@ -98,7 +98,6 @@ class Predictor:
             engine=self.engine.name,
             precision={torch.float32: "fp32", torch.bfloat16: "bf16"}[self.engine.dtype],
             threads=1 if is_gpu else torch.get_num_threads(),
-            parameters=self.num_parameters,
         )
 
     def _choose(self, wanted: EngineChoice, dtypes: tuple[torch.dtype, ...], token_budget: int | None) -> Engine:
@@ -112,7 +111,6 @@ class Predictor:
             if self.vector is None
             else load_with_vector(folder, trust, self.vector.pooling)
         )
-        self.num_parameters = sum(weight.numel() for weight in model.parameters())
         checks = [(tokens, self._score_singly(model, tokens)) for tokens in self._check_tokens()]
         if self.vector is None:
             leave_out_the_unread(model)

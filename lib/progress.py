@@ -223,7 +223,7 @@ class Reporter:
         done = None
         if self.device is not None:
             seconds = {"seconds": now - self.first_at, "busy_seconds": self.busy_seconds}
-            done = Throughput(device=self.device, actors=1, tokens=self.done_tokens, **seconds)
+            done = Throughput(device=self.device, lives=1, tokens=self.done_tokens, **seconds)
         self.progress.end.remote(self.actor, self.life, done, padding, budget)
 
     def __call__(self, rows: int, tokens: int) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 from lib.config import masked
 from lib.cost import Meter, Usage
+from lib.course import FINISHING, PLANNING, START_UP
 from lib.drift import Shift
-from lib.errors import ExitCode
-from lib.history import Baseline
+from lib.errors import ExitCode, TextsweepError, say
+from lib.history import Baseline, recent_runs
 from lib.outcome import Outcome, Tally
 from lib.run_page import duration, render
 from lib.schema import Head
@@ -87,8 +88,6 @@ class RunFacts:
     message: str
     published: bool
     started_at: datetime
-    begun: float
-    """the same moment, by `time.monotonic`"""
     model_digest: str
     usage: Usage
     """what the run held of the cluster; nothing if it needed none"""
@@ -110,6 +109,7 @@ def run_record(facts: RunFacts) -> dict[str, Any]:
     """Everything about a run as plain JSON values, credentials in URLs left out."""
     outcome, config = facts.outcome, facts.config.model_dump(mode="json")
     seconds = (datetime.now(UTC) - facts.started_at).total_seconds()
+    course = outcome.course.record(facts.seconds_planning)
     record = {
         "run_id": facts.run_id,
         "version": facts.version,
@@ -144,7 +144,7 @@ def run_record(facts: RunFacts) -> dict[str, Any]:
             "max_psi": facts.config.drift.max_psi,
             "shifts": [shift.record() for shift in facts.shifts],
         },
-        "course": outcome.course.record(facts.seconds_planning),
+        "course": course,
         "slowest_shards": [
             {"shard": shard, **asdict(spent), "seconds": round(spent.seconds, 3)}
             for shard, spent in outcome.slowest.items()
@@ -153,7 +153,7 @@ def run_record(facts: RunFacts) -> dict[str, Any]:
             reason: [{"shard": shard, "row": row} for shard, row in rows] for reason, rows in outcome.error_rows.items()
         },
         "cost": cost_record(facts),
-        "phases": phases(outcome.marks, facts.begun),
+        "phases": phases(course["stages"]),
         "throughput": [one.record() for one in outcome.counts.throughput],
         "published_total": facts.totals,
         "bad_shards": outcome.bad_shards,
@@ -179,14 +179,14 @@ def cost_record(facts: RunFacts) -> dict[str, float | None]:
     return {**held, **actors, "cost": None if cost is None else round(cost, 4), "budget": facts.config.limits.budget}
 
 
-def phases(marks: dict[str, float], begun: float) -> dict[str, float]:
+def phases(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Seconds of each part of a run, as far as it came: planning its first wave, starting actors, scoring, and what came after."""
-    moments = [("planning", "planned"), ("starting", "begun"), ("scoring", "ended")]
-    found, last = {}, begun
-    for name, event in moments:
-        if event in marks:
-            found[name], last = round(marks[event] - last, 1), marks[event]
-    return {**found, "finishing": round(time.monotonic() - last, 1)}
+    names = {PLANNING: "planning", START_UP: "starting", FINISHING: "finishing"}
+    found: dict[str, float] = {}
+    for one in stages:
+        name = names.get(one["stage"], "scoring")
+        found[name] = found.get(name, 0.0) + one["end"] - one["start"]
+    return {name: round(seconds, 1) for name, seconds in found.items()}
 
 
 def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -194,8 +194,14 @@ def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in seconds.items()}
 
 
-def write_report(run: Store, record: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> None:
-    """Write `run.json`, `config.json` and `report.html` of a run; `earlier`: the records it is shown beside, the latest first."""
+def write_report(version: Store, run_id: str, record: dict[str, Any]) -> None:
+    """Write `run.json`, `config.json` and `report.html` of a run. Earlier runs, beside which it is shown, may be unreadable."""
+    run = version.at(f"_runs/{run_id}")
     run.replace("run.json", json.dumps(record, indent=2).encode())
     run.replace("config.json", json.dumps(record["config"], indent=2).encode())
+    earlier = []
+    try:
+        earlier = recent_runs(version, run_id)
+    except (TextsweepError, OSError) as error:
+        say(f"WARNING: the report shows no earlier runs, they cannot be read: {error}")
     run.replace("report.html", render(record, earlier).encode())

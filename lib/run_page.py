@@ -276,7 +276,7 @@ PAGE = """<!doctype html>
 <h2>Time and cost</h2><table>
 <tr><th>actors</th><td>{{ "%.3g" | format(actor_hours) }} actor-hours{% for state, seconds in run.actor_seconds.items() %}{{ ": " if loop.first else ", " }}{{ exact(seconds) }} {{ state }}{% endfor %}; {{ "%.1f" | format(100 * idle_share) }}% of the time with a loaded model idle</td></tr>
 <tr><th>held</th><td>{{ duration(record.cost.gpu_seconds) }} of GPUs, {{ duration(record.cost.cpu_seconds) }} of CPUs, {{ duration(record.cost.node_seconds) }} of nodes</td></tr>
-{% for one in record.throughput %}<tr><th>on</th><td>{{ one.device.name }} ({{ one.device.engine }}, {{ one.device.precision }}), {{ one.actors }} actor{{ "s" if one.actors != 1 }}: {{ "{:,.0f}".format(one.tokens_per_second) }} tokens/s each</td></tr>
+{% for one in record.throughput %}<tr><th>on</th><td>{{ one.device.name }} ({{ one.device.engine }}, {{ one.device.precision }}), {{ "{:,.0f}".format(one.tokens_per_second) }} tokens/s an actor{% if one.lives != 1 %}, the mean of {{ "{:,}".format(one.lives) }} (those of each wave, and those that restarted, are counted again){% endif %}</td></tr>
 {% endfor %}<tr><th>rows per actor-hour</th><td>{{ "{:,.0f}".format(rows_per_actor_hour) }}{% if rows_per_actor_hour %}; a million rows take {{ "%.3g" | format(1e6 / rows_per_actor_hour) }} actor-hours{% endif %}</td></tr>
 <tr><th>chunks</th><td>{{ "{:,}".format(run.chunks_finished) }} of {{ "{:,}".format(run.chunks_planned) }} planned{% for stage, seconds in run.chunk_seconds.items() %}{{ "; " if loop.first else ", " }}{{ stage }} {{ exact(seconds) }}{% endfor %}</td></tr>
 <tr><th>tokens</th><td>{{ "{:,}".format(run.tokens) }}; {{ "%.1f" | format(100 * padding_share) }}% of what was computed was padding</td></tr>

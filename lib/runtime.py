@@ -151,9 +151,10 @@ class Layout:
     """of one actor's forward pass on a CPU"""
 
 
-def plan_layout(cluster: Cluster, wanted: ScoreResources) -> Layout:
+def plan_layout(cluster: Cluster, wanted: ScoreResources, most_threads: int | None = None) -> Layout:
     """Divide a cluster so that readers and writers always find a CPU: actors that take every CPU would wait for ever.
 
+    `most_threads`: that a node of it can run, whatever Ray was told that it has; default: as many as this machine.
     Raises `UsageError` with the numbers if it cannot hold them.
     """
     if not cluster.cpus:
@@ -177,7 +178,7 @@ def plan_layout(cluster: Cluster, wanted: ScoreResources) -> Layout:
         raise UsageError(
             f"resources.num_actors = {actors} leaves {share:.2g} CPUs for each, but the cluster has {cluster}; ask for at most {most}"
         )
-    threads = max(1, int(min(smallest, os.cpu_count() or 1) / per_node))
+    threads = max(1, int(min(smallest, most_threads or os.cpu_count() or 1) / per_node))
     actor_cpus = math.floor(share * 100) / 100
     task_cpus = TASK_CPUS_WITHOUT_GPU if actor_cpus != TASK_CPUS_WITHOUT_GPU else TASK_CPUS_WITHOUT_GPU - 0.05
     return Layout(

@@ -50,7 +50,7 @@ def sample_shard(
 ) -> Sampled:
     """Read and tokenize windows of one shard. One that changed, or cannot be read any more, gives nothing.
 
-    `whole`: every row of every window is read, wherever it lies. Otherwise a window ends with its row group, and may be moved.
+    `whole`: just the rows of the windows are read, wherever they lie, and with them what stands before them. Otherwise a window ends with its row group, and may be moved.
     """
     columns = Columns(text=job.columns.text, keys=pa.schema([]))
     counts: list[tuple[int, int, int, int]] = []

@@ -100,7 +100,8 @@ class DriftSection(Section):
     """Whether new rows look like those of an earlier run."""
 
     baseline: str = "last"
-    """last: the published run of this version; or the id of one of its runs, or a path to a run.json of any version"""
+    """last: the run of this version that was published last and had new rows; or the id of one of its runs, or a path to a run.json of
+    any version"""
     max_psi: float | None = Field(default=None, gt=0)
     """a population stability index over it, of labels, scores, text lengths or errors, keeps the run from being published; 0.1 is a
     small shift, 0.25 a large one; default: only reported"""
@@ -134,7 +135,7 @@ class ForecastSection(Section):
     nodes: int | None = Field(default=None, ge=1)
     """jobs.plan: of the cluster to forecast for; default: one for each 8 GPUs, without GPUs one"""
     device: str | None = None
-    """jobs.plan: take the speed of this GPU or processor, by a part of its name as run.json has it (H100)"""
+    """jobs.plan: take the speed of this GPU or processor, by its name as run.json has it or a part of it that fits no other (H100)"""
     tokens_per_second: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     """jobs.plan: speed of one GPU, without GPUs of one CPU; or a table {H100 = 400000, A10G = 60000}, see device; default: what earlier
     runs below output.path reached, else measured here"""
@@ -280,7 +281,7 @@ class GateSection(Section):
 
     metric: Literal["macro_f1", "accuracy"] = "macro_f1"
     """what must not get worse"""
-    margin: float = Field(default=0.002, ge=0, lt=1)
+    margin: float = Field(default=0.002, gt=0, lt=1)
     """a loss of the metric that would not matter; 0.002 is 0.2 points"""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """with which a loss of the margin or more must be ruled out"""

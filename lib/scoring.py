@@ -15,7 +15,7 @@ from lib.atomicity import check_output
 from lib.blocks import ScoreJob
 from lib.cost import Meter, Usage, budget_spent
 from lib.errors import ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
-from lib.history import Baseline, find_baseline, recent_runs
+from lib.history import Baseline, find_baseline, with_counts
 from lib.outcome import Outcome
 from lib.planning import (
     find_kept,
@@ -150,7 +150,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         prefix=config.output.prefix,
         probabilities=config.output.probabilities,
         keys=columns.keys if keys is None else keys,
-        embedding=vector_type(config, model),
+        embedding=checkpoint.vector_type(config, model),
     )
     if schema.clashes():
         raise UsageError(
@@ -191,26 +191,9 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         objects=objects,
         published=published,
         before=last.manifest if last else publishing.MANIFEST_SCHEMA.empty_table(),
-        baseline=find_baseline(output.at(version), config.drift.baseline, last.pointer if last else None),
+        baseline=find_baseline(output.at(version), config.drift.baseline, last),
         selection=selection,
     )
-
-
-def vector_type(config: ScoreConfig, model: checkpoint.Checkpoint) -> pa.DataType | None:
-    """The type of the column with each text's vector, if it is asked for. Raises `UsageError` for a pooling of nothing."""
-    output = config.output
-    if output.embedding is None:
-        if output.embedding_pooling is not None:
-            raise UsageError(
-                "output.embedding_pooling is set, but no vector is asked for; set output.embedding, float16 for example"
-            )
-        return None
-    if model.facts.prompt is not None:
-        raise UsageError(
-            f"output.embedding: model.path {model.url} has a template around each text, which would be part of its vector; take the"
-            " encoder that it was made from"
-        )
-    return pa.list_({"float16": pa.float16(), "float32": pa.float32()}[output.embedding], model.facts.hidden_size)
 
 
 def list_version(config: ScoreConfig, output: Store, model: checkpoint.Checkpoint) -> pa.Table:
@@ -242,7 +225,8 @@ def judge(run: Run, outcome: Outcome, manifest: pa.Table) -> TextsweepError | No
     if outcome.over_budget is not None:
         left = find_left(run, outcome, manifest)
         if left.num_rows or outcome.finished_rows != outcome.planned_rows:
-            return budget_spent(outcome.over_budget, run.unfinished.num_rows, left, outcome.finished_chunks)
+            made = manifest.join(run.before.select(["path"]), "path", join_type="left anti")
+            return budget_spent(outcome.over_budget, run.unfinished.num_rows, left, made.num_rows)
     problems = []
     if outcome.missing:
         problems.append(
@@ -318,12 +302,13 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str, meter
     """Write the run's report and manifest, publish it if it may be, and say where everything is. Raises what `judge` found."""
     new, allowed = outcome.plus(outcome.found), run.config.drift.max_psi
     shifts = drift.compare(new.record(), run.baseline.counts, run.job.schema.heads)
-    problem = judge(run, outcome, manifest) or drift.judge(shifts, allowed, run.baseline.name, run.run_id)
+    problem = judge(run, outcome, manifest)
+    problem = problem or drift.judge(shifts, allowed, run.baseline, new.finished_rows, run.run_id)
     folder = run.job.output.at(f"_runs/{run.run_id}")
     published = False
     write_letters(run, outcome)
     if problem is None:
-        name = publishing.write_manifest(folder, manifest)
+        name = publishing.write_manifest(folder, with_counts(manifest, run.run_id, new.record(), run.before))
         single = run.config.output.single_writer
         published = publishing.publish(
             run.output, run.job.version, run.run_id, run.planned_at, name, single_writer=single
@@ -343,7 +328,6 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str, meter
         message=message,
         published=published,
         started_at=run.planned_at,
-        begun=run.begun,
         model_digest=run.job.model_digest,
         usage=meter.count() if meter else Usage(),
         outcome=outcome,
@@ -355,7 +339,7 @@ def conclude(run: Run, outcome: Outcome, manifest: pa.Table, cluster: str, meter
         baseline=run.baseline,
         shifts=shifts,
     )
-    write_report(folder, run_record(facts), recent_runs(run.job.output, run.run_id))
+    write_report(run.job.output, run.run_id, run_record(facts))
     print(f"report: {folder.url}/report.html", flush=True)
     print(drift.remarks(shifts, allowed, run.baseline.why_not), end="", flush=True)
     for shard, why in sorted(outcome.bad_shards.items())[:SHOWN_BAD_SHARDS]:

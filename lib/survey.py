@@ -15,18 +15,17 @@ import ray
 from lib import pipeline
 from lib.actors import LoneWorker
 from lib.blocks import IDS
-from lib.errors import TextsweepError, raise_if_stopped, say
+from lib.errors import IncompleteError, TextsweepError, raise_if_stopped, say
 from lib.estimate import Draws, Estimate, draw, estimate, guess_tokens
 from lib.forecast import Speed, earlier_speed, given_speed
+from lib.history import latest_records, records_by_version
 from lib.outcome import Outcome
 from lib.planning import Chunk, bundle
-from lib.progress import SILENT
 from lib.runtime import Layout
 from lib.sampling import Sampled, Window
 from lib.score_config import ForecastSection
 from lib.scoring import Run
 from lib.tasks import sample_shards
-from lib.versions import VERSION, read_json
 from lib.watch import Running
 
 SHARDS_PER_TASK = 8
@@ -55,6 +54,8 @@ class Tally:
     text_bytes: array = field(default_factory=lambda: array("q"))  # type: ignore[type-arg]
     block: array = field(default_factory=lambda: array("l"))  # type: ignore[type-arg]
     """its block's number"""
+    only: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """by the number of a chunk of which not all rows are scored: those that are, counted in the shard"""
     shards: list[tuple[str, str]] = field(default_factory=list)
     """name and identity of each shard that has a chunk to score"""
     num_blocks: int = 0
@@ -67,6 +68,8 @@ class Tally:
                 continue
             if not self.shards or self.shards[-1][0] != chunk.shard:
                 self.shards.append((chunk.shard, chunk.identity))
+            if chunk.only is not None:
+                self.only[len(self.rows)] = chunk.only
             self.shard.append(len(self.shards) - 1)
             self.start.append(chunk.start)
             self.rows.append(chunk.num_scored)
@@ -182,32 +185,47 @@ def take_survey(run: Run, layout: Layout, seed: int = 0) -> tuple[Survey, Runnin
     ), running
 
 
-def read_sample(running: Running, tally: Tally, draws: Draws) -> Iterator[Sampled]:
-    """Read the windows of a sample, those of a few shards in each task."""
-    wanted: dict[tuple[str, str], list[Window]] = {}
+def windows_of(tally: Tally, draws: Draws) -> dict[tuple[str, str], list[Window]]:
+    """The windows of a sample by the shard, with its identity, that they lie in; a row that stands alone is one of its own."""
+    found: dict[tuple[str, str], list[Window]] = {}
     for number, unit in enumerate(draws.unit.tolist()):
-        first = tally.start[unit] + int(draws.first[number])
-        window = Window(number, first, int(draws.rows[number]))
-        wanted.setdefault(tally.shards[tally.shard[unit]], []).append(window)
+        first, rows = int(draws.first[number]), int(draws.rows[number])
+        places = [(tally.start[unit] + first, rows)]
+        if unit in tally.only:
+            places = [(row, 1) for row in tally.only[unit][first : first + rows]]
+        windows = found.setdefault(tally.shards[tally.shard[unit]], [])
+        windows += [Window(number, *place) for place in places]
+    return found
+
+
+def read_sample(running: Running, tally: Tally, draws: Draws) -> Iterator[Sampled]:
+    """Read the windows of a sample, those of a few shards in each task.
+
+    Raises `IncompleteError` if the cluster fails, or has read nothing for `limits.stall_seconds`.
+    """
+    wanted = windows_of(tally, draws)
     names = list(wanted)
     tasks = [
         sample_shards.remote(
             running.job,
             {name: wanted[name] for name in names[start : start + SHARDS_PER_TASK]},
             [running.tokenizer],
-            draws.is_census,
+            draws.is_census or bool(tally.only),
         )
         for start in range(0, len(names), SHARDS_PER_TASK)
     ]
     for task in tasks:
-        while not ray.wait([task], timeout=1)[0]:
-            raise_if_stopped()
         try:
-            yield from ray.get(task)
+            found = wait(task, running.limits.stall_seconds)
         except ray.exceptions.WorkerCrashedError:  # a page that PyArrow does not survive: the run finds out which
             continue
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, TextsweepError) else error from error
+        except ray.exceptions.RayError as error:
+            raise IncompleteError(
+                f"a sample could not be read: {explained(error)}; run the same command again"
+            ) from error
+        yield from found
 
 
 def show_footers() -> Any:
@@ -223,32 +241,42 @@ def show_footers() -> Any:
     return show
 
 
-def find_speed(run: Run, survey: Survey, running: Running, is_gpu: bool, can_measure: bool) -> Speed | None:
-    """How fast it will be: as the configuration says, as an earlier run was, as is measured now. None if nobody knows."""
+def find_speed(run: Run, survey: Survey, running: Running, is_gpu: bool, is_here: bool) -> tuple[Speed | None, str]:
+    """How fast it will be: as the configuration says, as an earlier run was, as is measured now; or None, and why nobody knows.
+
+    `is_here`: whether there is a device of the kind to measure.
+    """
+    if (speed := known_speed(run, is_gpu)) is not None:
+        return speed, ""
+    if not is_here:
+        return None, "there is none here to measure"
+    if not run.config.forecast.measure_seconds:
+        return None, "forecast.measure_seconds = 0 keeps it from being measured"
+    rows = (
+        None if survey.sample is None else survey.sample.filter(pc.greater(pc.list_value_length(survey.sample[IDS]), 0))
+    )
+    if rows is None or not rows.num_rows:
+        return None, "not one of the sampled rows is good enough to measure with"
+    try:
+        return measure(running, rows, run.config.forecast), ""
+    except ray.exceptions.RayError as error:
+        return None, f"measuring it failed ({explained(error)})"
+
+
+def known_speed(run: Run, is_gpu: bool) -> Speed | None:
+    """The speed that the configuration gives, or that an earlier run of this model reached."""
     wanted = run.config.forecast
-    speed = given_speed(wanted)
-    if speed is None:
-        speed = earlier_speed(recent_records(run, run.job.version), is_gpu, wanted.device, "of this version")
-    if speed is None:
-        others = [record for record in other_records(run) if is_alike(record, run)]
-        speed = earlier_speed(others, is_gpu, wanted.device, "of another version of this model")
-    if speed is None and can_measure and wanted.measure_seconds and survey.sample is not None:
-        speed = measure(running, survey.sample, wanted)
-    return speed
-
-
-def recent_records(run: Run, version: str) -> list[dict[str, Any]]:
-    """`run.json` of a version's latest runs, the latest first."""
-    listing = run.output.at(version).list("_runs")
-    listing = listing.filter(pc.ends_with(listing["path"], "/run.json")).sort_by([("mtime_ns", "descending")])
-    return [read_json(run.output.at(version), path) for path in listing["path"].slice(0, RECENT_RUNS).to_pylist()]
-
-
-def other_records(run: Run) -> list[dict[str, Any]]:
-    """`run.json` of the latest runs of all other versions, the latest first."""
-    versions = [name for name in run.output.folders() if VERSION.fullmatch(name) and name != run.job.version]
-    records = [record for version in versions for record in recent_records(run, version)]
-    return sorted(records, key=lambda record: str(record.get("started_at", "")), reverse=True)
+    if (speed := given_speed(wanted)) is not None:
+        return speed
+    mine = latest_records(run.job.output, RECENT_RUNS)
+    if (speed := earlier_speed(mine, is_gpu, wanted.device, "of this version")) is not None:
+        return speed
+    others = (
+        [record for record in records if is_alike(record, run)]
+        for records in records_by_version(run.output, run.job.version, RECENT_RUNS)
+    )
+    speeds = (earlier_speed(some, is_gpu, wanted.device, "of another version of this model") for some in others)
+    return next(filter(None, speeds), None)
 
 
 def is_alike(record: dict[str, Any], run: Run) -> bool:
@@ -258,13 +286,12 @@ def is_alike(record: dict[str, Any], run: Run) -> bool:
     return same and record.get("model_digest") == run.job.model_digest
 
 
-def measure(running: Running, sample: pa.Table, wanted: ForecastSection) -> Speed | None:
-    """Score some of the sample on one actor of the cluster. None, with a warning, if none can be had."""
+def measure(running: Running, rows: pa.Table, wanted: ForecastSection) -> Speed:
+    """Score some rows of a sample, none of them bad, on one actor of the cluster. Raises Ray's error if none can be had."""
     layout, begun = running.layout, time.monotonic()
     options = {"num_cpus": layout.actor_cpus, "num_gpus": layout.actor_gpus}
     say(f"measuring how fast the model is here, for {wanted.measure_seconds:g} s (forecast.measure_seconds)")
     worker = LoneWorker.options(**options).remote(running.job, layout.threads, running.progress)  # type: ignore[attr-defined]
-    rows = sample.filter(pc.greater(pc.list_value_length(sample[IDS]), 0))
     chosen = np.random.default_rng(0).permutation(rows.num_rows)[:MEASURED_TEXTS]
     try:
         wait(worker.ready.remote(), running.limits.stall_seconds)
@@ -272,9 +299,6 @@ def measure(running: Running, sample: pa.Table, wanted: ForecastSection) -> Spee
         found = wait(
             worker.measure.remote(rows.take(pa.array(chosen)), wanted.measure_seconds), running.limits.stall_seconds
         )
-    except (ray.exceptions.RayError, *SILENT) as error:
-        say(f"WARNING: speed could not be measured: {type(error).__name__}: {str(error).strip()[-300:]}")
-        return None
     finally:
         ray.kill(worker)
     return Speed(
@@ -283,6 +307,11 @@ def measure(running: Running, sample: pa.Table, wanted: ForecastSection) -> Spee
         device=found.device,
         starting_seconds=started,
     )
+
+
+def explained(error: ray.exceptions.RayError) -> str:
+    """What Ray says, as far as it fits a line."""
+    return f"{type(error).__name__}: {str(error).strip()[-300:]}"
 
 
 def wait(reference: Any, seconds: float) -> Any:

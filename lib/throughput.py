@@ -4,7 +4,7 @@ import platform
 import re
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 
 class Device(BaseModel):
@@ -19,8 +19,6 @@ class Device(BaseModel):
     precision: str
     threads: int
     """of one forward pass on a processor; 1 on a GPU"""
-    parameters: int
-    """weights of the model"""
 
     def __str__(self) -> str:
         threads = "" if self.is_gpu else f", {self.threads} threads"
@@ -33,12 +31,18 @@ class Throughput(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     device: Device
-    actors: int
+    lives: int = Field(validation_alias=AliasChoices("lives", "actors"))
+    """of actors, added up: each wave's actors are new, and one that restarts begins another; older records call them actors"""
     tokens: int
     seconds: float
-    """from the beginning of each actor's first block to the end of its last, added up: waiting for blocks is part of it"""
+    """from the beginning of each life's first block to the end of its last, added up: waiting for blocks is part of it"""
     busy_seconds: float
     """of these, at a block"""
+
+    @property
+    def seconds_each(self) -> float:
+        """Of one life, on average."""
+        return self.seconds / self.lives
 
     @property
     def tokens_per_second(self) -> float:
@@ -71,7 +75,7 @@ def add_up(parts: list[Throughput]) -> tuple[Throughput, ...]:
     whole = [
         Throughput(
             device=device,
-            actors=sum(one.actors for one in same),
+            lives=sum(one.lives for one in same),
             tokens=sum(one.tokens for one in same),
             seconds=sum(one.seconds for one in same),
             busy_seconds=sum(one.busy_seconds for one in same),

@@ -37,7 +37,8 @@ class Running:
     show: Show
     meter: Meter | None = None
     """what the run costs; none: nobody counts"""
-    run_id: str = ""
+    run_id: str | None = None
+    """None: this is no run, only its plan, and no metric tells of it"""
 
     def add(self, result: dict[str, Any]) -> None:
         """Note and count a chunk's object, given what it says of itself."""
@@ -74,18 +75,20 @@ class Watch:
         return counts
 
     def show(self) -> Counts | None:
-        """Show the progress line. Raises `StoppedError` if the process was asked to stop, `BudgetError` if the budget is spent."""
+        """Show the progress line, note the run's course, set its metrics, and count what it costs.
+
+        Raises `StoppedError` if the process was asked to stop, `BudgetError` if the budget is spent.
+        """
         raise_if_stopped()
         counts = read_progress(self.run.progress)
         outcome = self.run.outcome
-        if counts and (counts.busy or counts.batches):
-            outcome.mark("begun")
         outcome.counts = counts or outcome.counts
         outcome.course.note(outcome.counts)
-        version = self.run.job.version
-        telemetry.RUN_INFO.record(1, version=version, run=self.run.run_id)
-        telemetry.PLANNED_ROWS.record(outcome.planned_rows, version=version)
-        telemetry.BAD_SHARDS.record(len(outcome.bad_shards), version=version)
+        if self.run.run_id is not None:
+            version = self.run.job.version
+            telemetry.RUN_INFO.record(1, version=version, run=self.run.run_id)
+            telemetry.PLANNED_ROWS.record(outcome.planned_rows, version=version)
+            telemetry.BAD_SHARDS.record(len(outcome.bad_shards), version=version)
         self.run.show(outcome)
         if self.run.meter is not None:
             self.run.meter.look()

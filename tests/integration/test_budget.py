@@ -76,9 +76,10 @@ def test_a_spent_budget_keeps_what_is_done_and_the_next_run_finishes(
     held = second["cost"]
     assert held["cpu_seconds"] == pytest.approx(4 * held["node_seconds"], rel=0.01), "a cluster of one node with 4 CPUs"
     assert held["node_seconds"] == pytest.approx(sum(second["phases"].values()), abs=1)
+    assert list(second["phases"]) == ["planning", "starting", "scoring", "finishing"]
     assert held["cost"] == pytest.approx(held["cpu_seconds"] / 3_600, abs=1e-3)
     (actors,) = second["throughput"]
-    assert actors["actors"] == 1
+    assert actors["lives"] == 1
     assert 0 < actors["tokens"] <= second["this_run"]["tokens"]
     assert 0 < actors["busy_seconds"] <= actors["seconds"] <= second["phases"]["scoring"] + 1
     assert (actors["device"]["precision"], actors["device"]["is_gpu"]) == ("fp32", False)

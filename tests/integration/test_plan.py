@@ -187,6 +187,6 @@ def test_how_fast_it_will_be_comes_from_the_same_model_or_is_measured_or_is_aske
     text = capsys.readouterr().out
     assert "1 shards: 0 finished, 1 to do (1 new, 0 changed, 0 begun; 0 of them bad), 0 deleted" in text
     assert "to score: 60 rows in" in text
-    assert "tokens/s an actor: run first of another version of this model, which worked for" in text
+    assert "tokens/s an actor: run first of another version of this model, whose actors worked for" in text
     assert "time on 1 nodes, 4 CPUs, 0 GPUs, 1 actors: " in text
     assert "cost: " in text

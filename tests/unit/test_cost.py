@@ -5,7 +5,6 @@ import pytest
 from lib.config import validate
 from lib.cost import ASK_EVERY_SECONDS, Meter, Usage
 from lib.errors import BudgetError, ExitCode, UsageError
-from lib.report import phases
 from lib.runtime import Cluster, Node
 from lib.score_config import ForecastSection, ScoreConfig
 from lib.throughput import Device, Throughput, add_up
@@ -63,21 +62,14 @@ def test_a_budget_that_nothing_would_ever_spend_is_refused() -> None:
 
 
 def test_throughput_is_added_up_by_device() -> None:
-    one = Device(name="GPU", is_gpu=True, engine="packed", precision="bf16", threads=1, parameters=10)
-    other = Device(name="CPU", is_gpu=False, engine="openvino", precision="bf16", threads=4, parameters=10)
+    one = Device(name="GPU", is_gpu=True, engine="packed", precision="bf16", threads=1)
+    other = Device(name="CPU", is_gpu=False, engine="openvino", precision="bf16", threads=4)
     parts = [
-        Throughput(device=one, actors=1, tokens=300, seconds=2, busy_seconds=1),
-        Throughput(device=other, actors=1, tokens=100, seconds=5, busy_seconds=5),
-        Throughput(device=one, actors=1, tokens=100, seconds=2, busy_seconds=1),
+        Throughput(device=one, lives=1, tokens=300, seconds=2, busy_seconds=1),
+        Throughput(device=other, lives=1, tokens=100, seconds=5, busy_seconds=5),
+        Throughput(device=one, lives=1, tokens=100, seconds=2, busy_seconds=1),
     ]
     fast, slow = add_up(parts)
-    assert (fast.device, fast.actors, fast.tokens_per_second, fast.per_unit) == (one, 2, 100, 100)
+    assert (fast.device, fast.lives, fast.tokens_per_second, fast.per_unit) == (one, 2, 100, 100)
     assert (slow.tokens_per_second, slow.per_unit) == (20, 5)
     assert Throughput.model_validate(fast.record()) == fast
-
-
-def test_phases_are_told_as_far_as_a_run_came(clock: list[float]) -> None:
-    whole = phases({"planned": 905.0, "begun": 915.0, "ended": 990.0}, 900.0)
-    assert whole == {"planning": 5.0, "starting": 10.0, "scoring": 75.0, "finishing": 10.0}
-    assert phases({"planned": 905.0, "ended": 990.0}, 900.0) == {"planning": 5.0, "scoring": 85.0, "finishing": 10.0}
-    assert phases({}, 900.0) == {"finishing": 100.0}

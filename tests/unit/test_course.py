@@ -5,13 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.course import MAX_POINTS, Course
+from lib.course import FINISHING, MAX_POINTS, Course
 from lib.outcome import SHOWN_EXAMPLES, SLOWEST_SHARDS, Outcome
 from lib.progress import Counts
-
-
-def stages(course: Course) -> list[tuple[str, float]]:
-    return [(name, round(start, 6)) for name, start in course.starts]
+from lib.report import phases
 
 
 def test_a_night_has_as_many_points_as_a_minute_and_the_same_end() -> None:
@@ -34,19 +31,35 @@ def test_a_progress_actor_that_counts_from_zero_again_takes_no_row_back() -> Non
     assert [point.rows for point in course.points] == [0, 100, 200, 210, 250]
 
 
-def test_stages_are_start_up_waves_and_their_tails() -> None:
+def test_stages_are_planning_start_up_waves_their_tails_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     course = Course()
-    course.begin_wave()
+    course.note(Counts(), 1)
+    course.begin_wave(2)
     course.note(Counts(), 4)
-    course.note(Counts(rows=1, num_busy=1), 8)
+    course.note(Counts(num_busy=1), 8)
     for second in range(9, 20):
         course.note(Counts(rows=second, num_busy=2), second)
     course.note(Counts(rows=30, num_busy=1), 25)
-    course.end_wave(now=30)
-    assert stages(course) == [("start-up", 0), ("wave 1", 4), ("tail", 19)]
-    course.starts.append(("wave 2", 31))
+    course.end_wave(30)
+    course.begin_wave(31)
     course.begin("missing chunks", 40)
-    assert stages(course)[3:] == [("wave 2", 31), ("missing chunks", 40)]
+    course.begin(FINISHING, 50)
+    assert course.starts == [
+        ("planning", 0), ("start-up", 2), ("wave 1", 4), ("tail", 19), ("wave 2", 31), ("missing chunks", 40), ("finishing", 50),
+    ]  # fmt: skip
+    monkeypatch.setattr(Course, "now", lambda course: 53.0)
+    stages = course.record(offset=5)["stages"]
+    assert stages[:2] == [{"stage": "planning", "start": 0, "end": 7}, {"stage": "start-up", "start": 7, "end": 9}]
+    assert stages[-1] == {"stage": "finishing", "start": 55, "end": 58}
+    assert phases(stages) == {"planning": 7, "starting": 2, "scoring": 46, "finishing": 3}
+    assert phases(stages[:2]) == {"planning": 7, "starting": 2}, "as far as it came"
+
+
+def test_actors_that_are_busy_at_once_leave_no_start_up_before_their_wave() -> None:
+    course = Course()
+    course.begin_wave(3)
+    course.note(Counts(num_busy=1), 3.1)
+    assert course.starts[1:] == [("start-up", 3), ("wave 1", 3)]
 
 
 def result(shard: str, seconds: float, **more: Any) -> dict[str, Any]:

@@ -8,10 +8,13 @@ from scipy.stats import ks_2samp, power_divergence
 
 from lib import drift
 from lib.drift import LENGTH_NAMES, Shift, compare, kolmogorov_smirnov, population_stability
+from lib.history import Baseline
 from lib.outcome import Tally
 from lib.schema import Head, Task
 
 COUNTS = st.lists(st.integers(0, 200), min_size=20, max_size=20).filter(any)
+
+MONDAY = Baseline(name="monday", counts={})
 
 HEAD = Head(task=Task.MULTI_CLASS, labels=("a", "b", "c"))
 
@@ -137,9 +140,9 @@ def test_old_records_without_lengths_are_compared_as_far_as_they_go() -> None:
 
 def test_the_judgement_says_what_to_do() -> None:
     shifts = compare(tally({"c": 1_000}), tally({"a": 500, "b": 500}), (HEAD,))
-    assert drift.judge(shifts, None, "monday", "tuesday") is None
-    assert drift.judge(shifts, 1e6, "monday", "tuesday") is None
-    problem = drift.judge(shifts, 0.2, "monday", "tuesday")
+    assert drift.judge(shifts, None, MONDAY, 1_000, "tuesday") is None
+    assert drift.judge(shifts, 1e6, MONDAY, 1_000, "tuesday") is None
+    problem = drift.judge(shifts, 0.2, MONDAY, 1_000, "tuesday")
     assert problem is not None
     assert problem.exit_code == 3
     for part in ("not distributed as in run monday", "labels: population stability index", "most: c, 0.0% before, 100.0% now",

@@ -17,11 +17,10 @@ from lib.forecast import (
     earlier_speed,
     forecast,
     given_speed,
-    layout_of,
     makespan,
     scoring_seconds,
 )
-from lib.runtime import Cluster, Node
+from lib.runtime import Cluster, Node, plan_layout
 from lib.score_config import ForecastSection, ScoreResources
 from lib.throughput import Device, Throughput
 
@@ -52,7 +51,7 @@ def test_the_driver_limits_what_many_actors_can_do() -> None:
 
 def test_a_forecast_adds_up_and_costs_the_whole_cluster() -> None:
     cluster = Cluster((Node(16, 2),))
-    layout = layout_of(cluster, ScoreResources())
+    layout = plan_layout(cluster, ScoreResources())
     tokens = Estimate(value=1e6, low=0.5e6, high=2e6)
     speed = Speed(per_unit=1_000, source="a test", starting_seconds=20, finishing_seconds=5)
     found = forecast(tokens, np.ones(100), cluster, layout, speed, 10.0, ForecastSection(gpu_hour=3.6, cpu_hour=0.36))
@@ -70,14 +69,22 @@ def test_clusters_are_described_by_a_part_of_what_they_are() -> None:
 
 
 def test_threads_are_those_of_the_described_cluster() -> None:
-    assert layout_of(described_cluster(ForecastSection(cpus=96, nodes=2)), ScoreResources()).threads == 48
+    cluster = described_cluster(ForecastSection(cpus=96, nodes=2))
+    assert plan_layout(cluster, ScoreResources(), most_threads=96).threads == 48
 
 
-def record(run: str, name: str, seconds: float, tokens: int = 1_000, is_gpu: bool = True) -> dict[str, Any]:
-    device = Device(
-        name=name, is_gpu=is_gpu, engine="torch", precision="bf16", threads=1 if is_gpu else 4, parameters=1
-    )
-    done = Throughput(device=device, actors=2, tokens=tokens, seconds=seconds, busy_seconds=seconds)
+def test_a_node_without_cpus_gets_no_actor_and_takes_no_thread() -> None:
+    """The head of our KubeRay cluster, for example."""
+    cluster = Cluster((Node(0, 0), Node(8, 0)))
+    layout = plan_layout(cluster, ScoreResources(num_actors=2), most_threads=8)
+    assert (layout.num_actors, layout.threads) == (2, 4)
+
+
+def record(
+    run: str, name: str, seconds: float, tokens: int = 1_000, is_gpu: bool = True, lives: int = 1
+) -> dict[str, Any]:
+    device = Device(name=name, is_gpu=is_gpu, engine="torch", precision="bf16", threads=1 if is_gpu else 4)
+    done = Throughput(device=device, lives=lives, tokens=tokens, seconds=seconds, busy_seconds=seconds)
     return {"run_id": run, "throughput": [done.record()], "phases": {"starting": 33.0}}
 
 
@@ -100,6 +107,23 @@ def test_of_runs_that_were_all_too_short_the_longest_is_believed_and_says_so() -
     assert "for 4 s only" in found.source
 
 
+def test_many_short_lives_are_not_one_long_one() -> None:
+    """Eight actors in three waves that worked for a second each tell less than one that worked for 20."""
+    records = [record("waves", "x", 24.0, lives=24), record("one", "x", 20.0)]
+    found = earlier_speed(records, True, None, "")
+    assert found is not None
+    assert found.source == "run one "
+    short = earlier_speed(records[:1], True, None, "")
+    assert short is not None
+    assert "whose actors worked for 1 s only" in short.source
+
+
+def test_records_that_call_lives_actors_are_read() -> None:
+    (done,) = record("old", "x", 40.0, lives=2)["throughput"]
+    done["actors"] = done.pop("lives")
+    assert Throughput.model_validate(done).seconds_each == 20
+
+
 def test_other_devices_and_old_records_say_nothing() -> None:
     records = [{"run_id": "old"}, record("cpu", "EPYC", 50, is_gpu=False), record("gpu", "NVIDIA A10G", 50)]
     assert earlier_speed(records, True, "h100", "") is None
@@ -108,6 +132,35 @@ def test_other_devices_and_old_records_say_nothing() -> None:
     assert a10.per_unit == 20
     assert cpu is not None
     assert cpu.per_unit == 5, "of one of its four threads"
+
+
+@pytest.mark.parametrize(("short", "long"), [("A10", "A100"), ("L4", "L40S"), ("H100", "GH100")])
+def test_a_device_is_not_taken_for_one_whose_name_is_longer(short: str, long: str) -> None:
+    table = {long: 9.0, short: 1.0}
+    for device, expected in ((short, 1), (long.lower(), 9), (f"NVIDIA {short}", 1), (f"NVIDIA {long} 48GB", 9)):
+        found = given_speed(ForecastSection(tokens_per_second=table, device=device))
+        assert found is not None
+        assert found.per_unit == expected, device
+    records = [record("long", f"NVIDIA {long}-PCIe", 20.0), record("short", f"NVIDIA {short}", 20.0)]
+    for device, run in ((short, "short"), (f"nvidia {short}", "short"), (long, "long")):
+        found = earlier_speed(records, True, device, "")
+        assert found is not None
+        assert f"run {run}" in found.source, device
+    assert earlier_speed(records[:1], True, short, "") is None
+
+
+def test_a_part_of_several_names_is_refused_and_each_of_them_taken() -> None:
+    records = [
+        record("a", "NVIDIA H100 PCIe", 20.0),
+        record("b", "NVIDIA H100", 20.0),
+        record("c", "EPYC", 20, is_gpu=False),
+    ]
+    with pytest.raises(UsageError, match=r"'h100' fits 'NVIDIA H100', 'NVIDIA H100 PCIe', which earlier runs had"):
+        earlier_speed(records, True, "h100", "")
+    for device, run in (("NVIDIA H100", "b"), ("h100 pcie", "a")):
+        found = earlier_speed(records, True, device, "")
+        assert found is not None
+        assert f"run {run}" in found.source
 
 
 def test_a_table_of_speeds_is_read_by_the_device() -> None:

@@ -4,9 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lib.encoder_config import CompareConfig
 from scipy.stats import bootstrap
 from sklearn.metrics import f1_score
 
+from lib.config import validate
+from lib.errors import UsageError
 from lib.gate import IntArray, Verdict, judge, measure
 
 CLASSES = 4
@@ -103,6 +106,23 @@ def test_the_same_answers_are_accepted_and_too_few_rows_are_not() -> None:
     assert not worse.accepted
     assert "it is worse" in worse.reason()
     assert verdict_of(truth, (champion + 1) % CLASSES, champion).accepted
+
+
+def test_a_model_that_looks_worse_is_not_said_to_need_fewer_rows_than_it_had() -> None:
+    truth = np.zeros(400, np.int64)
+    champion, challenger = truth.copy(), truth.copy()
+    challenger[:6], champion[6:8] = 1, 1  # six rows against two: worse by a point, but not significantly
+    found = verdict_of(truth, champion, challenger, margin=0.02)
+    assert not found.accepted
+    assert not found.is_significantly_worse
+    assert found.rows_needed <= 400
+    assert found.reason().endswith("; the challenger looks worse: it loses 1.00 points on 400 rows")
+
+
+def test_no_margin_would_refuse_a_model_that_answers_as_the_other_does() -> None:
+    settings = {"test": {"path": "t"}, "gate": {"margin": 0}}
+    with pytest.raises(UsageError, match=r"gate\.margin = 0: .*greater than 0"):
+        validate(CompareConfig, settings)
 
 
 def test_the_rows_that_are_asked_for_would_do() -> None:

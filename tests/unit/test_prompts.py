@@ -10,11 +10,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib import checkpoint
 from lib.attribution import explain_texts
+from lib.checkpoint import vector_type
 from lib.config import Truncation, validate
 from lib.errors import UsageError
 from lib.predictor import Predictor
 from lib.score_config import ScoreConfig, ZeroShotConfig
-from lib.scoring import vector_type
 from lib.tokenization import Tokenizer
 from lib.zero_shot import make_zero_shot
 from tests import fakes

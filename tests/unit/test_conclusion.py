@@ -1,0 +1,158 @@
+"""How a run ends: what it is compared with, what keeps it from being published, and what is left of it if something fails then."""
+
+import io
+import queue
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from lib import pipeline, report
+from lib.errors import BudgetError, IncompleteError, OverLimitError
+from lib.history import COUNTS_KEY
+from lib.outcome import Outcome
+from lib.publishing import write_table
+from lib.storage import Store, open_store
+from lib.versions import read_json, roll_back
+from tests import fakes
+from tests.stand_in import add, conclude, prepared, published, run_night, score
+
+LIMIT = {"max_psi": 0.5}
+
+
+def mixed(rows: int) -> list[str]:
+    """Texts of all three labels."""
+    return [("down", "same", "up")[row % 3] for row in range(rows)]
+
+
+def test_a_refused_run_is_refused_again_under_its_own_id(tmp_path: Path, classifier: str) -> None:
+    """An orchestrator runs the same command again: its run.json then holds what was refused, not what was published."""
+    add(tmp_path, "a.parquet", *mixed(300))
+    run_night(tmp_path, classifier, "x", drift=LIMIT)
+    assert published(tmp_path) == "x"
+    add(tmp_path, "b.parquet", *["down"] * 300)
+    for _ in range(2):
+        with pytest.raises(OverLimitError, match="not distributed as in run x: labels: "):
+            run_night(tmp_path, classifier, "x", drift=LIMIT)
+    found = open_store(f"{tmp_path}/scores")
+    manifest = found.read(f"{prepared(tmp_path, classifier, 'x').job.version}/_runs/x/manifest.parquet") or b""
+    assert pq.read_metadata(io.BytesIO(manifest)).num_rows == 1
+    run_night(tmp_path, classifier, "y", drift=LIMIT | {"baseline": "x"})
+    assert published(tmp_path) == "y", "accepted"
+
+
+def test_a_baseline_may_be_a_file_and_without_a_limit_a_shift_is_only_told(
+    tmp_path: Path, classifier: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(tmp_path, "a.parquet", *mixed(300))
+    run_night(tmp_path, classifier, "x")
+    file = tmp_path / "run.json"
+    file.write_bytes(prepared(tmp_path, classifier, "x").job.output.read("_runs/x/run.json") or b"")
+    add(tmp_path, "b.parquet", *["down"] * 300)
+    with pytest.raises(OverLimitError, match=f"as in run {file}: labels: "):
+        run_night(tmp_path, classifier, "y", drift=LIMIT | {"baseline": str(file)})
+    capsys.readouterr()
+    run_night(tmp_path, classifier, "y")
+    assert "drift: labels: population stability index" in capsys.readouterr().out
+    assert published(tmp_path) == "y"
+
+
+def test_runs_without_new_rows_hand_on_what_they_were_compared_with(
+    tmp_path: Path, classifier: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(tmp_path, "a.parquet", *mixed(300))
+    add(tmp_path, "b.parquet", *mixed(60))
+    run_night(tmp_path, classifier, "x", drift=LIMIT)
+    assert "drift: not judged: no run of this version is published yet" in capsys.readouterr().out
+    removing = {"input": {"path": f"{tmp_path}/archive", "deleted": "remove"}}
+    (tmp_path / "archive/b.parquet").unlink()
+    run_night(tmp_path, classifier, "removed", drift=LIMIT, **removing)
+    assert published(tmp_path) == "removed"
+    add(tmp_path, "c.parquet", *["down"] * 300)
+    with pytest.raises(OverLimitError, match="not distributed as in run x: labels: "):
+        run_night(tmp_path, classifier, "y", drift=LIMIT, **removing)
+    run_night(tmp_path, classifier, "y", drift={"baseline": "y", **LIMIT}, **removing)
+    # Rolled back, and planned again: what was accepted is compared with the run that readers see now.
+    roll_back(open_store(f"{tmp_path}/scores"), "removed", None, single_writer=False)
+    assert prepared(tmp_path, classifier, "z", **removing).baseline.name == "x"
+    with pytest.raises(OverLimitError, match="not distributed as in run x: "):
+        run_night(tmp_path, classifier, "z", drift=LIMIT, **removing)
+
+
+def test_an_old_manifest_is_judged_by_what_run_json_says_or_not_published(
+    tmp_path: Path, classifier: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(tmp_path, "a.parquet", *mixed(300))
+    run_night(tmp_path, classifier, "x")
+    run = prepared(tmp_path, classifier, "x").job.output.at("_runs/x")
+    manifest = pq.read_table(io.BytesIO(run.read("manifest.parquet") or b""))
+    assert COUNTS_KEY in manifest.schema.metadata
+    write_table(run, "manifest.parquet", manifest.replace_schema_metadata(None))
+    assert prepared(tmp_path, classifier, "y").baseline.name == "x"
+    assert "keeps no counts, it is an old one; those in run.json of x are taken" in capsys.readouterr().err
+    run.delete("run.json")
+    add(tmp_path, "b.parquet", *mixed(60))
+    with pytest.raises(OverLimitError, match=r"cannot be compared: .* keeps no counts, and no run\.json"):
+        run_night(tmp_path, classifier, "y", drift=LIMIT)
+    assert published(tmp_path) == "x"
+    run_night(tmp_path, classifier, "z")
+    assert published(tmp_path) == "z"
+
+
+SPENT = BudgetError("limits.budget = 1 is spent: 1.01 by now")
+
+
+def test_a_budget_that_is_spent_when_all_is_done_keeps_nothing_from_readers(tmp_path: Path, classifier: str) -> None:
+    add(tmp_path, "a.parquet", *mixed(30))
+    fakes.write_archive(f"{tmp_path}/archive", {"bad.parquet": b"PAR1 no Parquet PAR1"})  # never gets an object
+    run = prepared(tmp_path, classifier, "x", limits={"max_bad_shards": 1})
+    outcome = score(run)
+    outcome.over_budget = SPENT
+    conclude(run, outcome)
+    assert published(tmp_path) == "x"
+
+
+def test_a_budget_that_is_spent_before_says_what_is_left_and_what_it_brought(tmp_path: Path, classifier: str) -> None:
+    add(tmp_path, "a.parquet", *mixed(30))
+    run = prepared(tmp_path, classifier, "x")
+    run.start()
+    with pytest.raises(
+        BudgetError, match=r"of 1 shards to do 1 \(.*\) are left; .*; not one chunk was finished: raise it"
+    ):
+        conclude(run, Outcome(over_budget=SPENT))
+    score(run)
+    add(tmp_path, "b.parquet", *mixed(30))
+    run = prepared(tmp_path, classifier, "x")
+    # The budget's end came before the news of any object.
+    with pytest.raises(BudgetError, match="of 1 shards to do 1") as caught:
+        conclude(run, Outcome(over_budget=SPENT))
+    assert "not one chunk" not in str(caught.value)
+    assert published(tmp_path) is None
+
+
+def test_what_has_come_by_the_end_of_a_budget_is_noted() -> None:
+    inbox: queue.Queue[dict[str, Any] | Exception | None] = queue.Queue()
+    for item in ({"name": "a"}, {"name": "b"}, None):
+        inbox.put(item)
+    noted: list[dict[str, Any]] = []
+    pipeline.note_waiting(SimpleNamespace(add=noted.append), inbox)  # type: ignore[arg-type]
+    assert noted == [{"name": "a"}, {"name": "b"}]
+    pipeline.note_waiting(SimpleNamespace(add=noted.append), inbox)  # type: ignore[arg-type]
+    assert len(noted) == 2
+
+
+def test_a_run_has_its_record_though_earlier_ones_cannot_be_read(
+    tmp_path: Path, classifier: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(version: Store, but: str) -> None:
+        assert read_json(version.at(f"_runs/{but}"), "run.json")["published"]
+        raise IncompleteError("storage failed to list: 503 SlowDown")
+
+    monkeypatch.setattr(report, "recent_runs", fail)
+    add(tmp_path, "a.parquet", *mixed(30))
+    run_night(tmp_path, classifier, "x")
+    run = prepared(tmp_path, classifier, "x").job.output.at("_runs/x")
+    assert {"run.json", "config.json", "report.html"} <= set(run.list()["path"].to_pylist())
+    assert "WARNING: the report shows no earlier runs, they cannot be read: storage failed" in capsys.readouterr().err
