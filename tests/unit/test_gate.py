@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lib.encoder_config import CompareConfig
 from scipy.stats import bootstrap
 from sklearn.metrics import f1_score
 
 from lib.config import validate
 from lib.errors import UsageError
 from lib.gate import IntArray, Verdict, judge, measure
+from lib.score_config import CompareConfig
 
 CLASSES = 4
 
