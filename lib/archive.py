@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.errors import UsageError, nearest
-from lib.listing import FileInfo, to_listing
+from lib.listing import FileInfo, split_pattern, to_listing
 from lib.planning import RowGroup
-from lib.storage import Store, explained, open_store, path_below, split_pattern
+from lib.storage import Store, explained, open_store, path_below
 
 SHARD_ENDINGS = (".parquet", ".pq")
 

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from lib.errors import UsageError
-from lib.storage import NOT_IMPLEMENTED, Store, code_of
+from lib.s3 import NOT_IMPLEMENTED, code_of
+from lib.storage import Store
 
 RACERS = 8
 CREATE_ROUNDS = 3

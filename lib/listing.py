@@ -1,5 +1,6 @@
-"""What is known of a file without opening it, and listings of many as Arrow tables. Knows no file system."""
+"""What is known of a file without opening it: what its URL says, its description, listings of many. Knows no file system."""
 
+import glob
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,3 +53,20 @@ def to_listing(infos: Iterable[FileInfo]) -> pa.Table:
 def is_temporary(path: str) -> bool:
     """Whether a local path is one of our unfinished writes."""
     return path.endswith(".tmp") and path.rpartition("/")[2].startswith(".")
+
+
+def split_pattern(url: str) -> tuple[str, str]:
+    """Split an archive's URL into its root (the longest folder before a wildcard, or the file's folder) and the rest ('' for a folder)."""
+    url = url.rstrip("/")
+    if not glob.has_magic(url):
+        head, _, name = url.rpartition("/")
+        return (head or ".", name) if name.endswith((".parquet", ".pq")) else (url, "")
+    before = url[: next(i for i, letter in enumerate(url) if letter in "*?[")]
+    root = before.rpartition("/")[0]
+    return (root, url[len(root) + 1 :]) if root else (".", url)
+
+
+def protocol_of(url: str) -> str:
+    """The fsspec protocol of a URL: 's3', 'file', 'hf', ..."""
+    head, sign, _ = url.partition("://")
+    return {"s3a": "s3", "local": "file"}.get(head, head) if sign else "file"

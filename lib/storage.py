@@ -1,13 +1,12 @@
 """Files on any fsspec URL: listing, reading, and the two writes that the commit rests on (create once, compare and swap).
 
-The only module that knows s3fs. Credentials, region and endpoint come from the usual AWS environment and profile
+The only module that knows fsspec and s3fs. Credentials, region and endpoint come from the usual AWS environment and profile
 (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, ...); none is ever taken from a configuration or printed.
 """
 
 import contextlib
 import errno
 import fcntl
-import glob
 import os
 import random
 import secrets
@@ -16,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,39 +23,14 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import s3fs
-from aiobotocore.session import AioSession
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
-from botocore.utils import parse_timestamp
 
 from lib.errors import DeniedError, IncompleteError, TextsweepError, UsageError
-from lib.listing import LISTING_SCHEMA, FileInfo, describe, is_temporary, to_listing
+from lib.listing import LISTING_SCHEMA, FileInfo, describe, is_temporary, protocol_of, to_listing
+from lib.s3 import CONFLICT, LOST_RACE, NOT_IMPLEMENTED, REFUSED, S3_OPTIONS, code_of, make_session, may_pass
 
 SINGLE_PUT_BYTES = 5 * 2**30
 """S3's limit for one PUT. Always one PUT: radosgw 16.2 ignores `If-None-Match` when a multipart upload is completed."""
-
-MAX_CAUSES = 16
-"""Exceptions looked at for S3's error code, one the cause of the other: `raise error from error` makes a chain without end."""
-
-S3_OPTIONS: dict[str, Any] = {
-    "use_listings_cache": False,
-    "skip_instance_cache": False,
-    "config_kwargs": {
-        "retries": {"mode": "adaptive", "max_attempts": 8},
-        "connect_timeout": 10,
-        "read_timeout": 60,
-        "max_pool_connections": 32,
-    },
-}
-
-REFUSED = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"}
-"""Codes that come as another exception than `PermissionError` and mean the same."""
-
-LOST_RACE = {"PreconditionFailed", "412"}
-
-CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
-"""Another write of the same key is under way, and may fail: neither written nor refused. S3 says: try again."""
-
-NOT_IMPLEMENTED = {"NotImplemented", "501"}
 
 CONFLICT_PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
@@ -386,55 +359,6 @@ def path_below(folder: Store, other: Store) -> str | None:
     """The path of `other` relative to `folder` ('' if they are the same), or None if it does not lie in it."""
     inside = protocol_of(folder.url) == protocol_of(other.url) and f"{other.root}/".startswith(f"{folder.root}/")
     return other.root[len(folder.root) + 1 :] if inside else None
-
-
-def split_pattern(url: str) -> tuple[str, str]:
-    """Split an archive's URL into its root (the longest folder before a wildcard, or the file's folder) and the rest ('' for a folder)."""
-    url = url.rstrip("/")
-    if not glob.has_magic(url):
-        head, _, name = url.rpartition("/")
-        return (head or ".", name) if name.endswith((".parquet", ".pq")) else (url, "")
-    before = url[: next(i for i, letter in enumerate(url) if letter in "*?[")]
-    root = before.rpartition("/")[0]
-    return (root, url[len(root) + 1 :]) if root else (".", url)
-
-
-def protocol_of(url: str) -> str:
-    """The fsspec protocol of a URL: 's3', 'file', 'hf', ..."""
-    head, sign, _ = url.partition("://")
-    return {"s3a": "s3", "local": "file"}.get(head, head) if sign else "file"
-
-
-def make_session() -> AioSession:
-    """Make an S3 session that reads times quickly: botocore's parser takes half of a client's time for a page of a listing."""
-    session = AioSession()
-    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=read_time)
-    return session
-
-
-def read_time(value: str | float) -> datetime:
-    """Read a time as S3 writes it in listings (ISO 8601), or in any other way that botocore knows."""
-    try:
-        return datetime.fromisoformat(str(value))
-    except ValueError:
-        found: datetime = parse_timestamp(value)
-        return found
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether s3fs should try once more (five times in all, 2 s): stores under load answer 403 to what they allow."""
-    return code_of(error) in ("AccessDenied", "403")
-
-
-def code_of(error: BaseException | None) -> str:
-    """The S3 error code behind an exception, or ''. s3fs turns botocore's errors into `OSError`s and keeps them as the cause."""
-    for _ in range(MAX_CAUSES):
-        if isinstance(error, ClientError):
-            return str(error.response.get("Error", {}).get("Code", ""))
-        if error is None:
-            break
-        error = error.__cause__
-    return ""
 
 
 @contextlib.contextmanager

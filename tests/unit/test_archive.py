@@ -27,8 +27,9 @@ from lib.archive import (
 from lib.errors import UsageError
 from lib.planning import Chunk, chunks_of, identity
 from lib.reading import ChangedShardError, Rows, check_texts, read_rows
+from lib.s3 import code_of
 from lib.schema import RowError
-from lib.storage import Store, code_of, open_store
+from lib.storage import Store, open_store
 from tests.fakes import to_parquet, write_archive
 from tests.proxy import Fault, FaultyProxy
 

@@ -19,6 +19,7 @@ ORDER = (
         "toml",
         "space",
         "listing",
+        "s3",
         "storage",
         "atomicity",
         "tracking",
@@ -181,7 +182,7 @@ def test_only_what_computes_imports_torch() -> None:
 
 
 def test_only_storage_and_what_it_hides_know_s3() -> None:
-    assert importers("s3fs") | importers("botocore") | importers("boto3") | importers("fsspec") <= {"storage"}
+    assert importers("s3fs") | importers("botocore") | importers("boto3") | importers("fsspec") <= {"s3", "storage"}
 
 
 @pytest.mark.parametrize("outside", ["jobs", "tests", "cluster"])

@@ -15,8 +15,9 @@ from botocore.utils import parse_timestamp
 
 from jobs.demo_store import LoopbackS3
 from lib.errors import IncompleteError, UsageError
-from lib.listing import FileInfo
-from lib.storage import Store, code_of, open_store, protocol_of, read_time, split_pattern
+from lib.listing import FileInfo, protocol_of, split_pattern
+from lib.s3 import code_of, read_time
+from lib.storage import Store, open_store
 from tests.proxy import Fault, FaultyProxy, Rule
 
 REPOSITORY = Path(__file__).parents[2]
