@@ -20,11 +20,11 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lib.errors import IncompleteError, StoppedError, TextsweepError, at_work
+from lib.failures import chain_of
 from lib.mapped import local_copy
 from lib.space import SearchSection, point_text
 from lib.storage import Store
 from lib.trial import WHOLE, Record, TrialPlan, run_trial
-from lib.workers import chain_of
 
 TRIALS_FOLDER = "trials"
 

@@ -14,11 +14,12 @@ import ray.train
 from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import TrainingFailedError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.committing import find_committed
 from lib.errors import IncompleteError, TextsweepError, UsageError, at_work
+from lib.failures import RetryPolicy, causes_of
 from lib.fitting import Job
 from lib.pretrain_config import FitConfig
 from lib.runtime import Cluster
@@ -109,12 +110,16 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 class QuietTrainer(TorchTrainer):
     """Without the actor that waits for the controller's death to free its placement group: the job's end frees it, too.
 
-    Ray 2.60: without a dashboard, as in a local Ray, that actor prints a warning every second.
+    Ray 2.60: without a dashboard, as in a local Ray, that actor prints a warning every second. And with our own rule for trying again.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         found: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
         return [one for one in found if type(one).__name__ != "PlacementGroupCleanerCallback"]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        settings["failure_policy"] = RetryPolicy(self.run_config.failure_config)  # type: ignore[arg-type]
+        return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
 
 
 def run_workers(work: Callable[[], str | None], job: Job, use_gpu: bool) -> None:
@@ -187,8 +192,7 @@ def run_interruptibly(function: Callable[[], Any]) -> Any:
 
 def explain(error: TrainingFailedError, job: Job) -> None:
     """Raise what a person can act on, if that is what ended the workers; return if it looks like a bug."""
-    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    causes = [cause for failure in failures for cause in chain_of(failure)]
+    causes = causes_of(error)
     least, most = job.config.resources.min_workers, job.config.resources.num_workers
     for cause in causes:
         if isinstance(cause, GpuOutOfMemoryError):
@@ -201,19 +205,10 @@ def explain(error: TrainingFailedError, job: Job) -> None:
             with at_work():
                 raise cause from error
     if any(isinstance(cause, (RayActorError, WorkerCrashedError, OutOfMemoryError)) for cause in causes):
-        first = " ".join(str(failures[0]).split())[:SHOWN_CHARACTERS]
+        first = " ".join(str(causes[0]).split())[:SHOWN_CHARACTERS]
         raise IncompleteError(
             f"workers died more than {MAX_FAILURES} times: {first}; run the same command again to go on after the last evaluation"
         ) from error
-
-
-def chain_of(error: BaseException | None) -> list[BaseException]:
-    """An exception and its causes; what a worker died of, Ray Train 2.60 keeps as `health_check_failure` alone."""
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = getattr(error, "cause", None) or getattr(error, "health_check_failure", None) or error.__cause__
-    return chain
 
 
 def remove_run(folder: Store) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import ray
 import torch
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
@@ -701,6 +702,12 @@ def test_workers_get_as_many_cpus_as_fit() -> None:
 # recipes
 
 
+def workers_started() -> int:
+    """Training workers that this session's Ray has had."""
+    actors: dict[str, dict[str, Any]] = ray._private.state.actors()
+    return sum(one["ActorClassName"] == "RayTrainWorker" for one in actors.values())
+
+
 def test_rows_that_are_known_from_training_are_counted_dropped_or_refused(
     data: dict[str, str], base: str, ray_session: None, tmp_path: Path
 ) -> None:
@@ -720,8 +727,10 @@ def test_rows_that_are_known_from_training_are_counted_dropped_or_refused(
     found = run("drop")
     assert found["known_from_training"] == {"valid": 20, "test": 0}
     assert found["rows"] == {"train": TRAIN_ROWS - 20, "valid": 30, "test": TEST_ROWS}
+    before = workers_started()
     with pytest.raises(UsageError, match=r"20 of 30 valid rows have the text of a training row, expected at most 0.1%"):
         run("refuse")
+    assert workers_started() - before == 1, "it would be refused again"
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_batch(

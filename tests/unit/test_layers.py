@@ -86,7 +86,7 @@ ORDER = (
         "zero_shot",
     ),
     # the work of a cluster
-    *("workers", "training", "halving", "search", "pretraining", "course", "outcome", "history", "drift"),
+    *("failures", "workers", "training", "halving", "search", "pretraining", "course", "outcome", "history", "drift"),
     *("watch", "tasks", "actors", "suspects", "pipeline", "run_page", "report", "scoring", "survey"),
     # jobs on another machine's cluster
     *("packaging", "submission", "job_log", "job_server"),
@@ -102,6 +102,7 @@ MAY_IMPORT_RAY = {
     "masked_fitting",
     "finetuning",
     "trial",
+    "failures",
     "workers",
     "halving",
     "watch",

@@ -1,6 +1,8 @@
 """What a person is told when a run's name is taken, and when training workers end for good."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,12 +10,16 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.errors import DeniedError, IncompleteError, UsageError
+from lib.failures import RetryPolicy
 from lib.storage import open_store
 from lib.workers import claim, explain
+from tests.conftest import REPOSITORY
 
 JOB: Any = SimpleNamespace(
     max_length=64,
@@ -60,6 +66,26 @@ def test_storage_that_lets_nobody_in_any_more_leaves_a_run_that_can_go_on() -> N
     denied = DeniedError("s3://bucket/out: not allowed to write it (ExpiredToken)")
     with pytest.raises(IncompleteError, match=r"ExpiredToken\); it was allowed when the run started"):
         explain(raised_by_a_worker(denied), JOB)
+
+
+@pytest.mark.parametrize(
+    ("error", "decision"),
+    [
+        (UsageError("valid.path: 64 of 64 rows are known"), FailureDecision.RAISE),
+        (DeniedError("s3://bucket/out: not allowed to write it (SlowDown)"), FailureDecision.RETRY),
+        (IncompleteError("s3://bucket/out: storage failed"), FailureDecision.RETRY),
+        (ZeroDivisionError("division by zero"), FailureDecision.RETRY),
+        (WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError()), FailureDecision.RETRY),
+    ],
+)
+def test_what_would_be_as_wrong_again_is_not_tried_again(error: Exception, decision: FailureDecision) -> None:
+    assert RetryPolicy(FailureConfig(max_failures=3)).make_decision(raised_by_a_worker(error)) is decision
+
+
+def test_ray_train_decides_on_it_without_torch() -> None:
+    script = "import sys, lib.failures; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=REPOSITORY, text=True)
+    assert done.stdout == "False False\n"
 
 
 def test_a_name_is_claimed_by_one_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
