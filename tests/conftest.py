@@ -98,3 +98,11 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("classifier")
     fakes.make_classifier(folder, "bert", ("down", "same", "up"))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny pretrained BERT without a head."""
+    folder = tmp_path_factory.mktemp("base")
+    fakes.make_encoder(folder, "bert")
+    return str(folder)

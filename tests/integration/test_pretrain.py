@@ -30,14 +30,6 @@ TEXTS = 150
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An encoder without a masked-language head."""
-    folder = tmp_path_factory.mktemp("base")
-    fakes.make_encoder(folder, "bert")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with labelled sets; of the training texts three cannot be used."""
     folder = tmp_path_factory.mktemp("data")

@@ -53,13 +53,6 @@ BATCH_ROWS = 16
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("base")
-    fakes.make_encoder(folder, "bert")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Train, valid and test; of the rows of train six cannot be used."""
     folder = tmp_path_factory.mktemp("labelled")

@@ -47,13 +47,6 @@ def run_elsewhere(
     return reports
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("base")
-    fakes.make_encoder(folder, "bert")
-    return str(folder)
-
-
 @pytest.fixture
 def texts(tmp_path: Path) -> list[str]:
     """Of the one set that stands in `tmp_path`."""

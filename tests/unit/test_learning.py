@@ -32,13 +32,6 @@ from tests import fakes
 from tests.labelled import LABELS, Weights, difference, make_set
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("base")
-    fakes.make_encoder(folder, "bert")
-    return str(folder)
-
-
 @pytest.fixture
 def small_set(tmp_path: Path) -> LabelledSet:
     """23 rows in two record batches of a mapped file."""
