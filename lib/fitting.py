@@ -162,6 +162,7 @@ class Fit(ABC):
                     self.assess()
                 with self.spending("saving"):
                     self.save()
+                self.printed = (time.monotonic(), progress.step)  # an evaluation is no part of the steps' speed
             self.after_step()
         if progress.failure is None:
             self.restore_kept()
@@ -246,8 +247,7 @@ class Fit(ABC):
         now, (last, last_step) = time.monotonic(), self.printed
         if self.team.rank or now - last < PROGRESS_SECONDS or self.progress.step == last_step:
             return
-        progress, total = self.progress, self.learner.total_steps
-        steps = progress.step - last_step
+        progress, total, steps = self.progress, self.learner.total_steps, self.progress.step - last_step
         loss = float(self.learner.loss_sum) * self.team.size / max(1, self.learner.num_steps)
         print(
             f"epoch {(progress.step - 1) // self.steps_per_epoch + 1}/{self.job.config.optim.epochs},"
