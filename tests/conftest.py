@@ -31,6 +31,7 @@ import torch
 
 from jobs.demo_store import LoopbackS3
 from tests import fakes
+from tests.preloaded import Preloaded, preloaded
 from tests.proxy import FaultyProxy
 
 hypothesis.settings.register_profile("textsweep", deadline=None, max_examples=60)
@@ -61,10 +62,17 @@ def s3(environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def ray_session(s3: LoopbackS3) -> Iterator[None]:
+def forked_workers(s3: LoopbackS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
+    """Workers of every Ray that a test starts in this process are forked, not started."""
+    with preloaded(tmp_path_factory.mktemp("workers")) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def ray_session(forked_workers: Preloaded) -> Iterator[None]:
     """A local Ray with four CPUs, whatever the machine has, which the jobs' own `lib.runtime.ray_session` finds and uses.
 
-    After `s3`: workers inherit the environment from Ray's processes, not from the driver. Idle workers stay for the next test: Ray
+    After the S3 server: workers inherit the environment from Ray's processes, not from the driver. Idle workers stay for the next test: Ray
     ends more than one a CPU after a second, and four small trainings in a row then took 106 s of processor time, not 85.
     """
     keep = {"num_workers_soft_limit": 8, "idle_worker_killing_time_threshold_ms": 60_000}

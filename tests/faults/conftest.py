@@ -9,12 +9,13 @@ from jobs.demo_store import LoopbackS3
 from tests import fakes
 from tests.faults.harness import ROWS, SHARDS, Bench, check_nothing_lost, scoring
 from tests.integration.test_equality import real_texts
+from tests.preloaded import Preloaded
 
 
 @pytest.fixture(scope="session")
-def damaged(s3: LoopbackS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def damaged(forked_workers: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """One cluster for all fault tests; use `bench`."""
-    made = Bench(tmp_path_factory.mktemp("bench"))
+    made = Bench(tmp_path_factory.mktemp("bench"), forked_workers)
     yield made
     made.close()
 

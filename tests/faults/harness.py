@@ -1,10 +1,10 @@
 """A cluster of several nodes that tests may damage, jobs on it as processes of their own, and the check that nothing was lost."""
 
+import contextlib
 import io
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +24,7 @@ from jobs.demo_store import LoopbackS3
 from lib.storage import Store, open_store
 from tests.conftest import REPOSITORY
 from tests.faults import injection
+from tests.preloaded import Forked, Preloaded
 
 NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 200 * 2**20}
 DEADLINE_SECONDS = 240
@@ -35,8 +36,8 @@ POLL_SECONDS = 0.2
 class Bench:
     """A head without CPUs and two worker nodes; `heal` puts back what a test broke."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, forked: Preloaded) -> None:
+        self.folder, self.forked = folder, forked
         os.environ[injection.VARIABLE] = str(folder)  # Ray's processes, and so all workers, inherit it
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.heal()
@@ -72,12 +73,20 @@ class Bench:
         """Worker processes by a part of their title, such as PredictBlock; raises none away that end meanwhile."""
         found = []
         for process in psutil.process_iter():
-            try:
-                if name in " ".join(process.cmdline()) and self.cluster.address in session_of(process):
+            with contextlib.suppress(psutil.Error):
+                if name in " ".join(process.cmdline()) and self.raylet_of(process) in self.raylets:
                     found.append(process)
-            except psutil.Error:
-                continue
         return found
+
+    @property
+    def raylets(self) -> set[int]:
+        """The processes that own the workers of the nodes that are there."""
+        nodes: list[Any] = self.cluster.list_all_nodes()
+        return {node.all_processes["raylet"][0].process.pid for node in nodes}
+
+    def raylet_of(self, worker: psutil.Process) -> int | None:
+        """The process id of the raylet that a worker belongs to; None for other processes."""
+        return self.forked.raylets.get(worker.pid) if worker.ppid() == self.forked.process.pid else None
 
     def close(self) -> None:
         """End all nodes."""
@@ -85,17 +94,11 @@ class Bench:
         os.environ.pop(injection.VARIABLE, None)
 
 
-def session_of(process: psutil.Process) -> str:
-    """The address of the cluster that a worker belongs to, from its environment or its parent's command line."""
-    parent = process.parent()
-    return " ".join(parent.cmdline()) if parent else ""
-
-
 @dataclass
 class Job:
     """One run of a job as a process."""
 
-    process: subprocess.Popen[bytes]
+    process: Forked
     log: Path
 
     def wait(self, seconds: float = DEADLINE_SECONDS) -> int:
@@ -116,18 +119,10 @@ def running(bench: Bench, module: str, settings: Sequence[str], run_id: str, end
     """Run a module as a job on the bench's cluster; ended, if need be, by its process id. `endpoint`: another S3 address."""
     arguments = [word for value in settings for word in ("--set", value)]
     log = bench.folder / f"{run_id}.log"
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments, "--run-id", run_id],
-            cwd=REPOSITORY,
-            env={
-                **os.environ,
-                "RAY_ADDRESS": bench.cluster.address,
-                **({"AWS_ENDPOINT_URL": endpoint} if endpoint else {}),
-            },
-            stdout=sink,
-            stderr=sink,
-        )
+    environment = {**os.environ, "RAY_ADDRESS": bench.cluster.address}
+    if endpoint:
+        environment["AWS_ENDPOINT_URL"] = endpoint
+    process = bench.forked.start(module, [*arguments, "--run-id", run_id], environment, REPOSITORY, log)
     try:
         yield Job(process, log)
     finally:

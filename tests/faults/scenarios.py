@@ -144,7 +144,9 @@ def kill_progress(scene: Scene) -> Ending:
         victims = scene.bench.workers("ray::Progress")
         head: Any = scene.bench.cluster.head_node
         beside_driver = head.all_processes["raylet"][0].process.pid
-        assert [victim.ppid() for victim in victims] == [beside_driver], "another node's end would take it along"
+        assert [scene.bench.raylet_of(victim) for victim in victims] == [beside_driver], (
+            "another node's end would take it along"
+        )
         for victim in victims:
             victim.kill()
         assert job.wait(400) == 0, job.text

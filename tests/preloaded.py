@@ -1,0 +1,251 @@
+"""Processes in a tenth of their time: forked from one that has imported what they import.
+
+A worker that runs a model imports torch, transformers and OpenVINO for 6 s of processor time, a driver for 3 s, and a session of
+tests starts hundreds of them. Here Ray starts `preloaded_worker` instead of its own `setup_worker.py`. It hands its arguments, its
+environment and its streams to the process below, which forks the worker; if one of the two is killed, so is the other. A test
+starts drivers with `Preloaded.start`.
+
+Not the same as for users: a worker's parent is that process and not the raylet (`raylets` says which worker is whose), and all have
+one hash seed. Jobs that tests start with `subprocess`, with a Ray of their own, are as users have them.
+
+Ray itself is imported behind the fork only: it reads RAY_JOB_ID and RAY_RAYLET_PID once, when it is imported.
+"""
+
+import array
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from lib.engine import import_openvino
+
+SOCKET = "PRELOADED_WORKERS"
+"""The environment variable that names the socket."""
+
+MODULES = (
+    "lib.predictor",
+    "lib.blocks",
+    "lib.planning",
+    "transformers.models.auto.tokenization_auto",
+    "pyarrow.dataset",
+    "requests",
+    "jsonschema",
+    "google.protobuf.json_format",
+)
+"""What workers and drivers import, as far as it does not import Ray."""
+
+
+class Forked:
+    """A forked process, as much like `subprocess.Popen` as tests need. Its end is known from its connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.lines = connection.makefile("r")
+        self.pid = int(self.lines.readline())
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; returns its exit code, or minus the signal. Raises `subprocess.TimeoutExpired`."""
+        if self.returncode is None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.connection, selectors.EVENT_READ)
+                if not selector.select(timeout):
+                    raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+            self.returncode = int(self.lines.readline())
+            self.connection.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Return its exit code if it has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+@dataclass
+class Preloaded:
+    """The process that forks."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    @property
+    def raylets(self) -> dict[int, int]:
+        """The process id of the raylet that each worker belongs to, by the worker's; dead workers too."""
+        return {int(path.name): int(path.read_text()) for path in self.folder.glob("[0-9]*")}
+
+    def start(
+        self, module: str, arguments: Sequence[str], environment: dict[str, str], folder: Path, log: Path
+    ) -> Forked:
+        """Run `python -m module` with these arguments; what it prints goes to `log`."""
+        request = {
+            "module": module,
+            "arguments": [module, *arguments],
+            "environment": environment,
+            "folder": str(folder),
+            "nice": os.nice(0),
+            "parent": os.getpid(),
+        }
+        raw = json.dumps(request).encode()
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(self.folder / "socket"))
+        with log.open("wb") as sink, Path(os.devnull).open("rb") as nothing:
+            streams = array.array("i", [nothing.fileno(), sink.fileno(), sink.fileno()])
+            connection.sendmsg([len(raw).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+            connection.sendall(raw)
+            return Forked(connection)
+
+
+@contextlib.contextmanager
+def preloaded(folder: Path) -> Iterator[Preloaded]:
+    """Every Ray node that is started inside has forked workers. `folder` is an empty one."""
+    from ray._private import ray_constants  # here, for the process that forks must not import it
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.preloaded", str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        shim = str(Path(__file__).with_name("preloaded_worker.py"))
+        with (
+            # Ray joins the name to a folder of its own, which an absolute path replaces.
+            mock.patch.object(ray_constants, "SETUP_WORKER_FILENAME", shim),
+            mock.patch.dict(os.environ, {SOCKET: str(folder / "socket")}),
+        ):
+            yield Preloaded(process, folder)
+    finally:
+        process.communicate()  # its input ends, and so does it
+
+
+@dataclass
+class Server:
+    """Forks on request until its standard input ends."""
+
+    folder: Path
+    selector: selectors.DefaultSelector = field(default_factory=selectors.DefaultSelector)
+
+    def serve(self) -> dict[str, Any]:
+        """Return in every forked process, with what it was asked for."""
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(self.folder / "socket"))
+        listener.listen(64)
+        self.selector.register(listener, selectors.EVENT_READ)
+        self.selector.register(sys.stdin, selectors.EVENT_READ)
+        print("ready", flush=True)
+        while True:
+            for key, _ in self.selector.select():
+                if key.fileobj is sys.stdin:
+                    self.end()
+                elif key.fileobj is listener:
+                    if (request := self.fork(listener.accept()[0])) is not None:
+                        return request
+                elif self.selector.get_map().get(key.fd) == key:
+                    self.part(*key.data)
+
+    def fork(self, asker: socket.socket) -> dict[str, Any] | None:
+        """Start a process; None in the parent."""
+        size, ancillary, *_ = asker.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
+        streams = array.array("i", ancillary[0][2])
+        with asker.makefile("rb") as source:
+            request: dict[str, Any] = json.loads(source.read(int.from_bytes(size, "big")))
+        pid = os.fork()
+        if pid == 0:
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+            os.closerange(3, 4_096)
+            return request
+        for stream in streams:
+            os.close(stream)
+        if "module" not in request:
+            (self.folder / str(pid)).write_text(str(request["parent"]))
+        life = os.pidfd_open(pid)
+        for one in (asker, life):
+            self.selector.register(one, selectors.EVENT_READ, (pid, life, asker))
+        with contextlib.suppress(OSError):
+            asker.sendall(f"{pid}\n".encode())
+        return None
+
+    def part(self, pid: int, life: int, asker: socket.socket) -> None:
+        """The process is dead, or whoever asked for it: so is the other one now."""
+        for one in (asker, life):
+            self.selector.unregister(one)
+        os.kill(pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.close(life)
+        with contextlib.suppress(OSError):
+            asker.sendall(f"{code}\n".encode())
+        asker.close()
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        for pid in {key.data[0] for key in self.selector.get_map().values() if key.data is not None}:
+            os.kill(pid, signal.SIGKILL)
+        sys.exit()
+
+
+def become(request: dict[str, Any]) -> None:
+    """Run a module or Ray's worker here, as if Python had just been started with these arguments in that environment."""
+    import numpy as np
+
+    os.setpgid(0, 0)  # as Ray does: it ends workers by their group
+    os.nice(request["nice"] - os.nice(0))
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.argv = request["arguments"]
+    module = request.get("module")
+    first = request["folder"] if module else str(Path(sys.argv[0]).parent)
+    named = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = dict.fromkeys([first, *named, *sys.path[1:]])
+    np.random.seed()  # the one of old, which forked processes would share
+    gc.unfreeze()
+    code: Any = 1
+    try:
+        if module:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    finally:
+        if sys.exception():
+            traceback.print_exc()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(int(code or 0))  # taking down all that was imported takes longer than the rest
+
+
+if __name__ == "__main__":
+    for name in MODULES:
+        importlib.import_module(name)
+    import_openvino()
+    assert "ray" not in sys.modules
+    gc.collect()
+    gc.freeze()
+    become(Server(Path(sys.argv[1])).serve())

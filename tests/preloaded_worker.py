@@ -1,0 +1,31 @@
+"""What Ray starts instead of its `setup_worker.py`: asks `tests.preloaded` for a worker and waits for its end. Only the standard library."""
+
+import argparse
+import array
+import json
+import os
+import socket
+import sys
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--serialized-runtime-env-context", default="{}")
+parser.add_argument("--language")
+own, arguments = parser.parse_known_args()
+context = json.loads(own.serialized_runtime_env_context or "{}")
+assert not context.get("command_prefix"), context
+assert context.get("py_executable", sys.executable) == sys.executable, context
+environment = os.environ | {name: os.path.expandvars(value) for name, value in context.get("env_vars", {}).items()}
+request = {
+    "arguments": arguments,
+    "environment": environment,
+    "folder": os.getcwd(),  # noqa: PTH109 - pathlib takes longer to import than all of this
+    "nice": os.nice(0),
+    "parent": os.getppid(),
+}
+raw = json.dumps(request).encode()
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect(os.environ["PRELOADED_WORKERS"])
+    server.sendmsg([len(raw).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
+    server.sendall(raw)
+    while server.recv(64):  # until the worker ends
+        pass
