@@ -73,16 +73,16 @@ def main(argv: Sequence[str]) -> None:
     if last and last.status == "SUCCEEDED":
         say(f"{last.id}: done already, nothing was sent")
         return
-    if last and not last.has_ended:
-        say(f"{last.id}: {last.status} already, nothing was sent{other_code(last, package)}")
-        current = last.id
-    else:
-        current = send(server, submission, last, package, arguments.entrypoint_num_cpus)
     again = same_command(argv, own, submission.run_id)
+    if last and not last.has_ended:
+        current, news = last.id, f"{last.status} already, nothing was sent{other_code(last, package)}"
+    else:
+        current, news = send(server, submission, last, package, arguments.entrypoint_num_cpus)
     if arguments.detach:
+        say(f"{current}: {news}")
         say(f"{current}: not followed; to follow it: {again}")
         return
-    follow(server, current, again)
+    follow(server, current, news, again)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
@@ -156,8 +156,8 @@ def other_code(last: Found, package: packaging.Package) -> str:
 
 def send(
     server: Server, submission: Submission, last: Found | None, package: packaging.Package, num_cpus: float
-) -> str:
-    """Start the next attempt; returns its id."""
+) -> tuple[str, str]:
+    """Start the next attempt; returns its id, and what is to be said of it."""
     if last:
         say(f"{last.id}: {outcome_of(last)[1]}")
     current = submission.attempt(last.number + 1 if last else 1)
@@ -166,10 +166,8 @@ def send(
         archive = Path(folder) / "project.zip"
         packaging.write_zip(package, archive)
         started = server.submit(submission, current, archive, num_cpus)
-    say(
-        f"{current}: {'submitted' if started else 'submitted already, by this command or another'}: {submission.entrypoint}"
-    )
-    return current
+    how = "submitted" if started else "submitted already, by this command or another"
+    return current, f"{how}: {submission.entrypoint}"
 
 
 def outcome_of(found: Found) -> tuple[ExitCode, str]:
@@ -177,9 +175,13 @@ def outcome_of(found: Found) -> tuple[ExitCode, str]:
     return outcome(found.status, found.details.driver_exit_code, found.details.message or "")
 
 
-def follow(server: Server, current: str, again: str) -> None:
-    """Show the job's log until its end. Raises `JobError` unless it ended well."""
+def follow(server: Server, current: str, news: str, again: str) -> None:
+    """Show the job's log until its end. Raises `JobError` unless it ended well.
+
+    Says the `news` first, inside: a signal that comes as soon as they are read is one to a command that follows a job.
+    """
     try:
+        say(f"{current}: {news}")
         found = server.follow(current)
     except StoppedError:
         if not wants_stop():
