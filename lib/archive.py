@@ -174,12 +174,21 @@ def matches(parts: list[str], pattern: list[str]) -> bool:
 def open_parquet(store: Store, path: str, step_bytes: int | None = None) -> tuple[pq.ParquetFile, WatchedFile]:
     """Open one shard. Raises `BadShardError` if its footer cannot be read, storage errors as they are.
 
-    `step_bytes`: read so much of a column at a time, as rows are asked for; without, all that a row group has of it.
+    A bad footer is asked for once more, since bytes can change on their way. `step_bytes`: read so much of a column at a time, as
+    rows are asked for; without, all that a row group has of it.
     """
-    watched = WatchedFile(*store.open_described(path))
     for name in RAY_TYPES:
         with contextlib.suppress(pa.ArrowKeyError):  # not registered: Ray Data is not imported, or it was done before
             pa.unregister_extension_type(f"ray.data.{name}")
+    try:
+        return open_footer(store, path, step_bytes)
+    except BadShardError:
+        return open_footer(store, path, step_bytes)
+
+
+def open_footer(store: Store, path: str, step_bytes: int | None) -> tuple[pq.ParquetFile, WatchedFile]:
+    """Open one shard as `open_parquet` does, by one look at its footer."""
+    watched = WatchedFile(*store.open_described(path))
     try:
         options = {"pre_buffer": True} if step_bytes is None else {"pre_buffer": False, "buffer_size": step_bytes}
         parquet = pq.ParquetFile(watched, page_checksum_verification=True, **options)

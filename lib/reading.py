@@ -133,26 +133,37 @@ def read_group(
 ) -> Iterator[Rows]:
     """Read `count` rows of one row group after `skip`, few at a time; what cannot be decoded comes as `UNREADABLE` rows.
 
+    What cannot be decoded is asked for once more, since bytes can change on their way: what storage has is what counts.
     `row_bytes` is the text of one row on average, by the footer.
     """
-    names = [*columns.text, *(name for name in columns.keys.names if name in parquet.schema_arrow.names)]
-    left = count
-    batch_rows = max(1, min(DECODE_ROWS, READ_BATCH_ROWS, READ_BATCH_BYTES // row_bytes))
-    try:
-        for batch in parquet.iter_batches(batch_rows, row_groups=[index], columns=names, use_threads=False):
-            part = batch.slice(min(skip, batch.num_rows), left)
-            skip -= min(skip, batch.num_rows)
-            if part.num_rows:
-                rows = decode(part, columns)
-                left -= part.num_rows
+    done = 0
+    for _ in range(2):
+        try:
+            for rows in decode_group(parquet, index, skip + done, count - done, row_bytes, columns):
+                done += len(rows.errors)
                 yield rows
-            if not left:
-                return
-    except BAD_FILE:
-        if watched.failure is not None:
-            raise watched.failure from watched.failure.__cause__  # which says what S3 answered
-    if left:
-        yield unreadable_rows(left, columns)
+        except BAD_FILE:
+            if watched.failure is not None:
+                raise watched.failure from watched.failure.__cause__  # which says what S3 answered
+        if done == count:
+            return
+    yield unreadable_rows(count - done, columns)
+
+
+def decode_group(
+    parquet: pq.ParquetFile, index: int, skip: int, count: int, row_bytes: int, columns: Columns
+) -> Iterator[Rows]:
+    """Decode `count` rows of one row group after `skip`. Raises one of `BAD_FILE`; fewer rows come if there are no more."""
+    names = [*columns.text, *(name for name in columns.keys.names if name in parquet.schema_arrow.names)]
+    batch_rows = max(1, min(DECODE_ROWS, READ_BATCH_ROWS, READ_BATCH_BYTES // row_bytes))
+    for batch in parquet.iter_batches(batch_rows, row_groups=[index], columns=names, use_threads=False):
+        part = batch.slice(min(skip, batch.num_rows), count)
+        skip -= min(skip, batch.num_rows)
+        if part.num_rows:
+            yield decode(part, columns)
+            count -= part.num_rows
+        if not count:
+            return
 
 
 def unreadable_rows(count: int, columns: Columns) -> Rows:

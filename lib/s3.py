@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Any
 
 from aiobotocore.session import AioSession
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, FlexibleChecksumError
 from botocore.utils import parse_timestamp
 
 MAX_CAUSES = 16
@@ -29,7 +29,15 @@ LOST_RACE = {"PreconditionFailed", "412"}
 CONFLICT = {"ConditionalRequestConflict", "OperationAborted", "409"}
 """Another write of the same key is under way, and may fail: neither written nor refused. S3 says: try again."""
 
+CONFLICT_PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+
 NOT_IMPLEMENTED = {"NotImplemented", "501"}
+
+SINGLE_PUT_BYTES = 5 * 2**30
+"""S3's limit for one PUT. Always one PUT: radosgw 16.2 ignores `If-None-Match` when a multipart upload is completed."""
+
+BATCH_DELETE = 1000
+"""S3's limit for one request."""
 
 
 def make_session() -> AioSession:
@@ -49,8 +57,11 @@ def read_time(value: str | float) -> datetime:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether s3fs should try once more (five times in all, 2 s): stores under load answer 403 to what they allow."""
-    return code_of(error) in ("AccessDenied", "403")
+    """Whether s3fs should try once more (five times in all, 2 s).
+
+    Stores under load answer 403 to what they allow; and bytes whose checksum is not the store's have changed on their way.
+    """
+    return code_of(error) in ("AccessDenied", "403") or isinstance(error, FlexibleChecksumError)
 
 
 def code_of(error: BaseException | None) -> str:

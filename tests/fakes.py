@@ -253,9 +253,9 @@ def save_tokenizer(folder: str | Path, family: str) -> None:
 
 
 def to_parquet(table: pa.Table, row_group_size: int | None = None, **options: Any) -> bytes:
-    """A table as the bytes of a Parquet file."""
+    """A table as the bytes of a Parquet file whose pages carry checksums."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=row_group_size, **options)
+    pq.write_table(table, sink, row_group_size=row_group_size, **{"write_page_checksum": True, **options})
     return sink.getvalue().to_pybytes()
 
 

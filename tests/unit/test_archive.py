@@ -295,6 +295,31 @@ def test_bytes_missing_in_the_middle_are_unreadable_rows(tmp_path: Path) -> None
     assert (rows.errors[:100] == GOOD).all()
 
 
+def test_an_answer_whose_bytes_changed_on_their_way_is_asked_for_again(s3: LoopbackS3, proxy: FaultyProxy) -> None:
+    """Each answer in turn, footers and pages alike: bytes that are right in the storage give no bad row and no bad shard."""
+    table = pa.table({"text": [f"number {row}" for row in range(600)]})
+    store = open_store(s3.bucket())
+    content = to_parquet(table, row_group_size=200, write_page_checksum=True, use_dictionary=False, compression="none")
+    write_archive(store.url, {"x.parquet": content})
+    gets = turn = flips = 0
+
+    def rule(method: str, path: str, headers: dict[str, str]) -> Fault:
+        nonlocal gets, flips
+        if method != "GET" or "range" not in headers:
+            return Fault.NONE
+        gets += 1
+        flips += gets == turn
+        return Fault.FLIPPED if gets == turn else Fault.NONE
+
+    proxy.rule = rule
+    while turn == flips:
+        gets, turn = 0, turn + 1
+        rows = read_all(store, "x.parquet")
+        assert rows.texts[0] == table["text"].to_pylist(), turn
+        assert (rows.errors == GOOD).all()
+    assert flips >= 5, "two looks at the footer, three row groups"
+
+
 def encrypted(plaintext_footer: bool) -> bytes:
     """A shard whose text column is encrypted."""
 
