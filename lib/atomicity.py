@@ -4,13 +4,18 @@ A store may answer conditional writes right one after the other and still let se
 to 6 of 24), or not know the headers at all (rclone). Both would damage what is published, some day, silently.
 """
 
+import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+
+import pyarrow.compute as pc
 
 from lib.errors import UsageError
+from lib.listing import PROBES, is_temporary
 from lib.s3 import NOT_IMPLEMENTED, code_of
 from lib.storage import Store
 
@@ -22,6 +27,9 @@ SWAP_ROUNDS = 1
 """45 requests on a store that keeps its word."""
 
 WRONG_ETAG = "0" * 32
+
+UNFINISHED_NS = 24 * 3_600 * 10**9
+"""A file that is no longer one of a run at work: no write takes a day."""
 
 
 def check_output(output: Store, *, single_writer: bool) -> None:
@@ -47,7 +55,7 @@ def check_output(output: Store, *, single_writer: bool) -> None:
 
 def find_broken_promises(output: Store) -> Iterator[str]:
     """Say, with numbers, what goes wrong when files are created and swapped, one after the other and all at once."""
-    folder = output.at(f"_probe-{secrets.token_hex(8)}")
+    folder = output.at(f"{PROBES}/{secrets.token_hex(8)}")
     names = [*(f"create-{number}" for number in range(CREATE_ROUNDS)), "swap"]
     try:
         yield from check_creating(folder, names[:-1])
@@ -55,6 +63,7 @@ def find_broken_promises(output: Store) -> Iterator[str]:
     finally:
         folder.delete_all(names)
         folder.remove_folder()
+        output.at(PROBES).remove_folder(if_empty=True)
 
 
 def check_creating(folder: Store, names: Sequence[str]) -> Iterator[str]:
@@ -129,3 +138,17 @@ def race(folder: Store, name: str, attempt: Callable[[bytes], bool]) -> tuple[li
 def is_won_once(claims: Sequence[bytes], kept: bytes | None) -> bool:
     """One winner whose content is there; none is as good if something is there: its acknowledgement was lost on the way."""
     return claims == [kept] or (not claims and kept is not None)
+
+
+def remove_unfinished(output: Store, now_ns: int) -> None:
+    """Remove what runs that were killed a day ago or more left of their probes and, on a local disk, of their writes.
+
+    `now_ns` is the time by the storage's clock. Nobody reads these files; without this they would be there for ever.
+    """
+    probes = output.list(PROBES)
+    output.delete_all(probes.filter(pc.less(probes["mtime_ns"], now_ns - UNFINISHED_NS))["path"].to_pylist())
+    if output.is_local:
+        for path in Path(output.root).rglob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if is_temporary(str(path)) and path.stat().st_mtime_ns < now_ns - UNFINISHED_NS:
+                    path.unlink()

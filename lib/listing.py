@@ -13,6 +13,9 @@ LISTING_SCHEMA = pa.schema(
 )
 """One row a file: path relative to the store's root, bytes, ETag (null where there is none), modification time (null if unknown)."""
 
+PROBES = "_probe"
+"""The folder below an output where a run tries what its storage does; nothing stays in it but what killed runs left."""
+
 
 @dataclass(frozen=True)
 class FileInfo:

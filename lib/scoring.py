@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from lib import checkpoint, drift, publishing
 from lib.archive import Columns, find_root, list_shards, refuse_output_inside, resolve_columns
-from lib.atomicity import check_output
+from lib.atomicity import check_output, remove_unfinished
 from lib.blocks import ScoreJob
 from lib.cost import Meter, Usage, budget_spent
 from lib.errors import ExitCode, IncompleteError, OverLimitError, TextsweepError, UsageError
@@ -373,6 +373,7 @@ def sweep(run: Run, manifest: pa.Table, name: str) -> str:
     assert written is not None
     assert written.mtime_ns is not None
     now_ns = written.mtime_ns
+    remove_unfinished(run.output, now_ns)
     _, listing = list_shards(run.config.input.path)
     listed = (
         with_identities(listing, run.job.chunk_bytes).select(["path", "identity"]).rename_columns(["shard", "identity"])

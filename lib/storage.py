@@ -25,19 +25,11 @@ import pyarrow.compute as pc
 import s3fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
+from lib import s3
 from lib.errors import DeniedError, IncompleteError, TextsweepError, UsageError
-from lib.listing import LISTING_SCHEMA, FileInfo, describe, is_temporary, protocol_of, to_listing
-from lib.s3 import CONFLICT, LOST_RACE, NOT_IMPLEMENTED, REFUSED, S3_OPTIONS, code_of, make_session, may_pass
-
-SINGLE_PUT_BYTES = 5 * 2**30
-"""S3's limit for one PUT. Always one PUT: radosgw 16.2 ignores `If-None-Match` when a multipart upload is completed."""
-
-CONFLICT_PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+from lib.listing import LISTING_SCHEMA, PROBES, FileInfo, describe, is_temporary, protocol_of, to_listing
 
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
-
-BATCH_DELETE = 1000
-"""S3's limit for one request."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +44,9 @@ class Store:
         """The fsspec file system behind the folder."""
         protocol = protocol_of(self.url)
         if protocol == "s3":
-            s3fs.core.set_custom_error_handler(may_pass)
-            system = fsspec.filesystem("s3", **S3_OPTIONS)
-            system.session = system.session or make_session()
+            s3fs.core.set_custom_error_handler(s3.may_pass)
+            system = fsspec.filesystem("s3", **s3.S3_OPTIONS)
+            system.session = system.session or s3.make_session()
             return system
         try:
             return fsspec.filesystem(protocol)
@@ -161,7 +153,7 @@ class Store:
                     found = self.fs.info(self.full(path))
                     return None if found["type"] == "directory" else describe(found, path)
                 except OSError as error:
-                    if code_of(error) in ("400", "403"):  # the answer to a HEAD has no body to say why
+                    if s3.code_of(error) in ("400", "403"):  # the answer to a HEAD has no body to say why
                         bucket, _, key = self.full(path).partition("/")
                         self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
                     raise
@@ -205,12 +197,14 @@ class Store:
             raise UsageError(
                 f"output {self.url}: predictions go to s3:// or to a local path, where a file can be created exactly once"
             )
-        probe = f"_probe-{secrets.token_hex(8)}"
+        probe = f"{PROBES}/{secrets.token_hex(8)}"
         try:
             self.create(probe, b"")
+            self.delete(probe)
         except FileNotFoundError:
             raise UsageError(f"output {self.url}: cannot be created: No such file or directory") from None
-        self.delete(probe)
+        finally:
+            self.at(PROBES).remove_folder(if_empty=True)
 
     def create(self, path: str, data: bytes) -> bool:
         """Make a file visible whole, once. Returns False, and changes nothing, if it is there already."""
@@ -253,7 +247,7 @@ class Store:
             except FileExistsError:
                 return False
             except FileNotFoundError as error:
-                if code_of(error) == "NoSuchBucket":
+                if s3.code_of(error) == "NoSuchBucket":
                     raise
                 return False  # the object with that ETag was deleted
         return True
@@ -267,8 +261,8 @@ class Store:
         """Remove many files, a thousand with one request on S3."""
         # XML cannot hold control characters, which may stand in a shard's name.
         together = [path for path in paths if path.isprintable()] if self.is_s3 else []
-        for start in range(0, len(together), BATCH_DELETE):
-            batch = together[start : start + BATCH_DELETE]
+        for start in range(0, len(together), s3.BATCH_DELETE):
+            batch = together[start : start + s3.BATCH_DELETE]
             bucket = self.root.partition("/")[0]
             keys = [{"Key": self.full(path).partition("/")[2]} for path in batch]
             with explained(self.url, "delete from"):
@@ -281,23 +275,26 @@ class Store:
             if path not in done:
                 self.delete(path)
 
-    def remove_folder(self) -> None:
+    def remove_folder(self, *, if_empty: bool = False) -> None:
         """Remove what a deleted folder leaves on a local disk: empty folders, locks, unfinished writes. S3 has no folders."""
-        if self.is_local:
+        if self.is_local and if_empty:
+            with contextlib.suppress(OSError):
+                Path(self.root).rmdir()
+        elif self.is_local:
             shutil.rmtree(self.root, ignore_errors=True)
 
     def _put(self, path: str, data: bytes, **condition: Any) -> None:
-        assert len(data) < SINGLE_PUT_BYTES, f"{path}: {len(data)} bytes do not fit one PUT"
+        assert len(data) < s3.SINGLE_PUT_BYTES, f"{path}: {len(data)} bytes do not fit one PUT"
         bucket, _, key = self.full(path).partition("/")
-        for pause in (*CONFLICT_PAUSES_SECONDS, None):
+        for pause in (*s3.CONFLICT_PAUSES_SECONDS, None):
             try:
                 self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
                 return
             except (OSError, ClientError) as error:
-                code = code_of(error)
-                if code in LOST_RACE:
+                code = s3.code_of(error)
+                if code in s3.LOST_RACE:
                     raise FileExistsError(errno.EEXIST, "exists already", path) from error
-                if code not in CONFLICT or pause is None:
+                if code not in s3.CONFLICT or pause is None:
                     raise
                 time.sleep(pause * random.uniform(0.5, 1.5))
 
@@ -314,10 +311,14 @@ class Store:
         final = Path(self.full(path))
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name[:150]}.{secrets.token_hex(8)}.tmp")
-        with temporary.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
+        try:
+            with temporary.open("wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         return temporary
 
     def _link(self, path: str, data: bytes) -> bool:
@@ -372,27 +373,27 @@ def explained(url: str, verb: str) -> Iterator[None]:
     except TextsweepError:
         raise
     except FileNotFoundError as error:
-        if code_of(error) == "NoSuchBucket":
+        if s3.code_of(error) == "NoSuchBucket":
             raise UsageError(
                 f"{url}: the bucket does not exist at this endpoint; check the name and AWS_ENDPOINT_URL"
             ) from error
         raise
     except PermissionError as error:
-        code = code_of(error) or "permission denied"
+        code = s3.code_of(error) or "permission denied"
         raise DeniedError(
             f"{url}: not allowed to {verb} it ({code}); check the credentials in the environment and their rights"
         ) from error
     except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
         raise UsageError(f"{url}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE") from error
     except (OSError, BotoCoreError, ClientError) as error:
-        code = code_of(error)
-        if code in REFUSED:
+        code = s3.code_of(error)
+        if code in s3.REFUSED:
             raise DeniedError(
                 f"{url}: not allowed to {verb} it ({code}); renew or check the credentials, and this machine's clock"
             ) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOTDIR, errno.EROFS):
             raise UsageError(f"{url}: not possible to {verb} it: {error.strerror}; choose another path") from error
-        if code in NOT_IMPLEMENTED:
+        if code in s3.NOT_IMPLEMENTED:
             raise UsageError(
                 f"{url}: the store does not know how to {verb} it ({code}); use one that knows If-None-Match and If-Match"
             ) from error

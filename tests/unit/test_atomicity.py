@@ -1,12 +1,14 @@
 """The self-test of a store: a good one passes and is left as it was, one that lies is refused with numbers."""
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from jobs.demo_store import LoopbackS3
-from lib.atomicity import RACERS, check_output
+from lib.atomicity import RACERS, UNFINISHED_NS, check_output, remove_unfinished
 from lib.errors import IncompleteError, UsageError
+from lib.listing import PROBES
 from lib.storage import Store, open_store
 from tests.proxy import Fault, FaultyProxy, Rule
 
@@ -99,3 +101,36 @@ def test_a_store_that_fails_half_way_is_left_as_it_was(s3: LoopbackS3, proxy: Fa
     with pytest.raises((UsageError, IncompleteError), match="not allowed to write"):
         check_output(store, single_writer=False)
     assert store.list().num_rows == 0
+
+
+def test_what_killed_runs_left_is_removed_after_a_day_and_not_before(any_url: str) -> None:
+    store = open_store(any_url)
+    store.create("kept/a.parquet", b"")
+    store.create(f"{PROBES}/0123", b"")
+    if store.is_local:
+        store._write_temporary("kept/b.parquet", b"half")
+    written = store.info("kept/a.parquet")
+    assert written is not None
+    assert written.mtime_ns is not None
+
+    def left() -> list[str]:
+        """All that is there, unfinished writes included."""
+        if not store.is_local:
+            return list(store.list()["path"].to_pylist())
+        return sorted(path.suffix for path in Path(store.root).rglob("*") if path.is_file())
+
+    before = left()
+    remove_unfinished(store, written.mtime_ns + UNFINISHED_NS - 60 * 10**9)
+    assert left() == before
+    remove_unfinished(store, written.mtime_ns + UNFINISHED_NS + 60 * 10**9)
+    assert left() == ([".parquet"] if store.is_local else ["kept/a.parquet"])
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(IncompleteError, match="No space left on device"):
+        open_store(str(tmp_path)).create("x.parquet", b"half")
+    assert list(tmp_path.iterdir()) == []

@@ -354,7 +354,7 @@ def test_a_server_that_is_not_there_is_infrastructure(s3: LoopbackS3) -> None:
     code = "from lib.storage import open_store\nopen_store('s3://bucket').list()"
     # Port 1 answers nobody; fewer tries than a job would make.
     environment = os.environ | {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
-    patch = "import lib.storage\nlib.storage.S3_OPTIONS['config_kwargs']['retries'] = {'max_attempts': 1}\n"
+    patch = "import lib.s3\nlib.s3.S3_OPTIONS['config_kwargs']['retries'] = {'max_attempts': 1}\n"
     done = subprocess.run(
         [sys.executable, "-c", patch + code],
         env=environment,
