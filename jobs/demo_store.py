@@ -23,10 +23,17 @@ from lib.errors import UsageError, run_job
 START_SECONDS = 60
 STOP_SECONDS = 10
 
-# The server ends with its owner, even one that is killed: then its standard input ends.
+# The server ends with its owner, even one that is killed: then its standard input ends. One PUT at a time: moto looks whether an
+# object is there and then writes it, and on a busy machine two that create it at once were both told that they had.
 SERVER = """
 import os, sys, threading
+from moto.s3.responses import S3Response
 from moto.server import main
+one, put = threading.Lock(), S3Response.put_object
+def put_object(self):
+    with one:
+        return put(self)
+S3Response.put_object = put_object
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 main(["-H", "127.0.0.1", "-p", "0"])
 """
