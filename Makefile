@@ -39,8 +39,8 @@ audit: install  ## known vulnerabilities of the installed packages; needs pypi.o
 	@$(BIN)/python -m pip freeze --exclude-editable > $(VENV)/installed.txt
 	@$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/installed.txt
 
-trials: install  ## the long runs on real data
-	@$(BIN)/python -m pytest -m trial -s tests/integration
+trials: install  ## the long runs: real data, clusters, and everything that can go wrong, once each
+	@$(BIN)/python -m pytest -m trial -s tests/integration tests/faults
 
 faults: install  ## everything that can go wrong, SEEDS times each (default 1), written to faults.jsonl: hours for many
 	@SEEDS=$(or $(SEEDS),1) FIRST_SEED=$(or $(FIRST_SEED),0) FAULTS_LOG=faults.jsonl $(BIN)/python -m pytest -m trial tests/faults

@@ -4,6 +4,7 @@ Put between a client and the loopback server by its URL; a rule decides for each
 """
 
 import http.client
+import select
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ class Fault(Enum):
     ERROR = "answered with 500, not passed on"
     SLOW_DOWN = "answered with 503 SlowDown, not passed on"
     RESET = "not passed on, the connection ends without an answer"
+    SILENT = "not passed on, and never answered"
     TRUNCATED = "passed on, the connection ends in the middle of the answer's body"
     FLIPPED = "passed on, the last byte of the answer's body changed"
     CONFLICT = "answered with 409, another write is under way, not passed on"
@@ -36,8 +38,10 @@ CONDITIONS = ("if-match", "if-none-match")
 RENDEZVOUS_SECONDS = 1
 """How long one write that passed the check of `CHECKED_FIRST` waits for another one, so that two do whenever two race."""
 
+CLIENT_PORT = "client-port"
+
 Rule = Callable[[str, str, dict[str, str]], Fault]
-"""Method, path with query, headers (names in lower case)."""
+"""Method, path with query, headers (names in lower case), and the client's port as `CLIENT_PORT`."""
 
 
 class FaultyProxy:
@@ -55,14 +59,17 @@ class FaultyProxy:
 
             def answer(self) -> None:
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                fault = proxy.rule(self.command, self.path, headers)
+                port = str(self.client_address[1])
+                fault = proxy.rule(self.command, self.path, headers | {CLIENT_PORT: port})
                 proxy.seen.append((self.command, self.path, fault))
                 body = self.rfile.read(int(headers.get("content-length", 0)))
                 if fault in REFUSALS:
                     status, code = REFUSALS[fault]
                     self.reply(status, {"content-type": "application/xml"}, error_body(code))
                     return
-                if fault is Fault.RESET:
+                if fault in (Fault.RESET, Fault.SILENT):
+                    if fault is Fault.SILENT:
+                        select.select([self.connection], [], [])  # until the client gives up
                     self.close_connection = True
                     return
                 conditions = {name: headers[name] for name in CONDITIONS if name in headers}

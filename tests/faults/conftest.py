@@ -1,6 +1,7 @@
 """The cluster that fault tests share, an archive, and what a run without faults gives on it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -10,6 +11,35 @@ from tests import fakes
 from tests.faults.harness import ROWS, SHARDS, Bench, check_nothing_lost, scoring
 from tests.integration.test_equality import real_texts
 from tests.preloaded import Preloaded
+
+Played = dict[str, Any]
+"""One run of a scenario: its name, seed, faults that happened, seconds, and what was violated ('' for nothing)."""
+
+PLAYED = pytest.StashKey[list[Played]]()
+
+
+@pytest.fixture
+def played(request: pytest.FixtureRequest) -> list[Played]:
+    """What the table at the end of the session is made of."""
+    return request.config.stash.setdefault(PLAYED, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table: each scenario with its seeds, faults, seconds and violations."""
+    lines = config.stash.get(PLAYED, [])
+    if not lines:
+        return
+    terminalreporter.section("faults")
+    names = list(dict.fromkeys(line["scenario"] for line in lines))
+    width = max(map(len, names))
+    terminalreporter.write_line(f"{'scenario':{width}}  seeds  faults  seconds  violations")
+    for name in names:
+        mine = [line for line in lines if line["scenario"] == name]
+        faults, seconds = sum(line["faults"] for line in mine), max(line["seconds"] for line in mine)
+        violated = [f"seed {line['seed']}: {line['violation']}" for line in mine if line["violation"]]
+        terminalreporter.write_line(
+            f"{name:{width}}  {len(mine):5}  {faults:6}  {seconds:7.0f}  {'; '.join(violated) or 'none'}"
+        )
 
 
 @pytest.fixture(scope="session")

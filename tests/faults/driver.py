@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 import time_machine
 
 from jobs import score
+from lib import s3
 from lib.errors import run_job, stop_on_signals
 from tests.faults import injection
 
@@ -25,6 +26,7 @@ def set_clock() -> None:
 
 
 if __name__ == "__main__":
+    injection.shorten_timeouts(s3)
     threading.Thread(target=set_clock, daemon=True).start()
     ray.init(
         address=os.environ["RAY_ADDRESS"],

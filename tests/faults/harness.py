@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from lib.storage import Store, open_store
 from tests.conftest import REPOSITORY
 from tests.faults import injection
 from tests.preloaded import Forked, Preloaded
+from tests.waiting import wait_until
 
 NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 200 * 2**20}
 DEADLINE_SECONDS = 240
@@ -191,38 +192,43 @@ def assert_alike(rows: pa.Table, like: pa.Table) -> None:
 
 
 @dataclass
-class Reader(threading.Thread):
-    """A reader that follows the pointer all the time and keeps every state it sees."""
+class Reader:
+    """A reader that follows the pointer all the time, and reads all that it names at once, as readers do.
+
+    What it meets that is not whole is raised at the end of its `with` block.
+    """
 
     find_store: Callable[[], Store]
     """a scenario may choose where the output is"""
     states: dict[bytes, pa.Table] = field(default_factory=dict)
+    """by the pointer's content: all rows that it leads to"""
     looks: int = 0
+    over: threading.Event = field(default_factory=threading.Event)
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
-    def __post_init__(self) -> None:
-        super().__init__(daemon=True)
-        self.over = threading.Event()
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def run(self) -> None:
+    def follow(self) -> None:
+        """Look until it is over."""
         while not self.over.wait(POLL_SECONDS):
-            store = self.find_store()
-            pointer = store.read("_published.json")
-            self.looks += 1
-            if pointer is not None and pointer not in self.states:
-                manifest = read_manifest(store)
-                assert manifest is not None
-                self.states[pointer] = manifest
+            self.look()
+
+    def look(self) -> None:
+        """Follow the pointer once; a state that was not seen before is read whole."""
+        store = self.find_store()
+        pointer = store.read("_published.json")
+        self.looks += 1
+        if pointer is not None and pointer not in self.states:
+            manifest = read_manifest(store)
+            assert manifest is not None
+            self.states[pointer] = read_rows(store, manifest)
 
     def __enter__(self) -> "Reader":
-        self.start()
+        self.following = self.pool.submit(self.follow)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
-        self.join()
+        self.pool.shutdown()
+        self.following.result()
 
 
 def expected_rows(archive: str) -> dict[str, int]:
@@ -243,14 +249,16 @@ def check_nothing_lost(
     run_id: str,
     reader: Reader | None = None,
     like: pa.Table | None = None,
+    changed: Sequence[str] = (),
+    killed: bool = False,
     zombies: Sequence[psutil.Process] = (),
     stale_allowed: bool = False,
 ) -> pa.Table:
     """Check a finished run against the nine points of what nothing lost means; returns all predictions.
 
-    1 complete and exclusive, 2 equal to a run without faults (`like`, its predictions), 3 atomic for a reader, 4 committed once,
-    5 unchanged while orphans of the run still live, 7 truthful exit code, 8 tidy, 9 the fault happened. Point 6, that the
-    next run does nothing, is `check_idempotent`.
+    1 complete and exclusive, 2 equal to a run without faults (`like`, its predictions) but for shards that `changed`, 3 atomic for
+    a reader, 4 committed once, 5 unchanged while orphans of the run still live, 7 truthful exit code, 8 tidy, 9 the fault
+    happened. Point 6, that the next run does nothing, is `check_idempotent`; of a run that failed, 7 is `check_unpublished`.
     """
     assert faults > 0, "9: the fault did not happen"
     store = open_store(output)
@@ -258,31 +266,68 @@ def check_nothing_lost(
     assert (exit_code == 0) == (pointer.get("run") == run_id), f"7: exit code {exit_code}, published is {pointer}"
     manifest = read_manifest(store)
     assert manifest is not None
-    before = {info["path"]: info["etag"] or info["mtime_ns"] for info in store.list().to_pylist()}
+    before = contents_of(store)
     rows = read_rows(store, manifest)
-    counted = rows.group_by("shard").aggregate([("row", "count_distinct"), ("row", "max")]).to_pylist()
-    expected = {name: count for name, count in expected_rows(archive).items() if count}
-    assert {one["shard"]: one["row_count_distinct"] for one in counted} == expected, "1: rows are missing or extra"
-    assert rows.num_rows == sum(expected.values()), "1: rows stand there twice"
+    check_complete(rows, expected_rows(archive))
     assert len(set(manifest["path"].to_pylist())) == manifest.num_rows, "4: an object is in the manifest twice"
+    if exit_code == 0:
+        folder = f"{pointer['version']}/_runs/{run_id}/"
+        assert f"{folder}_SUCCESS" in before, "7: exit code 0 without _SUCCESS"
+        made = [path for path in before if path.startswith(folder) and "manifest" in path]
+        assert made == [pointer["manifest"]], f"4: the run's manifests are {made}"
     if like is not None:
-        assert_alike(rows, like)
+        assert_alike(without_shards(rows, changed), without_shards(like, changed))
     if reader is not None:
         assert reader.looks > 0
         assert len(reader.states) <= 2, "3: a reader saw more than the old and the new state"
         for state in reader.states.values():
-            read_rows(store, state)
-    unnamed = {path for path in before if "-of-" in path and "/_dead_letter/" not in path} - set(
-        manifest["path"].to_pylist()
-    )
-    assert stale_allowed or not unnamed, f"8: objects that no manifest names: {sorted(unnamed)[:3]}"
-    assert not [path for path in before if path.endswith(".tmp") or "_probe" in path], "8: unfinished files are left"
-    deadline = time.monotonic() + 10
-    while any(zombie.is_running() for zombie in zombies) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    after = {info["path"]: info["etag"] or info["mtime_ns"] for info in store.list().to_pylist()}
-    assert after == before, "5: something changed after the end"
+            check_complete(without_shards(state, changed), without(expected_rows(archive), changed))
+    objects = {path for path in before if "-of-" in path}
+    named, letters = set(manifest["path"].to_pylist()), {path for path in objects if "/_dead_letter/" in path}
+    unnamed = objects - letters - named
+    assert stale_allowed or changed or not unnamed, f"8: objects that no manifest names: {sorted(unnamed)[:3]}"
+    alone = {path.replace("/_dead_letter/", "/") for path in letters} - objects
+    assert not alone, f"8: dead letters without an object: {sorted(alone)[:3]}"
+    unfinished = [path for path in before if path.endswith(".tmp") or "_probe" in path]
+    assert killed or not unfinished, f"8: unfinished files are left: {unfinished[:3]}"
+    wait_until(lambda: not any(zombie.is_running() for zombie in zombies), "orphans to end", 60)
+    assert contents_of(store) == before, "5: something changed after the end"
     return rows
+
+
+def check_unpublished(output: str, run_id: str) -> None:
+    """Point 7 of a run that failed, was stopped or was killed: readers were not moved to it, and nothing says that it succeeded."""
+    store = open_store(output)
+    pointer = json.loads(store.read("_published.json") or b"{}")
+    assert pointer.get("run") != run_id, f"7: {run_id} did not end well, and is published: {pointer}"
+    marks = [path for path in contents_of(store) if path.endswith(f"/_runs/{run_id}/_SUCCESS")]
+    assert not marks, f"7: {run_id} did not end well, and says so: {marks}"
+
+
+def check_complete(rows: pa.Table, expected: dict[str, int]) -> None:
+    """Point 1: every row of these shards once, and nothing else."""
+    counted = rows.group_by("shard").aggregate([("row", "count_distinct"), ("row", "max")]).to_pylist()
+    found = {one["shard"]: one["row_count_distinct"] for one in counted}
+    expected = {name: count for name, count in expected.items() if count}
+    assert found == expected, "1: rows are missing or extra"
+    assert rows.num_rows == sum(expected.values()), "1: rows stand there twice"
+
+
+def without_shards(rows: pa.Table, shards: Sequence[str]) -> pa.Table:
+    """The rows of all other shards."""
+    return rows.filter(pc.invert(pc.is_in(rows["shard"], pa.array(shards, pa.string()))))
+
+
+def without(counts: dict[str, int], shards: Sequence[str]) -> dict[str, int]:
+    """The counts of all other shards."""
+    return {name: count for name, count in counts.items() if name not in shards}
+
+
+def contents_of(store: Store) -> dict[str, Any]:
+    """Every file and which content it has, what a listing leaves out included."""
+    found = {info["path"]: info["etag"] or info["mtime_ns"] for info in store.list().to_pylist()}
+    hidden = Path(store.root).rglob(".*.tmp") if store.is_local else ()
+    return found | {str(path.relative_to(store.root)): path.stat().st_mtime_ns for path in hidden}
 
 
 def check_idempotent(s3: LoopbackS3, bench: Bench, archive: str, model: str, output: str, *settings: str) -> None:

@@ -37,7 +37,11 @@ def happened(what: str) -> int:
 
 
 def do(action: str) -> None:
-    """Die, hang or raise."""
+    """Die, hang, raise, or wait until it is planted no more."""
+    if action == "pause":
+        while (spec().get("read") or {}).get("do") == "pause":
+            time.sleep(0.1)
+        return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "hang":
@@ -117,10 +121,16 @@ def break_store(module: ModuleType) -> None:
     module.Store.create = poisoned
 
 
+def shorten_timeouts(module: ModuleType) -> None:
+    """An S3 client does not wait a minute for an answer."""
+    module.S3_OPTIONS["config_kwargs"]["read_timeout"] = spec().get("read_timeout", 60)
+
+
 BREAKS: dict[str, Callable[[ModuleType], None]] = {
     "lib.predictor": break_predictor,
     "lib.blocks": break_reader,
     "lib.storage": break_store,
+    "lib.s3": shorten_timeouts,
 }
 
 

@@ -20,8 +20,8 @@ from lib.planning import parse_objects
 from lib.storage import open_store
 from tests import fakes
 from tests.conftest import REPOSITORY
+from tests.faults.harness import check_nothing_lost, check_unpublished
 from tests.integration.test_equality import real_texts
-from tests.integration.test_scoring import read_predictions
 
 SHARDS, ROWS = 24, 120
 DEADLINE_SECONDS = 240
@@ -124,12 +124,13 @@ def test_stopped_then_killed_in_the_middle_and_run_again(
     log = tmp_path / "stopped.log"
     assert interrupt(signal.SIGTERM, command(archive, classifier, output, "stopped"), output, log) == 5, log.read_text()
     assert "run the same command again" in log.read_text()
+    check_unpublished(output, "stopped")
     stopped = contents(output)
     log = tmp_path / "killed.log"
     assert interrupt(signal.SIGKILL, command(archive, classifier, output, "killed"), output, log) == -signal.SIGKILL
     survivors = contents(output)
     assert stopped.items() < survivors.items(), "what a stopped run has made is kept, and the next one goes on"
-    assert open_store(output).read("_published.json") is None
+    check_unpublished(output, "killed")
 
     before = len(s3.requests())
     log = tmp_path / "third.log"
@@ -145,10 +146,7 @@ def test_stopped_then_killed_in_the_middle_and_run_again(
     assert len(read_again) <= 1, "only the schema of the first shard is looked at again"
     assert survivors.items() < contents(output).items()
 
-    found = read_predictions(output).to_pandas()
-    assert found.groupby("shard").size().to_dict() == {f"part-{shard:03d}.parquet": ROWS for shard in range(SHARDS)}
-    assert all(rows["row"].tolist() == list(range(ROWS)) for _, rows in found.groupby("shard"))
-
+    check_nothing_lost(archive, output, faults=2, exit_code=0, run_id="third", killed=True)
     before = len(s3.requests())
     assert run_to_end(command(archive, classifier, output, "fourth"), tmp_path / "fourth.log") == 0
     assert "nothing to do" in (tmp_path / "fourth.log").read_text()

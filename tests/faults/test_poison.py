@@ -12,7 +12,15 @@ from lib.storage import open_store
 from lib.tokenization import load_tokenizer
 from tests import fakes
 from tests.faults.conftest import make_shards
-from tests.faults.harness import ROWS, Bench, assert_alike, check_nothing_lost, read_manifest, scoring
+from tests.faults.harness import (
+    ROWS,
+    Bench,
+    assert_alike,
+    check_nothing_lost,
+    check_unpublished,
+    scoring,
+    without_shards,
+)
 
 POISON = "qxjzq vwkxz"
 
@@ -69,6 +77,9 @@ def test_rows_that_kill_or_hang_the_process_are_found_and_cost_only_themselves(
     with scoring(bench, archive, classifier, output, *settings, run_id=action) as job:
         assert job.wait(400) == 0, job.text
     rows = check_nothing_lost(archive, output, faults=len(bench.events), exit_code=0, run_id=action)
+    assert POISON not in job.text, "texts are never logged"
+    if action == "hang":
+        assert "(limits.hang_seconds) at part-007.parquet rows 0 to 99: " in job.text
     crashed = [(row["shard"], row["row"]) for row in rows.to_pylist() if row["error"] == "crash"]
     assert sorted(crashed) == sorted((shard, row) for shard, numbers in guilty.items() for row in numbers)
     assert_alike(without(rows, guilty), without(undamaged, guilty))
@@ -93,7 +104,7 @@ def test_a_search_for_guilty_rows_ends_at_its_limit(
         assert job.wait(400) == 4, job.text
     assert "which of them was not found with limits.max_probes = 3" in job.text
     assert bench.events
-    assert read_manifest(open_store(output)) is None
+    check_unpublished(output, "limited")
 
 
 def test_an_error_in_the_forward_pass_ends_the_run_as_a_bug_with_its_traceback(
@@ -106,6 +117,8 @@ def test_an_error_in_the_forward_pass_ends_the_run_as_a_bug_with_its_traceback(
         assert job.wait() == 1, job.text
     assert "MemoryError" in job.text
     assert bench.events
+    check_unpublished(output, "raises")
+    assert POISON not in job.text, "texts are never logged"
 
 
 @pytest.mark.parametrize(
@@ -124,6 +137,6 @@ def test_a_shard_that_kills_its_reader_is_a_bad_shard(
         assert job.wait(400) == 0, job.text
     assert bench.events
     assert "part-005.parquet" in job.text
-    manifest = read_manifest(open_store(output))
-    assert manifest is not None
-    assert sorted(manifest["shard"].to_pylist()) == [f"part-{shard:03d}.parquet" for shard in range(12) if shard != 5]
+    open_store(archive).delete("part-005.parquet")  # the rest must be whole
+    rows = check_nothing_lost(archive, output, faults=len(bench.events), exit_code=0, run_id="reader")
+    assert_alike(rows, without_shards(undamaged, ["part-005.parquet"]))

@@ -12,6 +12,7 @@ from lib.publishing import POINTER_NAME, read_published
 from lib.storage import Store, open_store
 from lib.verification import verify
 from tests import fakes
+from tests.faults.harness import check_nothing_lost, check_unpublished
 from tests.faults.test_killed import SHARDS, archive, command, objects, started, wait_for
 from tests.integration.test_scoring import read_predictions, run_score, texts_table
 
@@ -43,6 +44,7 @@ def test_a_rescore_over_its_limit_changes_nothing_that_readers_see(
     assert snapshot(output, published.pointer.version) == before
     assert read_predictions(output.url) == predictions
     assert verify(output, published.manifest, lambda *_: None) == []
+    check_unpublished(output.url, "new")
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -83,3 +85,5 @@ def test_a_killed_rescore_changes_nothing_that_readers_see(
     assert SHARDS < len(objects(output.url)) < 2 * SHARDS, "the kill must hit a run that has begun and has not ended"
     assert snapshot(output, version) == before
     assert verify(output, published.manifest, lambda *_: None) == []
+    check_unpublished(output.url, "new")
+    check_nothing_lost(archive, output.url, faults=1, exit_code=0, run_id="old", killed=True, stale_allowed=True)

@@ -12,7 +12,6 @@ import random
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -20,8 +19,8 @@ import pytest
 from jobs.demo_store import LoopbackS3
 from lib.storage import open_store
 from tests import fakes
-from tests.faults.conftest import make_shards
-from tests.faults.harness import Bench, Reader, check_idempotent, check_nothing_lost, scoring
+from tests.faults.conftest import Played, make_shards
+from tests.faults.harness import Bench, Reader, check_idempotent, check_nothing_lost, check_unpublished, scoring
 from tests.faults.scenarios import SCENARIOS, Scenario, Scene
 
 ALWAYS = "node replaced, everything for 5%"
@@ -64,9 +63,10 @@ def play_scene(scenario: Scenario, scene: Scene, undamaged: pa.Table) -> int:
         exit_code=0,
         run_id=ending.run_id,
         reader=reader,
-        like=None if ending.archive_changed else undamaged,
+        like=undamaged,
+        changed=ending.changed,
+        killed=ending.killed,
         zombies=scene.zombies,
-        stale_allowed=ending.archive_changed,
     )
     check_idempotent(scene.s3, scene.bench, scene.archive, scene.model, scene.output)
     return ending.faults
@@ -93,14 +93,17 @@ def test_a_driver_killed_at_many_random_points(
             run += 1
             with scoring(bench, archive, classifier, output, run_id=f"run-{run}") as job:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    code = job.process.wait(chance.uniform(0.5, 40) if killed < KILLS else 600)
+                    code = job.process.wait(chance.uniform(0.5, 15) if killed < KILLS else 600)
                 job.process.kill()
             killed += code is None
+            if code is None:
+                job.process.wait()
+                check_unpublished(output, f"run-{run}")
             objects = sum("-of-" in path for path in open_store(output).list()["path"].to_pylist())
             assert kept <= objects <= 200, "what was finished is kept"
             kept = objects
         assert code == 0, job.text
-        check_nothing_lost(archive, output, faults=run - 1, exit_code=0, run_id=f"run-{run}")
+        check_nothing_lost(archive, output, faults=run - 1, exit_code=0, run_id=f"run-{run}", killed=True)
         check_idempotent(s3, bench, archive, classifier, output)
         with capsys.disabled():
             print(f"\n{killed} drivers killed; 200 shards done after {run} runs, nothing lost", flush=True)
@@ -110,12 +113,20 @@ def test_a_driver_killed_at_many_random_points(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + SEEDS))
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_matrix(name: str, seed: int, bench: Bench, s3: LoopbackS3, classifier: str, undamaged: pa.Table) -> None:
+def test_matrix(
+    name: str, seed: int, bench: Bench, s3: LoopbackS3, classifier: str, undamaged: pa.Table, played: list[Played]
+) -> None:
     began = time.monotonic()
-    faults = play(name, seed, bench, s3, classifier, undamaged)
-    seconds = time.monotonic() - began
-    line: dict[str, Any] = {"scenario": name, "seed": seed, "faults": faults, "seconds": round(seconds, 1)}
-    if seconds > SLOW_SECONDS:
-        line["logs"] = {path.stem: path.read_text(errors="replace") for path in bench.folder.glob("*.log")}
-    with Path(os.environ.get("FAULTS_LOG", os.devnull)).open("a") as log:
-        log.write(json.dumps(line) + "\n")
+    line: Played = {"scenario": name, "seed": seed, "faults": 0, "violation": "an error in the test itself"}
+    try:
+        line |= {"faults": play(name, seed, bench, s3, classifier, undamaged), "violation": ""}
+    except AssertionError as error:
+        line["violation"] = str(error).partition("\n")[0][:200] or "an assertion"
+        raise
+    finally:
+        line["seconds"] = round(time.monotonic() - began, 1)
+        if line["seconds"] > SLOW_SECONDS or line["violation"]:
+            line["logs"] = {path.stem: path.read_text(errors="replace") for path in bench.folder.glob("*.log")}
+        with Path(os.environ.get("FAULTS_LOG", os.devnull)).open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        played.append(line)
