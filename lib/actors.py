@@ -46,8 +46,8 @@ class PredictBlock:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Score a block: key columns and the columns that scoring adds, rows in the order they came."""
         with reported(self.progress):
-            chunks = json.loads(table.schema.metadata[CHUNKS_KEY])
-            self.report.begin([record["shard"] for record in chunks], Chunk(**chunks[0]).name)
+            chunks = [Chunk(**record) for record in json.loads(table.schema.metadata[CHUNKS_KEY])]
+            self.report.begin([str(chunk) for chunk in chunks], chunks[0].name)
             begun, padding = time.perf_counter(), self.predictor.padding
             scored = self.score(table)
             tokens = pc.sum(pc.list_value_length(table[IDS])).as_py() or 0

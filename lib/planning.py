@@ -68,6 +68,10 @@ class Chunk:
         """The one object that holds this chunk's predictions, relative to the version's folder."""
         return f"{self.shard}-{self.identity}-{self.index:05d}-of-{self.count:05d}.parquet"
 
+    def __str__(self) -> str:
+        """What a person calls it."""
+        return f"{self.shard} rows {self.start:,} to {self.start + self.rows - 1:,}"
+
 
 Block = tuple[Chunk, ...]
 """What one task reads and one call of the predictor scores: one or more whole chunks."""

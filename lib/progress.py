@@ -39,7 +39,7 @@ class Counts:
     has_bug: bool = False
     """whether a task failed with an error that is not one of ours"""
     busy: tuple[str, ...] = ()
-    """shards that actors are at"""
+    """chunks that actors are at"""
     throughput: tuple[Throughput, ...] = ()
     """what actors did, by what they compute with; blocks that are not done yet are left out"""
     num_busy: int = 0
@@ -54,7 +54,7 @@ class Counts:
 class Busy:
     """An actor that is at work."""
 
-    shards: list[str]
+    chunks: list[str]
     heard_at: float
     """when it began, or finished its last micro-batch"""
 
@@ -106,12 +106,12 @@ class Progress:
         """A block is tokenized and waits for an actor."""
         self.waiting.add(block)
 
-    def begin(self, actor: str, handle: Any, shards: list[str], block: str = "") -> None:
+    def begin(self, actor: str, handle: Any, chunks: list[str], block: str = "") -> None:
         self.measure()
         self.actors[actor] = handle
         self.starting.discard(actor)
         self.waiting.discard(block)
-        self.busy[actor] = Busy(shards, time.monotonic())
+        self.busy[actor] = Busy(chunks, time.monotonic())
 
     def end(
         self, actor: str, life: str = "", done: Throughput | None = None, padding: int = 0, budget: int = 0
@@ -177,16 +177,16 @@ class Progress:
             f"{reason} ({times}x)" if times > 1 else reason
             for reason, times in self.failures.most_common(SHOWN_FAILURES)
         )
-        self.counts.busy = tuple(sorted({shard for busy in self.busy.values() for shard in busy.shards}))[
+        self.counts.busy = tuple(sorted({chunk for busy in self.busy.values() for chunk in busy.chunks}))[
             :SHOWN_FAILURES
         ]
         self.counts.throughput = add_up(list(self.done.values()))
         return self.counts
 
     def take_hung(self, seconds: float) -> list[tuple[Any, list[str]]]:
-        """Actors, and the shards they are at, that began but finished no micro-batch for `seconds`; each is given once."""
+        """Actors, and the chunks they are at, that began but finished no micro-batch for `seconds`; each is given once."""
         hung = [actor for actor, busy in self.busy.items() if time.monotonic() - busy.heard_at > seconds]
-        return [(self.actors[actor], self.busy.pop(actor).shards) for actor in hung if actor in self.actors]
+        return [(self.actors[actor], self.busy.pop(actor).chunks) for actor in hung if actor in self.actors]
 
 
 class Reporter:
@@ -209,9 +209,9 @@ class Reporter:
         self.device = device
         self.progress.ready.remote(self.actor, budget)
 
-    def begin(self, shards: list[str], block: str = "") -> None:
-        """A block is begun; it is called by its first chunk's name."""
-        self.progress.begin.remote(self.actor, self.handle, shards, block)
+    def begin(self, chunks: list[str], block: str = "") -> None:
+        """A block of these chunks is begun; it is called by its first chunk's name."""
+        self.progress.begin.remote(self.actor, self.handle, chunks, block)
         self.begun_at = time.monotonic()
         self.first_at = self.first_at or self.begun_at
 

@@ -63,9 +63,9 @@ class Watch:
         counts = self.show()
         if counts and counts.batches != self.batches:
             self.moved_at, self.batches = time.monotonic(), counts.batches
-        for actor, shards in take_hung(self.run.progress, self.run.limits.hang_seconds):
+        for actor, chunks in take_hung(self.run.progress, self.run.limits.hang_seconds):
             print(
-                f"WARNING: no micro-batch for {self.run.limits.hang_seconds:g} s (limits.hang_seconds) at {', '.join(shards)}:"
+                f"WARNING: no micro-batch for {self.run.limits.hang_seconds:g} s (limits.hang_seconds) at {', '.join(chunks)}:"
                 " the actor is ended and its work tried again",
                 flush=True,
             )
