@@ -176,10 +176,12 @@ class Server:
         if pid == 0:
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
-            os.closerange(3, 4_096)
-            return request
+            self.let_go()
+            asker.close()
         for stream in streams:
             os.close(stream)
+        if pid == 0:
+            return request
         if "module" not in request:
             (self.folder / str(pid)).write_text(str(request["parent"]))
         life = os.pidfd_open(pid)
@@ -188,6 +190,15 @@ class Server:
         with contextlib.suppress(OSError):
             asker.sendall(f"{pid}\n".encode())
         return None
+
+    def let_go(self) -> None:
+        """Close what a forked process inherits: by its owners, which would otherwise close what has its number by then."""
+        for key in list(self.selector.get_map().values()):
+            if isinstance(key.fileobj, socket.socket):
+                key.fileobj.close()
+            elif isinstance(key.fileobj, int):
+                os.close(key.fileobj)
+        self.selector.close()
 
     def part(self, pid: int, life: int, asker: socket.socket) -> None:
         """The process is dead, or whoever asked for it: so is the other one now."""
