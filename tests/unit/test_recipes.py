@@ -1,5 +1,6 @@
 """Each key of a recipe reaches what it is for: the job that `train` makes, and one worker's fit of it, in this process without Ray."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from lib.classifying import ClassifierFit, ClassifierJob, new_model
-from lib.config import validate
-from lib.fitting import join_team
+from lib.config import read_file, validate
+from lib.finetuning import conclude
+from lib.fitting import Job, join_team
 from lib.loss import Objective
 from lib.masked_fitting import PretrainFit
 from lib.model import choose_dtype
@@ -26,6 +28,7 @@ from lib.train_config import TrainConfig
 from lib.training import train
 from lib.trial import alone
 from tests import fakes
+from tests.conftest import REPOSITORY
 from tests.labelled import LABELS, make_rows
 
 CLUSTER = Cluster((Node(cpus=1, gpus=0),))
@@ -175,3 +178,22 @@ def test_training_rows_are_changed_at_each_step(make_job: Any, make_fit: Any) ->
     fit = make_fit(make_job(augment={"drop": 0.5}))
     data, every = fit.sets["train"].data, np.arange(ROWS)
     assert fit.learner.seen_at(data, 0).read(every)[1].sum() < 0.9 * data.read(every)[1].sum()
+
+
+def test_few_labels_are_learned_from_all_rows_and_the_last_weights_kept(
+    rows: Path, tmp_path: Path, make_job: Any, make_fit: Any
+) -> None:
+    """The configuration as it stands in the repository, up to the committed checkpoint."""
+    values = read_file(str(REPOSITORY / "jobs" / "configs" / "train_few_labels.toml"))
+    job: Job = make_job(**values | {"test": {"path": f"{rows}/other.parquet"}})
+    fit = make_fit(job)
+    fit.run()
+    conclude(fit)
+    metrics = json.loads((tmp_path / "checkpoint" / "metrics.json").read_text())
+    assert metrics["rows"] == {"train": ROWS, "valid": ROWS, "test": OTHER_ROWS}
+    assert metrics["known_from_training"] == {"test": 0}
+    assert [entry["step"] for entry in metrics["history"]] == [*range(4, 81, 4)]
+    assert metrics["best"]["step"] == 80
+    losses = [entry["loss"] for entry in metrics["history"]]
+    assert losses[-1] < losses[0]
+    assert "none were set aside" in (tmp_path / "checkpoint" / "README.md").read_text()
