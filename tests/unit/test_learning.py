@@ -237,10 +237,16 @@ def test_steps_in_bf16_are_those_of_plain_autocast(base: str, small_set: Labelle
     assert "loss_scale" not in means
 
 
+@pytest.mark.parametrize(("family", "apart"), [("bert", 1e-5), ("deberta-v2", 1e-4)])
 def test_steps_in_fp16_are_those_of_torchs_recipe_with_loss_scaling(
-    base: str, small_set: LabelledSet, process_group: None
+    family: str, apart: float, small_set: LabelledSet, process_group: None, tmp_path: Path
 ) -> None:
-    """Each backward pass of a scale that is too large is thrown away, and the scale halved, until the gradients are numbers."""
+    """Each backward pass of a scale that is too large is thrown away, and the scale halved, until the gradients are numbers.
+
+    DeBERTa in fp16 gave no numbers in older versions of transformers (microsoft/DeBERTa#77, transformers#24116).
+    """
+    base = str(tmp_path / family)
+    fakes.make_encoder(base, family)
     optim = OptimSection(learning_rate=1e-3, warmup_fraction=0.0, weight_decay=0.0, schedule="constant")
     half = replace(ALONE, dtype=torch.float16)
     learner = Learner(new_classifier(base, LABELS, Task.MULTI_CLASS, 0.0, 7), optim, PLAIN, half, 12)
@@ -266,7 +272,7 @@ def test_steps_in_fp16_are_those_of_torchs_recipe_with_loss_scaling(
         scaler.update()
         scales.append(scaler.get_scale())
     assert all(one.dtype == torch.float32 for one in learner.model.parameters())
-    assert difference(copy_weights(learner.model), copy_weights(plain)) < 1e-5
+    assert difference(copy_weights(learner.model), copy_weights(plain)) < apart
     skipped = len(set(scales) - {2.0**24})
     assert 1 <= skipped < 8, "some steps must have been skipped, and some made"
     means, bad = learner.means()
