@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lib.classifying import ClassifierFit, ClassifierJob, new_model
+from lib.classifying import ClassifierFit, ClassifierJob, check_duplicates, new_model
 from lib.config import read_file, validate
 from lib.errors import UsageError
 from lib.finetuning import conclude
 from lib.fitting import Job, join_team
 from lib.loss import Objective
+from lib.mapped import Subset
 from lib.masked_fitting import PretrainFit
 from lib.model import choose_dtype
 from lib.pretrain_config import PretrainConfig
@@ -30,7 +31,7 @@ from lib.training import train
 from lib.trial import alone
 from tests import fakes
 from tests.conftest import REPOSITORY
-from tests.labelled import LABELS, make_rows
+from tests.labelled import LABELS, make_rows, make_set
 
 CLUSTER = Cluster((Node(cpus=1, gpus=0),))
 ROWS, OTHER_ROWS = 64, 24
@@ -182,6 +183,30 @@ def test_training_rows_are_changed_at_each_step(make_job: Any, make_fit: Any) ->
     assert fit.learner.seen_at(data, 0).read(every)[1].sum() < 0.9 * data.read(every)[1].sum()
 
 
+@pytest.mark.parametrize("known", [1, 2])
+def test_duplicates_are_refused_above_one_row_of_a_thousand(
+    known: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the test rows three more are known from the validation rows: they are said, and count for nothing else."""
+    sets = {}
+    for number, (name, count) in enumerate((("train", 50), ("valid", 1000), ("test", 1000))):
+        data = make_set(tmp_path / f"{name}.arrow", [LABELS[row % 3] for row in range(count)])
+        data.hashes = np.arange(count, dtype=np.uint64) + np.uint64(10_000 * number)
+        sets[name] = Subset(data, np.arange(count))
+    sets["valid"].data.hashes[:known] = sets["train"].hashes[:known]
+    sets["test"].data.hashes[-3:] = sets["valid"].hashes[-3:]
+    values = {"train": {"path": "t"}, "model": {"base": "b"}, "output": {"path": "o"}, "data": {"duplicates": "refuse"}}
+    config = validate(TrainConfig, values)
+    if known > 1:
+        with pytest.raises(
+            UsageError, match=r"2 of 1,000 valid rows have the text of a training row, expected at most 0\.1%"
+        ):
+            check_duplicates(sets, config, 0)
+        return
+    assert check_duplicates(sets, config, 0) == (sets, {"valid": 1, "test": 0})
+    assert "3 of 1,000 test rows have the text of a validation row" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("schema", "sections", "message"),
     [
@@ -211,7 +236,7 @@ def test_few_labels_are_learned_from_all_rows_and_the_last_weights_kept(
     conclude(fit)
     metrics = json.loads((tmp_path / "checkpoint" / "metrics.json").read_text())
     assert metrics["rows"] == {"train": ROWS, "valid": ROWS, "test": OTHER_ROWS}
-    assert metrics["known_from_training"] == {"test": 0}
+    assert metrics["known_from_training"] == metrics["known_from_validation"] == {"test": 0}
     assert [entry["step"] for entry in metrics["history"]] == [*range(4, 81, 4)]
     assert metrics["best"]["step"] == 80
     losses = [entry["loss"] for entry in metrics["history"]]
