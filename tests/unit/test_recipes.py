@@ -1,6 +1,8 @@
 """Each key of a recipe reaches what it is for: the job that `train` makes, and one worker's fit of it, in this process without Ray."""
 
+import html
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lib.classifying import ClassifierFit, ClassifierJob, check_duplicates, new_model
+from lib.committing import deciding
 from lib.config import read_file, validate
 from lib.errors import UsageError
 from lib.finetuning import conclude
@@ -242,3 +245,6 @@ def test_few_labels_are_learned_from_all_rows_and_the_last_weights_kept(
     losses = [entry["loss"] for entry in metrics["history"]]
     assert losses[-1] < losses[0]
     assert "none were set aside" in (tmp_path / "checkpoint" / "README.md").read_text()
+    page = (tmp_path / "checkpoint" / "report.html").read_text()
+    shown = re.search(r"<h2>Configuration</h2><pre>(.*?)</pre>", page, re.DOTALL)
+    assert shown and json.loads(html.unescape(shown[1])) == deciding(job.config)
