@@ -138,6 +138,11 @@ def check_duplicates(
         left_out = before - len(sets["train"])
         what = f": {left_out:,} of those are left out" if left_out else ", and may be known by heart (data.duplicates)"
         say(f"{'' if left_out else 'WARNING: '}{shown} have the text of a training row{what}")
+    chosen_by = 0 if sets["valid"] is sets["train"] else known_rows(sets, "valid").get("test", 0)
+    if chosen_by and rank == 0:
+        say(
+            f"WARNING: {chosen_by:,} of {len(sets['test']):,} test rows have the text of a validation row, by which the checkpoint is chosen"
+        )
     return sets, known
 
 

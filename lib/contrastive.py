@@ -69,6 +69,7 @@ def check_contrastive(config: TrainConfig) -> None:
         "model.window_stride": (model.window_stride is not None, "a pair is of two texts, not of their windows"),
         "model.compile": (model.compile, "pairs do not go through the compiled pass"),
         "head.hidden_sizes": (bool(head.hidden_sizes), "the head is a logistic regression"),
+        "head.dropout": ("dropout" in head.model_fields_set, "the head is a logistic regression"),
         "train.weight_column": (config.train.weight_column is not None, "pairs have no weights"),
         "train.text_column of two": (not isinstance(config.train.text_column, str), "a pair is of two single texts"),
     }

@@ -153,6 +153,19 @@ class Recorder(nn.Module):
         return found
 
 
+def check_head(head: HeadSection) -> None:
+    """Raise `UsageError` for what is set and would change nothing."""
+    if not head.is_own and "dropout" in head.model_fields_set:
+        raise UsageError(
+            "head.dropout is set, but the head is the family's own, whose dropout is model.dropout; set that, or one of head.pooling,"
+            " layer, hidden_sizes and normalize"
+        )
+    if not head.hidden_sizes and "activation" in head.model_fields_set:
+        raise UsageError(
+            "head.activation is set, but the head has no hidden layer; set head.hidden_sizes, or leave it out"
+        )
+
+
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Hidden states (B, L, H) of tokens that count where the mask (B, L) says so, to (B, H)."""
     if pooling == "first":

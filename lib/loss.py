@@ -133,6 +133,10 @@ def check_loss(section: LossSection, rdrop: float, task: Task) -> None:
         raise UsageError("loss.class_weights: a row of this data can have several labels; use loss.positive_weights")
     if task is Task.MULTI_CLASS and section.positive_weights is not None:
         raise UsageError("loss.positive_weights: each row of this data has one label; use loss.class_weights")
+    if section.kind != "focal" and "focal_gamma" in section.model_fields_set:
+        raise UsageError(
+            f'loss.focal_gamma with loss.kind = "{section.kind}": it is of the focal loss; set loss.kind = "focal", or leave it out'
+        )
     if section.kind == "focal" and section.label_smoothing:
         raise UsageError("loss.label_smoothing with loss.kind = focal: each undoes the other; leave one of the two out")
 

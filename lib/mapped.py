@@ -209,10 +209,10 @@ class Subset(Selection):
         return self.data.targets[self.chosen]
 
 
-def known_rows(sets: Mapping[str, Subset]) -> dict[str, int]:
-    """How many rows of each set but the training set have a text that is a training row's."""
-    learned = sets["train"].hashes
-    return {name: int(np.isin(one.hashes, learned).sum()) for name, one in sets.items() if name != "train"}
+def known_rows(sets: Mapping[str, Subset], among: str = "train") -> dict[str, int]:
+    """How many rows of each other set, the training set left out, have a text of the set `among`."""
+    texts = sets[among].hashes
+    return {name: int(np.isin(one.hashes, texts).sum()) for name, one in sets.items() if name not in ("train", among)}
 
 
 def without_known(sets: Mapping[str, Subset]) -> dict[str, Subset]:

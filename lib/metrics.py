@@ -221,6 +221,14 @@ def top_confusions(metrics: dict[str, Any], count: int = 10) -> list[tuple[str, 
     return [(names[true], names[answer], int(matrix[true, answer])) for true, answer in pairs if matrix[true, answer]]
 
 
+def check_stopping(stopping: StoppingSection) -> None:
+    """Raise `UsageError` for what is set and would change nothing."""
+    if stopping.keep == "last" and "patience" in stopping.model_fields_set:
+        raise UsageError(
+            'stopping.patience with stopping.keep = "last": then nothing stops before the last step; leave one of the two out'
+        )
+
+
 def steps_to_keep(history: list[dict[str, float]], stopping: StoppingSection, metric: str) -> list[int]:
     """Steps of the best evaluations, or of the last ones, first those; of equally good ones the earlier."""
     if stopping.keep == "last":

@@ -14,6 +14,7 @@ from lib.errors import UsageError
 from lib.language_model import check_family
 from lib.masked_fitting import PretrainJob, work
 from lib.masking import new_masking
+from lib.metrics import check_stopping
 from lib.pretrain_config import PretrainConfig
 from lib.runtime import Cluster
 from lib.sources import Source
@@ -35,6 +36,7 @@ def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str,
         print(f"{output.url}: run {run_id} committed this encoder already", flush=True)
         return found
     check_optim(config)
+    check_stopping(config.stopping)
     check_folder(output, cluster)
     use_gpu, cpus_per_worker = place_workers(config, cluster)
     base = absolute(config.model.base)

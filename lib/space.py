@@ -188,11 +188,15 @@ def read_space(config: SearchConfig) -> dict[str, Domain]:
 
 
 def configuration_at(config: SearchConfig, point: Point, **output: Any) -> TrainConfig:
-    """The configuration of a trial: that of the search with a point's values in it, and perhaps another `output`."""
+    """The configuration of a trial: that of the search with a point's values in it, and perhaps another `output`.
+
+    A value that the search has already, as a default, does not become one that was set: some are refused where they change nothing.
+    """
     values = config.model_dump(exclude_unset=True, exclude={"search"})
     for key, value in point.items():
         section, _, name = key.partition(".")
-        values.setdefault(section, {})[name] = value
+        if value != getattr(getattr(config, section, None), name, None):
+            values.setdefault(section, {})[name] = value
     values["output"] |= output
     return validate(TrainConfig, values)
 

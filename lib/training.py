@@ -18,9 +18,10 @@ from lib.contrastive import check_contrastive, check_contrastive_task
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config
 from lib.finetuning import work
+from lib.heads import check_head
 from lib.labelled import LabelledIndex, LabelledSource, find_sources, prepare
 from lib.loss import Objective, check_loss, make_objective
-from lib.metrics import choose_metric
+from lib.metrics import check_stopping, choose_metric
 from lib.pretrain_config import PretrainModelSection
 from lib.runtime import Cluster
 from lib.schema import Task
@@ -104,6 +105,8 @@ def check_recipe(config: TrainConfig) -> None:
     check_augment(config)
     check_validation(config)
     check_long_texts(config)
+    check_head(config.head)
+    check_stopping(config.stopping)
 
 
 def find_replacing(config: TrainConfig, base: str, max_length: int) -> str:

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from lib.fitting import STATE_NAME
+
 
 def train_workers() -> list[int]:
     """Process ids of this session's training workers: descendants of this process, nobody else's."""
@@ -30,9 +32,22 @@ def train_workers() -> list[int]:
     return sorted(filter(is_mine, found))
 
 
+def leave_half_written(output: Path) -> None:
+    """Put a training state beside those of the run in a local folder that is newer than all of them, and cut off."""
+    (newest, state) = max(
+        (path.parent, path) for path in output.glob(f"_train/*/checkpoints/checkpoint_*/{STATE_NAME}")
+    )
+    half = newest.with_name("checkpoint_9999-12-31_23-59-59.999999")
+    half.mkdir()
+    (half / STATE_NAME).write_bytes(state.read_bytes()[:1000])
+
+
 @contextlib.contextmanager
 def killing(output: Path, checkpoints: int) -> Iterator[list[int]]:
-    """Kill a worker of the run in a local folder once so many of its checkpoints were seen; gives the killed process ids."""
+    """Kill a worker of the run in a local folder once so many of its checkpoints were seen; gives the killed process ids.
+
+    It leaves a half-written checkpoint, as one does that dies while it saves.
+    """
     killed: list[int] = []
     seen: set[str] = set()
     done = threading.Event()
@@ -41,6 +56,7 @@ def killing(output: Path, checkpoints: int) -> Iterator[list[int]]:
         while not done.wait(0.01) and not killed:
             seen.update(path.name for path in output.glob("_train/*/checkpoints/checkpoint_*"))
             if len(seen) >= checkpoints and (workers := train_workers()):
+                leave_half_written(output)
                 os.kill(workers[-1], signal.SIGKILL)
                 killed.append(workers[-1])
 

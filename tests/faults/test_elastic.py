@@ -1,6 +1,7 @@
 """Training on a cluster that loses a node and gets another one: it goes on with one worker, then with two, and loses no row."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,7 @@ def test_two_workers_become_one_and_two_again_and_no_row_is_lost(bench: Bench, s
 
         reached("validation at step 9:")
         bench.lose_node()
+        before = max(int(step) for step in re.findall(r"validation at step (\d+):", job.text))
         reached("1 worker resuming after step")
         bench.add_node()
         reached("2 workers resuming after step")
@@ -81,7 +83,11 @@ def test_two_workers_become_one_and_two_again_and_no_row_is_lost(bench: Bench, s
     changes = [size for before, size in zip([0, *sizes], sizes, strict=False) if size != before]
     assert changes == [2, 1, 2]
     assert len(elastic["resumed_after"]) == 2
-    assert [entry["step"] for entry in elastic["history"]] == [entry["step"] for entry in whole["history"]]
+    evaluated = [entry["step"] for entry in elastic["history"]]
+    assert evaluated == [entry["step"] for entry in whole["history"]]
+    lost = evaluated.index(before) - evaluated.index(elastic["resumed_after"][0])
+    # One that was not saved, and, as they come faster here than Ray's controller asks for them, one that still waits for it.
+    assert lost <= 2, f"went on after step {elastic['resumed_after'][0]}, and had been at {before}"
     for left, right in zip(whole["history"], elastic["history"], strict=True):
         assert left["train_loss"] == pytest.approx(right["train_loss"], rel=1e-3), "each row once in each epoch"
     assert difference(expected, found) < 1e-3

@@ -79,6 +79,7 @@ def training_page() -> str:
         "rows": {"train": 1_234_567, "valid": 12_345, "test": 12_345},
         "dropped": {"train": {"null label": 3, "empty text": 4}},
         "known_from_training": {"valid": 0, "test": 12},
+        "known_from_validation": {"test": 3},
         "history": [{"step": step, "train_loss": 0.5, "loss": 0.4, "macro_f1": 0.7} for step in (10, 20)],
         "errors": [
             {"shard": f"{LONG}/part-00000.parquet", "row": 123_456, **error, "explained": explained},

@@ -345,7 +345,7 @@ def test_the_best_weights_are_kept_and_training_stops_early(
         base,
         str(tmp_path / "checkpoint"),
         optim={"epochs": 20 if keep == "best" else 6, "learning_rate": 3e-3},
-        stopping={"metric": "loss", "patience": 3, "keep": keep},
+        stopping={"metric": "loss", "keep": keep, **({"patience": 3} if keep == "best" else {})},
     )
     found = train(config, "night-1", cluster_facts())
     history = found["history"]

@@ -6,6 +6,7 @@ Learning rates and epochs in jobs/configs were chosen by accuracy on the validat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from sklearn.model_selection import train_test_split
@@ -43,7 +44,7 @@ def run_trial(name: str, tmp_path: Path, **paths: str) -> dict[str, Any]:
     print(
         f"\n{name}: seed {config.optim.seed}, {found['seconds']:.0f} s, best of {len(found['history'])} evaluations at step"
         f" {best['step']}: validation accuracy {best['accuracy']:.4f}, test accuracy {test['accuracy']:.4f},"
-        f" macro-F1 {test['macro_f1']:.4f} on {test['rows']} rows"
+        f" macro-F1 {test['macro_f1']:.4f}, calibration error {test['calibration_error']:.2%} on {test['rows']} rows"
     )
     return test
 
@@ -56,17 +57,28 @@ def test_banking77_reaches_91_percent(tmp_path: Path, ray_session: None) -> None
     assert run_trial("banking77", tmp_path)["accuracy"] >= 0.91
 
 
-def test_spam_is_found_with_an_f1_of_96_percent(tmp_path: Path, ray_session: None) -> None:
-    """Without duplicates, so that no test message was seen in training; 70/15/15 by class."""
+SPLITS = 5
+
+
+@pytest.mark.parametrize(("name", "least"), [("sms_spam", 0.97), ("sms_spam_frozen", 0.90)])
+def test_spam_is_found_over_five_splits(name: str, least: float, tmp_path: Path, ray_session: None) -> None:
+    """Without duplicates, so that no test message was seen in training; 70/15/15 by class. The mean F1 of spam."""
     rows = pd.read_parquet(DATA / "sms_spam" / "sms_spam.parquet").drop_duplicates("text")
-    learned, rest = train_test_split(rows, test_size=0.3, stratify=rows["label"], random_state=0)
-    chosen, measured = train_test_split(rest, test_size=0.5, stratify=rest["label"], random_state=0)
-    paths = {name: str(tmp_path / f"{name}.parquet") for name in ("train", "valid", "test")}
-    for path, part in zip(paths.values(), (learned, chosen, measured), strict=True):
-        part.to_parquet(path)
-    test = run_trial("sms_spam", tmp_path, **paths)
-    spam = next(one for one in test["per_class"] if one["label"] == "spam")
-    print(
-        f"spam: precision {spam['precision']:.4f}, recall {spam['recall']:.4f}, F1 {spam['f1']:.4f} on {spam['support']} messages"
-    )
-    assert spam["f1"] >= 0.96
+    found = []
+    for split in range(SPLITS):
+        learned, rest = train_test_split(rows, test_size=0.3, stratify=rows["label"], random_state=split)
+        chosen, measured = train_test_split(rest, test_size=0.5, stratify=rest["label"], random_state=split)
+        folder = tmp_path / str(split)
+        folder.mkdir()
+        paths = {part: str(folder / f"{part}.parquet") for part in ("train", "valid", "test")}
+        for path, part in zip(paths.values(), (learned, chosen, measured), strict=True):
+            part.to_parquet(path)
+        test = run_trial(name, folder, **paths)
+        spam = next(one for one in test["per_class"] if one["label"] == "spam")
+        print(
+            f"split {split}: spam: precision {spam['precision']:.4f}, recall {spam['recall']:.4f}, F1 {spam['f1']:.4f} on"
+            f" {spam['support']} messages"
+        )
+        found.append(spam["f1"])
+    print(f"{name}: spam F1 {np.mean(found):.4f}, mean of {SPLITS} splits, {min(found):.4f} to {max(found):.4f}")
+    assert np.mean(found) >= least

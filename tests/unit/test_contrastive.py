@@ -125,6 +125,7 @@ def configure(**sections: dict[str, Any]) -> TrainConfig:
         ({"model": {"window_stride": 8}}, r"model\.window_stride with .* not of their windows"),
         ({"model": {"compile": True}}, r"model\.compile with"),
         ({"head": {"hidden_sizes": (8,)}}, r"head\.hidden_sizes with .* logistic regression"),
+        ({"head": {"dropout": 0.2}}, r"head\.dropout with .* logistic regression"),
         (
             {"train": {"path": None}, "tasks": {"a": {"path": "x"}, "b": {"path": "y"}}},
             r"tasks with .* pairs are of one labelled set",

@@ -118,6 +118,13 @@ def test_the_same_seed_draws_the_same_head(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_dropout_is_before_each_layer_of_the_head(tmp_path: Path) -> None:
+    model = make(tmp_path, "bert", HeadSection(dropout=0.3, hidden_sizes=(8, 6)))
+    parts = [type(one).__name__ for one in model.head]
+    assert parts == ["Dropout", "Linear", "GELU", "Dropout", "Linear", "GELU", "Dropout", "Linear"]
+    assert [one.p for one in model.head if isinstance(one, torch.nn.Dropout)] == [0.3, 0.3, 0.3]
+
+
 def test_layers_that_are_not_there_and_two_that_clash_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"head\.layer = 3, but model.base has 2 layers"):
         make(tmp_path, "bert", HeadSection(layer=3))

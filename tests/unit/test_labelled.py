@@ -1,4 +1,4 @@
-"""Tokenizing tasks, in a process of their own: what they do, and what they do not import."""
+"""Tokenizing tasks, in a process of their own: what they do, and what they do not import; the ids are those of scoring."""
 
 import json
 import subprocess
@@ -7,23 +7,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import ray.cloudpickle
 from transformers import AutoTokenizer
 
+from lib import blocks
+from lib.checkpoint import Card, commit, tokenizer_of
+from lib.checkpoint import load as load_checkpoint
 from lib.config import validate
 from lib.corpus import find_corpus, prepare_corpus
 from lib.labelled import find_sources, prepare
 from lib.mapped import LabelledSet
+from lib.planning import chunks_of
 from lib.pretrain_config import PretrainConfig
+from lib.score_config import ScoreConfig
+from lib.scoring import prepare as prepare_run
 from lib.sources import share
 from lib.storage import open_store
 from lib.tokenization import load_tokenizer
 from lib.train_config import TrainConfig
 from tests import fakes
 from tests.conftest import REPOSITORY
-from tests.labelled import make_rows
+from tests.labelled import LABELS, make_rows
 
 TASK = """
 import json, pickle, sys
@@ -73,6 +80,69 @@ def test_labelled_rows_are_tokenized_without_torch(
     tokenizer = AutoTokenizer.from_pretrained(base)
     expected = [tokenizer(text, truncation=True, max_length=MAX_LENGTH)["input_ids"] for text in texts]
     assert [list(rows.ids_of(row)) for row in range(len(rows))] == expected
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {},
+        {"truncation": "tail"},
+        {"truncation": "head_tail"},
+        {"window_stride": 3, "max_windows": 3},
+        {"pair": True},
+        {"pair": True, "truncation": "tail"},
+    ],
+    ids=str,
+)
+def test_training_and_scoring_see_the_same_ids(
+    cut: dict[str, Any], base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last byte, from the same Parquet on both ways; most texts are longer than what is kept of them."""
+    monkeypatch.setattr("lib.labelled.tokenize_all", lambda items, tokenize_block: [*map(tokenize_block, items)])
+    texts, labels = make_rows(60, 3)
+    texts[3], texts[4] = "Ünïcödé ẞtraße 東京 🦊 " * 9, "a"
+    rows = pa.table({"text": texts, "second": texts[::-1], "label": labels})
+    fakes.write_archive(str(tmp_path / "archive"), {"rows.parquet": rows})
+    columns: Any = ["text", "second"] if cut.get("pair") else "text"
+    model = {"base": base, **{key: value for key, value in cut.items() if key != "pair"}}
+    values = {
+        "train": {"path": f"{tmp_path}/archive", "text_column": columns},
+        "model": model,
+        "output": {"path": f"{tmp_path}/out"},
+    }
+    config = validate(TrainConfig, values)
+    index = prepare(config, find_sources(config), base, 16, open_store(str(tmp_path / "data")))
+    with pa.ipc.open_file(str(tmp_path / "data" / index.files["train"][0])) as reader:
+        learned = reader.read_all()
+
+    fakes.make_classifier(tmp_path / "model", "bert", LABELS)
+    card = Card(
+        labels=LABELS,
+        task=index.task,
+        max_length=16,
+        truncation=config.model.truncation,
+        windows=config.model.windows,
+    )
+    commit(open_store(str(tmp_path / "checkpoint")), str(tmp_path / "model"), card)
+    scoring = {
+        "input": {"path": f"{tmp_path}/archive", "text_column": columns},
+        "model": {"path": f"{tmp_path}/checkpoint", "precision": "fp32", "engine": "torch"},
+        "output": {"path": f"{tmp_path}/scores"},
+    }
+    run = prepare_run(validate(ScoreConfig, scoring), "run")
+    footer = blocks.read_footer(run.job.archive, run.job.columns, "rows.parquet")
+    identity = run.shards["identity"][0].as_py()
+    block = tuple(chunks_of(footer.shard, identity, footer.row_groups, run.job.chunk_bytes))
+    (scored,) = blocks.read_block(run.job, block, tokenizer_of(load_checkpoint(f"{tmp_path}/checkpoint")), print)
+
+    names = [("ids", blocks.IDS)] + ([("type_ids", blocks.TYPE_IDS)] if cut.get("pair") else [])
+    for name, other in names:
+        left, right = (table[one].combine_chunks() for table, one in ((learned, name), (scored, other)))
+        assert left.type == right.type
+        assert left.values.to_numpy().tobytes() == right.values.to_numpy().tobytes()
+        assert left.offsets.equals(right.offsets)
+    lengths = np.diff(learned["ids"].combine_chunks().offsets)
+    assert np.count_nonzero(lengths >= 16) > 40
 
 
 @pytest.mark.parametrize("packing", [True, False])

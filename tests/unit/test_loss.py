@@ -138,6 +138,7 @@ def test_weights_are_given_by_label() -> None:
     [
         (LossSection(class_weights="balanced"), Task.MULTI_LABEL, "several labels; use loss.positive_weights"),
         (LossSection(positive_weights="balanced"), Task.MULTI_CLASS, "one label; use loss.class_weights"),
+        (LossSection(focal_gamma=2.0), Task.MULTI_LABEL, 'it is of the focal loss; set loss.kind = "focal", or leave'),
         (LossSection(kind="focal", label_smoothing=0.1), Task.MULTI_CLASS, "each undoes the other"),
         (
             LossSection(class_weights={"god": 2.0}),

@@ -156,6 +156,8 @@ def test_tasks_and_what_was_given_stay_in_a_trials_configuration() -> None:
     config = validate(SearchConfig, values)
     assert configuration_at(config, {}) == validate(TrainConfig, values)
     assert configuration_at(config, {}).model.model_fields_set == {"base", "max_length"}
+    dropped = [configuration_at(config, {"head.dropout": value}).head for value in (0.1, 0.3)]
+    assert [head.model_fields_set for head in dropped] == [set(), {"dropout"}], "a default is not set by that"
 
 
 def test_trials_are_looked_at_after_the_same_parts_of_their_steps() -> None:

@@ -212,3 +212,12 @@ def test_a_trial_that_is_over_is_only_told_again(make_trials: Any) -> None:
         *((look.percent, look.value) for look in record.looks),
         (100, record.value),
     ]
+
+
+def test_each_trial_learns_by_its_own_loss(make_trials: Any) -> None:
+    """Though all take the same tokenized rows."""
+    plan = make_trials(search={"space": {"loss": {"kind": ["cross_entropy", "focal"]}}}).plan
+    assert {job.config.loss.kind: job.tasks[0].objective.gamma for job in plan.jobs.values()} == {
+        "cross_entropy": 0.0,
+        "focal": 2.0,
+    }
