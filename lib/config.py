@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -233,6 +233,14 @@ def describe_mistake(schema: type[Section], where: tuple[str, ...], kind: str, m
 def masked(text: str) -> str:
     """A text without the user names and passwords of its URLs."""
     return CREDENTIALS.sub("***@", text)
+
+
+def write_json(path: str, record: Mapping[str, Any]) -> None:
+    """Write what --json FILE asks for. Raises `UsageError` if it cannot be written there."""
+    try:
+        Path(path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json {path}: cannot be written: {error}") from error
 
 
 def keys_of(schema: type[Section]) -> Iterator[tuple[str, str, bool, str]]:
