@@ -97,7 +97,7 @@ def parse_command(
 ) -> Command[ConfigT]:
     """Parse `[--config FILE] [--set section.key=value ...] [--run-id ID]` into a validated configuration.
 
-    `extra` adds a job's own arguments. Raises `UsageError` that names the key, the value and what was expected.
+    `extra` adds a job's own arguments. If some of them have no name, a --set takes one key: more would take them, too. Raises `UsageError` that names the key, the value and what was expected.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {prog}",
@@ -108,12 +108,14 @@ def parse_command(
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="a TOML file with the keys below")
+    takes_several = extra is None or all(action.option_strings for action in extra._actions)
     parser.add_argument(
         "--set",
         metavar="SECTION.KEY=VALUE",
-        action="append",
+        nargs="+" if takes_several else 1,
+        action="extend",
         default=[],
-        help="one key, as TOML (a bare word is a string); wins over the file; may be repeated",
+        help=f"{'keys' if takes_several else 'one key'}, as TOML (a bare word is a string); wins over the file; may be repeated",
     )
     parser.add_argument(
         "--run-id", help="name of this run; an orchestrator passes its logical date (default: time and chance)"
