@@ -15,16 +15,14 @@ Exit codes: 0 accepted; 3 not accepted; 2 the command, the configuration or the 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from lib import checkpoint, gate
 from lib.answers import answers_of, find_test_set
 from lib.checkpoint import Checkpoint
-from lib.config import parse_command
+from lib.config import parse_command, write_json
 from lib.errors import OverLimitError, UsageError, run_job
 from lib.schema import Task
 from lib.score_config import CompareConfig
@@ -65,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         digests = {"champion_digest": models[0].digest, "challenger_digest": models[1].digest}
         urls = {"champion_url": arguments.champion, "challenger_url": arguments.challenger, "test": test.path}
         record = {"accepted": verdict.accepted, "reason": verdict.reason(), **asdict(verdict), **urls, **digests}
-        write(arguments.json, json.dumps({**record, "run_id": command.run_id}, indent=2))
+        write_json(arguments.json, {**record, "run_id": command.run_id})
     if not verdict.accepted:
         raise OverLimitError(f"not accepted: {verdict.reason()}")
     print(f"accepted: {verdict.reason()}")
@@ -78,14 +76,6 @@ def load(name: str, url: str) -> Checkpoint:
         kind = model.card.task.value.replace("_", "-")
         raise UsageError(f"--{name} {url}: a {kind} model; expected one that gives one label a row")
     return model
-
-
-def write(path: str, text: str) -> None:
-    """Write the verdict. Raises `UsageError` if it cannot be written there."""
-    try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--json {path}: cannot be written: {error}") from error
 
 
 if __name__ == "__main__":

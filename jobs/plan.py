@@ -1,11 +1,11 @@
 """Say what jobs.score would do with the same configuration: shards, chunks, rows, tokens, time and cost. Scores nothing.
 
 Reads   listings of archive and output, the footers of shards that are not finished, and some of their rows (0.1%, at least 1,024).
-Writes  nothing but standard output: text, or with --json one JSON object. Needs no GPU.
+Writes  text to standard output, or one JSON object with --json; with --json FILE the text, and the object to the file. Needs no GPU.
 
     python -m jobs.plan --config jobs/configs/score.toml --set input.path=s3://bucket/archive --set output.path=s3://bucket/scores
-    python -m jobs.plan ... --set forecast.gpus=32 --set forecast.gpu_hour=3.5          # a cluster that is not there yet
-    python -m jobs.plan ... --set forecast.gpus=32 --set forecast.tokens_per_second=400000 --json > plan.json
+    python -m jobs.plan ... --set forecast.gpus=32 forecast.gpu_hour=3.5          # a cluster that is not there yet
+    python -m jobs.plan ... --set forecast.gpus=32 forecast.tokens_per_second=400000 --json plan.json
 
 How fast it will be is, in this order: forecast.tokens_per_second; what an earlier run of the same version reached, or one of another
 version with the same weights; a measurement on the cluster at hand, if that has GPUs or none like the one to forecast for. Time is
@@ -28,7 +28,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from lib import scoring, survey
-from lib.config import masked, parse_command
+from lib.config import masked, parse_command, write_json
 from lib.errors import at_work, run_job
 from lib.estimate import CONFIDENCE, Estimate
 from lib.forecast import Forecast, Speed, described_cluster, forecast
@@ -47,10 +47,19 @@ UNKNOWN_TOKENS = "not known: too few of the rows that were tried could be read t
 def main(argv: Sequence[str]) -> None:
     """Plan, look at footers and a few rows, and say what that means."""
     extra = argparse.ArgumentParser(add_help=False)
-    extra.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    extra.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const=True,
+        help="one JSON object, written here; without FILE on standard output, in place of the text",
+    )
     command = parse_command(ScoreConfig, argv, prog="jobs.plan", description=__doc__ or "", extra=extra)
     record = plan(command.config, command.run_id)
-    print(json.dumps(record, indent=2) if command.arguments.json else "\n".join(lines(record)))
+    path = command.arguments.json
+    if isinstance(path, str):
+        write_json(path, record)
+    print(json.dumps(record, indent=2) if path is True else "\n".join(lines(record)))
 
 
 def plan(config: ScoreConfig, run_id: str) -> dict[str, Any]:

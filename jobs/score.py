@@ -59,6 +59,7 @@ def score(config: ScoreConfig, run_id: str) -> None:
             with at_work():
                 line = ProgressLine(meter=meter)
                 outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, line, selected, meter, run_id)
+                outcome.course.waited = cluster.waited
     else:
         outcome.course.begin(FINISHING)
         run.start()

@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -97,7 +97,7 @@ def parse_command(
 ) -> Command[ConfigT]:
     """Parse `[--config FILE] [--set section.key=value ...] [--run-id ID]` into a validated configuration.
 
-    `extra` adds a job's own arguments. Raises `UsageError` that names the key, the value and what was expected.
+    `extra` adds a job's own arguments. If some of them have no name, a --set takes one key: more would take them, too. Raises `UsageError` that names the key, the value and what was expected.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {prog}",
@@ -108,12 +108,14 @@ def parse_command(
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="a TOML file with the keys below")
+    takes_several = extra is None or all(action.option_strings for action in extra._actions)
     parser.add_argument(
         "--set",
         metavar="SECTION.KEY=VALUE",
-        action="append",
+        nargs="+" if takes_several else 1,
+        action="extend",
         default=[],
-        help="one key, as TOML (a bare word is a string); wins over the file; may be repeated",
+        help=f"{'keys' if takes_several else 'one key'}, as TOML (a bare word is a string); wins over the file; may be repeated",
     )
     parser.add_argument(
         "--run-id", help="name of this run; an orchestrator passes its logical date (default: time and chance)"
@@ -233,6 +235,14 @@ def describe_mistake(schema: type[Section], where: tuple[str, ...], kind: str, m
 def masked(text: str) -> str:
     """A text without the user names and passwords of its URLs."""
     return CREDENTIALS.sub("***@", text)
+
+
+def write_json(path: str, record: Mapping[str, Any]) -> None:
+    """Write what --json FILE asks for. Raises `UsageError` if it cannot be written there."""
+    try:
+        Path(path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json {path}: cannot be written: {error}") from error
 
 
 def keys_of(schema: type[Section]) -> Iterator[tuple[str, str, bool, str]]:

@@ -13,7 +13,7 @@ from lib.progress import Counts
 MAX_POINTS = 600
 """At twice as many every second one is dropped: a plot of 600 points shows a night as well as a minute."""
 
-PLANNING, START_UP, TAIL, FINISHING = "planning", "start-up", "tail", "finishing"
+WAITING, PLANNING, START_UP, TAIL, FINISHING = "waiting for nodes", "planning", "start-up", "tail", "finishing"
 """Stages that are always called so; the others are waves and what they left missing."""
 
 
@@ -38,7 +38,11 @@ class Course:
     points: list[Point] = field(default_factory=lambda: [Point(0.0, 0, 0, 0)])
     starts: list[tuple[str, float]] = field(default_factory=lambda: [(PLANNING, 0.0)])
     """stages, in the order in which they began"""
+    waited: float = 0.0
+    """seconds that nodes were waited for, right before the beginning"""
     waves: int = 0
+    closed_at: float | None = None
+    """when the last wave was settled; planning the next one begins"""
     all_busy_at: float | None = None
     """when every actor of this wave had a block for the last time"""
     most_busy: int = 0
@@ -69,7 +73,10 @@ class Course:
     def begin_wave(self, now: float | None = None) -> None:
         """A wave of blocks is about to run; the first one's start is start-up, until an actor has a block."""
         self.waves += 1
-        if self.starts[-1][0] == PLANNING:
+        if self.closed_at is not None:
+            self.begin(PLANNING, self.closed_at)
+            self.closed_at = None
+        if self.waves == 1:
             self.begin(START_UP, now)
         elif self.starts[-1][0] != START_UP:
             self.begin(f"wave {self.waves}", now)
@@ -89,7 +96,8 @@ class Course:
     def record(self, offset: float = 0.0) -> dict[str, Any]:
         """The course as plain JSON values, every time later by `offset` seconds, in which the first stage had begun; the last ends now."""
         points = self.points[:: 1 + len(self.points) // (MAX_POINTS + 1)]
-        ends = [(self.starts[0][0], -offset), *self.starts[1:], ("", self.now())]
+        waited = [(WAITING, -self.waited), self.starts[0]] if self.waited else []
+        ends = [(self.starts[0][0], -offset), *waited, *self.starts[1:], ("", self.now())]
         return {
             "points": {
                 "seconds": [round(offset + one.seconds, 2) for one in points],

@@ -173,6 +173,7 @@ class Outcome(Tally):
         ranked = sorted(self._spent.items(), key=lambda one: (-one[1].seconds, one[0]))
         self.slowest = {shard: spent for shard, spent in ranked[:SLOWEST_SHARDS] if spent.seconds}
         self._rows, self._spent, self.finished = [], {}, set()
+        self.course.closed_at = self.course.now()
 
     def written(self) -> pa.Table:
         """All records of this run, as `RECORD_SCHEMA`."""

@@ -13,7 +13,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .tile b { display: block; font-size: 1.3rem; } .tile span { color: #57606a; font-size: .85rem; }
 .done { color: #1a7f37; } .bad { color: #b42318; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; } td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #e5e9ee; overflow-wrap: anywhere; vertical-align: top; }
-svg { max-width: 100%; height: auto; } svg text { fill: currentColor; } .note { color: #57606a; font-size: .85rem; } pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .8rem; }
+.plot { overflow-x: auto; } svg { max-width: 100%; height: auto; } svg text { fill: currentColor; } .note { color: #57606a; font-size: .85rem; } pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 th { overflow-wrap: normal; } td { min-width: 4.6rem; } td.word { white-space: nowrap; } tr.open td { border-bottom: 0; } td.text { padding-bottom: .8rem; overflow-wrap: anywhere; }
 mark { color: inherit; border-radius: .2rem; padding: 0 .1rem; border-bottom: 2px solid transparent; } mark.against { border-bottom: 2px dashed #c8622d; }
 h3 { font-size: 1rem; margin-bottom: .3rem; } .text { white-space: pre-wrap; }
@@ -29,6 +29,10 @@ COLOR, SECOND_COLOR, GREY = "#3b6ea8", "#c8622d", "#8a939c"
 
 PALETTE = ("#3b6ea8", "#c8622d", "#2f8f6b", "#d9a62e", "#8a5aa8", "#5fb0c9", "#b5537a")
 """Colours that are told apart on white and on black, by most colour-blind people, too."""
+
+
+MIN_INCH = 84
+"""Pixels that an inch of a figure takes at least: its smallest letters, 8 points, are 9.3 pixels high. On a phone it scrolls in its own box."""
 
 
 def render_page(page: str, **values: Any) -> str:
@@ -55,7 +59,7 @@ def bar_plot(counts: dict[str, int]) -> str:
 
 
 def to_svg(figure: Any) -> str:
-    """A figure as an SVG element that scales with the page; its words are text, for which the reader's browser has fonts.
+    """A figure as an SVG element that scales with the page, in a box; its words are text, for which the reader's browser has fonts.
 
     What is black takes the colour of the page's text, and nothing lies behind it: it fits a light page and a dark one.
     """
@@ -67,4 +71,5 @@ def to_svg(figure: Any) -> str:
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # it only measures with that font
         figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = sink.getvalue()
-    return text[text.index("<svg") :].replace("#000000", "currentColor")
+    svg = text[text.index("<svg") + len("<svg") :].replace("#000000", "currentColor")
+    return f'<div class="plot"><svg style="min-width: {MIN_INCH * figure.get_figwidth():.0f}px"{svg}</div>'

@@ -13,7 +13,7 @@ from typing import Any
 
 from lib.config import masked
 from lib.cost import Meter, Usage
-from lib.course import FINISHING, PLANNING, START_UP
+from lib.course import FINISHING, PLANNING, START_UP, WAITING
 from lib.drift import Shift
 from lib.errors import ExitCode, TextsweepError, say
 from lib.history import Baseline, recent_runs
@@ -180,8 +180,8 @@ def cost_record(facts: RunFacts) -> dict[str, float | None]:
 
 
 def phases(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of each part of a run, as far as it came: planning its first wave, starting actors, scoring, and what came after."""
-    names = {PLANNING: "planning", START_UP: "starting", FINISHING: "finishing"}
+    """Seconds of each part of a run, as far as it came: planning its waves, waiting for nodes, starting actors, scoring, what came after."""
+    names = {PLANNING: "planning", WAITING: "waiting", START_UP: "starting", FINISHING: "finishing"}
     found: dict[str, float] = {}
     for one in stages:
         name = names.get(one["stage"], "scoring")

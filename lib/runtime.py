@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -40,6 +40,8 @@ class Cluster:
     """The nodes there are when the job starts."""
 
     nodes: tuple[Node, ...]
+    waited: float = 0.0
+    """seconds until they were there"""
 
     @property
     def cpus(self) -> float:
@@ -133,7 +135,7 @@ def wait_for_nodes(needed: Resources) -> Cluster:
             time.sleep(WAIT_POLL_SECONDS)
     finally:
         ray.util.remove_placement_group(request)
-    return cluster
+    return replace(cluster, waited=time.monotonic() - begun)
 
 
 @dataclass(frozen=True, kw_only=True)

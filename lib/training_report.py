@@ -132,7 +132,7 @@ def confusion_plot(matrix: list[list[int]], labels: tuple[str, ...]) -> str:
                     str(cell),
                     ha="center",
                     va="center",
-                    fontsize=8 if len(labels) < 12 else 6,
+                    fontsize=8,
                     color=color,
                 )
     axes.set(xlabel="answered", ylabel="true")

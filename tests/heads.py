@@ -34,6 +34,8 @@ class Head:
 
     folder: Path
     project: Path
+    said: str
+    """what the script printed"""
 
     def __post_init__(self) -> None:
         self.read()
@@ -132,8 +134,8 @@ def make_project(folder: Path) -> Path:
 @contextmanager
 def started(folder: Path, *options: str, **environment: Any) -> Iterator[Head]:
     """A cluster, ended by the ids that its script recorded."""
-    run_script("up", folder / "cluster", *options, **environment)
-    head = Head(folder / "cluster", make_project(folder / "project"))
+    said = run_script("up", folder / "cluster", *options, **environment)
+    head = Head(folder / "cluster", make_project(folder / "project"), said)
     try:
         yield head
     finally:

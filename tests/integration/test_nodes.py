@@ -19,6 +19,7 @@ from lib.errors import IncompleteError
 from lib.runtime import wait_for_nodes
 from tests import fakes
 from tests.conftest import REPOSITORY
+from tests.integration.test_budget import record_of
 from tests.integration.test_scoring import read_predictions, texts_table
 from tests.waiting import wait_until
 
@@ -27,7 +28,8 @@ GCS_PORT = 6379
 
 
 def test_what_is_there_is_not_waited_for(ray_session: None) -> None:
-    assert wait_for_nodes(Resources(min_cpus=4)).cpus == 4
+    found = wait_for_nodes(Resources(min_cpus=4))
+    assert (found.cpus, found.waited) == (4, 0)
 
 
 def test_nodes_that_do_not_come_end_the_job_and_leave_no_request(
@@ -99,3 +101,4 @@ def test_a_run_brings_up_a_cluster_that_has_no_node(s3: LoopbackS3, classifier: 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "waiting for 0 GPUs and 4 CPUs: the cluster has 1 nodes, 0 CPUs" in done.stdout
     assert read_predictions(output).num_rows == 60
+    assert record_of(output, "night")["phases"]["waiting"] > 0

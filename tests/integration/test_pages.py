@@ -1,4 +1,4 @@
-"""Reports and explanations in a browser, Debian's Chromium where it is there: nothing is wider than the page, on a phone either."""
+"""Reports and explanations in a browser, Debian's Chromium where it is there: nothing is wider than the page and plots can be read, on a phone too."""
 
 import json
 import shutil
@@ -42,7 +42,13 @@ const broken = [...document.querySelectorAll("td")].filter(one => {
   range.selectNodeContents(one);
   return /^[\\w.%]{1,10}$/.test(one.innerText) && new Set([...range.getClientRects()].map(line => line.top)).size > 1;
 }).map(one => one.innerText);
-document.body.dataset.measured = JSON.stringify([innerWidth, document.documentElement.scrollWidth, broken]);
+const plots = [...document.querySelectorAll("svg")].map(one => one.getBoundingClientRect().height);
+const letters = [...document.querySelectorAll("svg text")].map(one => {
+  const {a, b} = one.getScreenCTM();
+  return parseFloat(getComputedStyle(one).fontSize) * Math.hypot(a, b);
+});
+const found = {width: innerWidth, needed: document.documentElement.scrollWidth, broken, plots, letters};
+document.body.dataset.measured = JSON.stringify(found);
 </script></body>"""
 
 
@@ -233,7 +239,12 @@ def test_a_scoring_page_shows_all_of_a_run_and_no_credentials() -> None:
         assert "<svg" in page.partition(f"<h2>{title}</h2>")[2][:200], title
     assert page.count("<svg") == len(plots)
     assert "hidden-secret" not in page
-    assert "s3://***@bucket/archive" in page
+    configuration = page.partition("<h2>Configuration</h2><pre>")[2].partition("</pre>")[0]
+    assert "s3://***@bucket/archive" in configuration
+    assert "max_bad_rows" in configuration
+    slowest = page.partition("<h2>Slowest shards</h2>")[2].partition("</table>")[0]
+    assert slowest.count("part-000") > 1
+    assert "8,400 of 120,000 texts (7.0%) were cut at the length limit" in page
     assert "part-00000.parquet, 17" in page, "errors are named by shard and row"
     assert "<b>bold</b>" not in page
     for name in ("$ign", "_hidden"):
@@ -249,20 +260,31 @@ def test_a_scoring_page_shows_all_of_a_run_and_no_credentials() -> None:
     assert "Not compared" in nothing
 
 
+MIN_PLOT_PIXELS = 80
+
+MIN_LETTER_PIXELS = 9
+"""Font size as it is shown; a table's letters have 14.4."""
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
 @pytest.mark.parametrize("width", [390, 1200])
-@pytest.mark.parametrize("page", [training_page, explained_page, scoring_page, first_scoring_page])
-def test_nothing_is_wider_than_the_page_and_no_number_is_broken(page: Any, width: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("page", "num_plots"), [(training_page, 5), (explained_page, 0), (scoring_page, 5), (first_scoring_page, 0)]
+)
+def test_pages_fit_with_plots_that_can_be_read_and_no_errors(
+    page: Any, num_plots: int, width: int, tmp_path: Path
+) -> None:
     (tmp_path / "page.html").write_text(page().replace("</body>", MEASURE), encoding="utf-8")
     frame = f'<iframe id="f" src="page.html" width="{width}" height="800"></iframe>'
-    (tmp_path / "frame.html").write_text(
-        f"<body>{frame}<script>f.onload = () => document.title = f.contentDocument.body.dataset.measured</script></body>"
-    )
+    # What the frame logs shows that the console is seen.
+    script = 'f.onload = () => { document.title = f.contentDocument.body.dataset.measured; console.error("loaded"); }'
+    (tmp_path / "frame.html").write_text(f"<body>{frame}<script>{script}</script></body>")
     options = [
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
         "--allow-file-access-from-files",
+        "--enable-logging=stderr",
         "--virtual-time-budget=3000",
     ]
     done = subprocess.run(
@@ -277,7 +299,12 @@ def test_nothing_is_wider_than_the_page_and_no_number_is_broken(page: Any, width
         text=True,
         timeout=120,
     )
-    inner, needed, broken = json.loads(done.stdout.partition("<title>")[2].partition("</title>")[0])
-    assert inner == width
-    assert needed <= width, f"{needed} pixels are needed"
-    assert broken == []
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert ['"loaded"' in line for line in console] == [True], console
+    found = json.loads(done.stdout.partition("<title>")[2].partition("</title>")[0])
+    assert found["width"] == width
+    assert found["needed"] <= width, f"{found['needed']} pixels are needed"
+    assert found["broken"] == []
+    assert len(found["plots"]) == num_plots
+    assert all(height >= MIN_PLOT_PIXELS for height in found["plots"]), found["plots"]
+    assert all(size >= MIN_LETTER_PIXELS for size in found["letters"]), sorted(set(found["letters"]))

@@ -3,19 +3,29 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
+import numpy as np
 import psutil
+import pyarrow.compute as pc
 import pytest
 
+from jobs.demo_corpus import NUM_SHARDS
 from jobs.demo_store import LoopbackS3
 from lib.storage import open_store
 from tests import fakes, heads
 from tests.faults.conftest import make_shards
 from tests.faults.harness import assert_alike, read_manifest, read_rows
 from tests.heads import Head, finish
+from tests.integration.test_budget import record_of
+from tests.integration.test_growth import objects
+from tests.integration.test_scoring import read_predictions
 from tests.proxy import Fault, FaultyProxy
 from tests.waiting import wait_until
 
@@ -235,29 +245,53 @@ def test_a_head_that_was_started_anew_has_lost_its_jobs(
 
 
 @pytest.mark.trial
+@pytest.mark.timeout(1_800)
 def test_three_nodes_of_which_one_is_lost(
-    s3: LoopbackS3, classifier: str, tmp_path_factory: pytest.TempPathFactory
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The local cluster from start to end: the same predictions as without a fault, and no process is left."""
-    folder = tmp_path_factory.mktemp("local")
-    url = s3.bucket()
-    fakes.write_archive(f"{url}/archive", make_shards())
-    with heads.started(folder, "--nodes", "3", "--cpus", "2", "--no-s3") as head:
-        common = ["score", "--config", "jobs/configs/demo_score.toml", "--set", f"input.path={url}/archive"]
-        common += ["--set", "input.key_columns=[]", "--set", "planning.chunk_mb=0.2", "--set", "model.precision=fp32"]
-        common += ["--set", f"model.path={classifier}"]
-        code, output, errors = head.run(*common, "--set", f"output.path={url}/whole", "--run-id", "whole")
+    """The local cluster from start to end: what it prints is run as it stands there; then a node goes, and no row is another."""
+    with heads.started(tmp_path_factory.mktemp("local")) as head:
+        commands = "\n".join(line[4:] for line in head.said.splitlines() if line.startswith("    "))
+        assert [commands.count(word) for word in ("env\n", "demo_corpus", "submit train", "submit score")] == [1] * 4
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_", "PYTHONPATH"))
+        }
+        kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+        shell = ["bash", "-euo", "pipefail", "-c", commands]
+        done = subprocess.run(shell, cwd=head.project, env=kept, capture_output=True, text=True, timeout=1_200)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        for line in (head.folder / "env").read_text().splitlines():
+            name, _, value = line.removeprefix("export ").partition("=")
+            if name.startswith("AWS_"):
+                monkeypatch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        rows = read_predictions("s3://demo/scores")
+        scored = rows.filter(pc.is_null(rows["error"]))
+        assert rows.num_rows - scored.num_rows == 2 * NUM_SHARDS, "those that the demo's corpus plants"
+        packages = [module.partition("/")[0] for module in scored["module"].to_pylist()]
+        right = np.equal(packages, scored["label"].to_pylist()).mean()
+        assert right > 0.5, "of eight packages"
+
+        common = ["score", "--config", "jobs/configs/demo_score.toml", "--set", "input.path=s3://demo/archive"]
+        common += ["input.key_columns=[]", "model.path=s3://demo/model", "planning.chunk_mb=0.02"]
+        common += ["model.precision=fp32", "model.engine=torch"]
+        code, output, errors = head.run(*common, "--set", "output.path=s3://demo/whole", "--run-id", "whole")
         assert code == 0, output + errors
-        client = head.submit(*common, "--set", f"output.path={url}/damaged", "--run-id", "damaged")
-        store = open_store(f"{url}/damaged")
-        wait_until(
-            lambda: any(".parquet" in name for name in store.list()["path"].to_pylist()), "the first object", 180
-        )
+        chunks = len(objects("s3://demo/whole"))
+        client = head.submit(*common, "--set", "output.path=s3://demo/damaged", "--run-id", "damaged")
+        wait_until(lambda: bool(objects("s3://demo/damaged")), "the first object", 180)
         heads.run_script("lose", head.folder)
+        assert client.poll() is None
+        assert len(objects("s3://demo/damaged")) < chunks, "the node must go while there is work"
         code, output, errors = finish(client, 240)
         assert code == 0, output + errors
+        compare("s3://demo/damaged", "s3://demo/whole")
+        lives = [record_of(f"s3://demo/{name}", name)["this_run"]["num_actors"] for name in ("whole", "damaged")]
+        assert lives[0] == 2 < lives[1], "the node that went had an actor"
     assert heads.left_over(head) == []
-    compare(f"{url}/damaged", f"{url}/whole")
+    with pytest.raises(OSError):
+        urllib.request.urlopen(os.environ["AWS_ENDPOINT_URL"], timeout=10)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def compare(damaged: str, whole: str) -> None:

@@ -1,5 +1,6 @@
 """Configuration: TOML and --set give one validated record, and every mistake is named with what was expected."""
 
+import argparse
 import importlib
 from pathlib import Path
 
@@ -115,6 +116,16 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     file.write_text('[input]\npath = "a"\n[model]\npath = "m"\n[output]\npath = "o"\n[planning]\nchunk_mb = 2\n')
     config = parse("--config", str(file), "--set", "input.path=b").config
     assert (config.input.path, config.planning.chunk_mb) == ("b", 2)
+
+
+def test_one_set_takes_several_keys_unless_a_job_has_arguments_without_a_name() -> None:
+    config = parse("--set", *REQUIRED[1::2], "forecast.gpus=32", "forecast.gpu_hour=3.5", "--run-id", "x").config
+    assert (config.output.path, config.forecast.gpus, config.forecast.gpu_hour) == ("/o", 32, 3.5)
+    extra = argparse.ArgumentParser(add_help=False)
+    extra.add_argument("texts", nargs="*")
+    words = ["--set", "model.path=/m", "a text", "--set", "model.precision=bf16"]
+    command = parse_command(PredictConfig, words, prog="jobs.predict", description="", extra=extra)
+    assert (command.arguments.texts, command.config.model.precision) == (["a text"], "bf16")
 
 
 def test_a_file_that_is_not_there_or_no_toml_is_named(tmp_path: Path) -> None:

@@ -53,6 +53,23 @@ def test_stages_are_planning_start_up_waves_their_tails_and_the_end(monkeypatch:
     assert stages[-1] == {"stage": "finishing", "start": 55, "end": 58}
     assert phases(stages) == {"planning": 7, "starting": 2, "scoring": 46, "finishing": 3}
     assert phases(stages[:2]) == {"planning": 7, "starting": 2}, "as far as it came"
+    course.waited = 4.0
+    assert course.record(offset=5)["stages"][:3] == [
+        {"stage": "planning", "start": 0, "end": 1},
+        {"stage": "waiting for nodes", "start": 1, "end": 5},
+        {"stage": "planning", "start": 5, "end": 7},
+    ]
+    assert phases(course.record(offset=5)["stages"])["waiting"] == 4
+
+
+def test_planning_a_wave_is_no_part_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = Outcome()
+    outcome.course.begin_wave(2)
+    outcome.course.note(Counts(rows=1, num_busy=1), 4)
+    monkeypatch.setattr(Course, "now", lambda course: 9.0)
+    outcome.close_wave()
+    outcome.course.begin_wave(15)
+    assert outcome.course.starts[2:] == [("wave 1", 2), ("planning", 9), ("wave 2", 15)]
 
 
 def test_actors_that_are_busy_at_once_leave_no_start_up_before_their_wave() -> None:

@@ -1,6 +1,7 @@
 """What `jobs.plan` says of what was found out: no credentials, and of what is not known the reason."""
 
 import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import ray
 from jobs import plan
 from lib import scoring, survey
 from lib.blocks import IDS
+from lib.errors import UsageError
 from lib.estimate import Estimate
 from lib.outcome import Outcome
 from lib.runtime import Cluster, Node, plan_layout
@@ -109,6 +111,21 @@ def test_each_reason_why_the_time_is_not_known_is_told(
     assert (record["seconds"], record["cost"]) == (None, None)
     assert expected in record["problem"]
     assert any(expected in line for line in plan.lines(record))
+
+
+def test_the_record_goes_to_a_file_beside_the_text_or_alone_to_standard_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "plan", lambda config, run_id: {"rows": 7})
+    monkeypatch.setattr(plan, "lines", lambda record: [f"{record['rows']} rows"])
+    words = ["--set", "input.path=a", "model.path=b", "output.path=c", "--json"]
+    plan.main([*words, str(tmp_path / "plan.json")])
+    assert capsys.readouterr().out == "7 rows\n"
+    assert json.loads((tmp_path / "plan.json").read_text()) == {"rows": 7}
+    plan.main(words)
+    assert json.loads(capsys.readouterr().out) == {"rows": 7}
+    with pytest.raises(UsageError, match=r"--json .*nowhere.*: cannot be written"):
+        plan.main([*words, str(tmp_path / "nowhere" / "plan.json")])
 
 
 def test_where_nothing_is_to_be_scored_no_speed_is_asked_for(

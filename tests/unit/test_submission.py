@@ -147,6 +147,7 @@ def test_our_options_are_taken_out_and_the_rest_is_the_jobs() -> None:
     assert (arguments.address, arguments.detach, arguments.status, job) == ("http://x", True, False, "publish")
     assert own == ["list", "--json", "--set", "a.b=c", "--status"]
     assert submit.parse(["compare", "--json", "/shared/verdict.json"])[2] == ["--json", "/shared/verdict.json"]
+    assert submit.parse(["score", "--set", "a.b=c", "d.e=f", "--detach"])[2] == ["--set", "a.b=c", "d.e=f"]
     assert not submit.parse(["publish", "list", "--stop"])[0].json
     arguments, _, own = submit.parse(["publish", "list", "--status", "--json"])
     assert (arguments.json, own) == (True, ["list"])
