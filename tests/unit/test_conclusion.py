@@ -2,6 +2,7 @@
 
 import io
 import queue
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,41 @@ def test_a_budget_that_is_spent_before_says_what_is_left_and_what_it_brought(tmp
         conclude(run, Outcome(over_budget=SPENT))
     assert "not one chunk" not in str(caught.value)
     assert published(tmp_path) is None
+
+
+def lose_an_object(outcome: Outcome) -> None:
+    outcome.missing.append("a.parquet-000000000000-00000-of-00001.parquet")
+
+
+def change_a_shard(outcome: Outcome) -> None:
+    outcome.changed.add("a.parquet")
+
+
+def lose_a_row(outcome: Outcome) -> None:
+    outcome.finished_rows -= 1
+
+
+@pytest.mark.parametrize(
+    ("happen", "why"),
+    [
+        (lose_an_object, r"1 objects are missing after two attempts \(a\.parquet-"),
+        (change_a_shard, r"1 shards changed while they were scored \(a\.parquet\)"),
+        (lose_a_row, "30 rows were planned, 29 are in objects"),
+    ],
+)
+def test_a_run_that_is_not_reconciled_is_not_published(
+    happen: Callable[[Outcome], None], why: str, tmp_path: Path, classifier: str
+) -> None:
+    add(tmp_path, "a.parquet", *mixed(30))
+    run = prepared(tmp_path, classifier, "x")
+    outcome = score(run)
+    happen(outcome)
+    with pytest.raises(IncompleteError, match=f"^{why}.*run the same command again$"):
+        conclude(run, outcome)
+    assert published(tmp_path) is None
+    written = run.job.output.list()["path"].to_pylist()
+    assert "_runs/x/run.json" in written
+    assert not {"_runs/x/_SUCCESS", "_runs/x/manifest.parquet"} & set(written)
 
 
 def test_what_has_come_by_the_end_of_a_budget_is_noted() -> None:
