@@ -4,6 +4,8 @@ import dataclasses
 import gc
 import io
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -19,6 +21,7 @@ import ray
 import time_machine
 import torch
 from ray.exceptions import RayTaskError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from jobs import score
@@ -442,6 +445,7 @@ def small_archive(tmp_path_factory: pytest.TempPathFactory) -> str:
         (["output.path={archive}/scores"], r"lies in the archive"),
         (["model.path={tmp}/nothing"], r"no such model folder"),
         (["model.path={encoder}"], r"BertModel, expected one that ends in ForSequenceClassification"),
+        (["model.path={cut}"], r"model\.safetensors .* cannot be read as safetensors .*get it again"),
         (["resources.num_actors=99"], r"num_actors = 99 leaves .* CPUs for each, but the cluster has 1 nodes, 4 CPUs"),
         (["input.path=s3://no-such-bucket-here/archive"], r"the bucket does not exist"),
         (["output.path=s3://no-such-bucket-here/scores"], r"bucket .*does not exist"),
@@ -457,7 +461,10 @@ def test_mistakes_get_one_clear_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fakes.make_encoder(tmp_path / "encoder", "bert")
-    names = {"{tmp}": str(tmp_path), "{archive}": small_archive, "{encoder}": str(tmp_path / "encoder")}
+    shutil.copytree(classifier, tmp_path / "cut")
+    os.truncate(tmp_path / "cut/model.safetensors", 5_000)
+    names = {"{tmp}": str(tmp_path), "{archive}": small_archive}
+    names |= {"{encoder}": str(tmp_path / "encoder"), "{cut}": str(tmp_path / "cut")}
     for placeholder, value in names.items():
         settings = [setting.replace(placeholder, value) for setting in settings]
     monkeypatch.setattr(pipeline, "score", lambda *_: pytest.fail("work was started"))
@@ -486,6 +493,18 @@ def test_a_model_that_changed_since_planning_ends_the_run_as_a_mistake(
     layout = plan_layout(Cluster((Node(4, 0),)), ScoreResources())
     with pytest.raises(UsageError, match="not the model that the run was planned with"):
         pipeline.score(job, run.unfinished, layout, run.config.limits, lambda _: None)
+
+
+def test_a_model_without_its_head_ends_the_run_as_a_mistake_and_leaves_no_object(
+    small_archive: str, classifier: str, tmp_path: Path
+) -> None:
+    """What no listing shows is found by the first actor, before it is given work."""
+    weights = Path(shutil.copytree(classifier, tmp_path / "model")) / "model.safetensors"
+    save_file({name: one for name, one in load_file(weights).items() if name != "classifier.weight"}, weights)
+    with pytest.raises(UsageError, match=r"1 weights are missing or have another shape \(classifier\.weight\)"):
+        run_score(small_archive, str(tmp_path / "model"), str(tmp_path / "scores"))
+    written = open_store(str(tmp_path / "scores")).list()["path"].to_pylist()
+    assert [path.rpartition("/")[2] for path in written] == ["_archive.json"]
 
 
 def test_a_bug_in_a_task_keeps_its_traceback(small_archive: str, classifier: str, tmp_path: Path) -> None:
