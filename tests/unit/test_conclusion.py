@@ -1,20 +1,24 @@
 """How a run ends: what it is compared with, what keeps it from being published, and what is left of it if something fails then."""
 
 import io
+import os
 import queue
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib import pipeline, report
+from lib import pipeline, report, scoring
 from lib.errors import BudgetError, IncompleteError, OverLimitError
 from lib.history import COUNTS_KEY
 from lib.outcome import Outcome
 from lib.publishing import write_table
+from lib.scoring import Run
 from lib.storage import Store, open_store
 from lib.versions import read_json, roll_back
 from tests import fakes
@@ -166,6 +170,56 @@ def test_a_run_that_is_not_reconciled_is_not_published(
     written = run.job.output.list()["path"].to_pylist()
     assert "_runs/x/run.json" in written
     assert not {"_runs/x/_SUCCESS", "_runs/x/manifest.parquet"} & set(written)
+
+
+def add_stranger(run: Run, shard: str, hours: float) -> str:
+    """Put an object that nothing names into a run's version, written so long ago; returns its name."""
+    name = f"{shard}-0123456789ab-00000-of-00001.parquet"
+    assert run.job.output.create(name, b"of a zombie")
+    written = time.time() - hours * 3_600
+    os.utime(f"{run.job.output.root}/{name}", (written, written))
+    return name
+
+
+def removes_at_once(folder: Path) -> dict[str, Any]:
+    return {"output": {"path": f"{folder}/scores", "keep_stale_hours": 0}}
+
+
+def test_what_was_written_while_a_run_went_on_is_left_to_the_next_one(tmp_path: Path, classifier: str) -> None:
+    """Another run may be writing it, for a shard that this one's listing did not hold yet."""
+    add(tmp_path, "a.parquet", *mixed(30))
+    run = prepared(tmp_path, classifier, "x", **removes_at_once(tmp_path))
+    old = add_stranger(run, "b.parquet", 1)
+    outcome = score(run)
+    new = add_stranger(run, "c.parquet", 0)
+    conclude(run, outcome)
+    left = run.job.output.list()["path"].to_pylist()
+    assert old not in left
+    assert new in left
+    add(tmp_path, "d.parquet", *mixed(30))
+    run_night(tmp_path, classifier, "y", **removes_at_once(tmp_path))
+    assert new not in run.job.output.list()["path"].to_pylist()
+
+
+def test_nothing_is_removed_once_readers_were_moved_to_another_run(
+    tmp_path: Path, classifier: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def find_and_move(*arguments: Any) -> pa.Table:
+        roll_back(open_store(f"{tmp_path}/scores"), "x", None, single_writer=False)
+        return find_stale(*arguments)
+
+    add(tmp_path, "a.parquet", *mixed(30))
+    run_night(tmp_path, classifier, "x")
+    add(tmp_path, "a.parquet", *mixed(60))
+    run = prepared(tmp_path, classifier, "y", **removes_at_once(tmp_path))
+    old = add_stranger(run, "b.parquet", 1)
+    before = set(run.job.output.list()["path"].to_pylist())
+    find_stale = scoring.find_stale
+    monkeypatch.setattr(scoring, "find_stale", find_and_move)
+    conclude(run, score(run))
+    assert published(tmp_path) == "x"
+    assert old in before <= set(run.job.output.list()["path"].to_pylist())
+    assert "stale objects were left: readers were moved to another run meanwhile" in capsys.readouterr().out
 
 
 def test_what_has_come_by_the_end_of_a_budget_is_noted() -> None:
