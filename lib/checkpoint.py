@@ -29,7 +29,7 @@ CARD_NAME = "textsweep.json"
 COMMIT_NAME = "config.json"
 
 SCORING_REVISION = 2
-"""Raised by hand when the code scores differently; part of every version. A test pins scores to it."""
+"""Raised by hand when the code scores differently; part of every version. `test_equality` pins scores to it."""
 
 DECIDING_ENDINGS = (".safetensors", ".json", ".model", "vocab.txt", "merges.txt")
 """Files of a Hugging Face folder that can decide a score: weights, config, tokenizer."""
