@@ -31,8 +31,11 @@ COMMIT_NAME = "config.json"
 SCORING_REVISION = 2
 """Raised by hand when the code scores differently; part of every version. `test_equality` pins scores to it."""
 
-DECIDING_ENDINGS = (".safetensors", ".json", ".model", "vocab.txt", "merges.txt")
-"""Files of a Hugging Face folder that can decide a score: weights, config, tokenizer."""
+DECIDING_ENDINGS = (
+    *(".safetensors", ".json", ".model", ".spm", ".tokenizer"),
+    *("vocab.txt", "merges.txt", "bpe.codes", "dict.txt"),
+)
+"""Files of a Hugging Face folder that can decide a score: weights, config, and whatever a tokenizer of transformers reads."""
 
 NEVER_DECIDING = {CARD_NAME, "metrics.json", "trainer_state.json", "training_args.json", "generation_config.json"}
 
