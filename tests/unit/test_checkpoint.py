@@ -1,5 +1,6 @@
 """Checkpoints: what was committed is what is loaded, and a version changes with what decides a score, with nothing else."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from lib import checkpoint
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, Checkpoint, commit, load, version_of
 from lib.config import keys_of, validate
 from lib.errors import IncompleteError, UsageError
-from lib.schema import Task
+from lib.schema import Head, Task
 from lib.score_config import ScoreConfig
 from lib.storage import Store, open_store
 from lib.windows import Windows
@@ -205,22 +206,51 @@ def test_a_version_changes_with_what_decides_the_output(changes: dict[str, Any],
     assert version_of(found, config(**changes)) != version_of(found, config())
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"labels": ("down", "up", "same")},
-        {"max_length": 16},
-        {"truncation": "tail"},
-        {"windows": Windows(4, 8, "mean")},
-        {"temperature": 1.5},
-        {"thresholds": (0.5, 0.4, 0.3)},
-        {"task": Task.MULTI_LABEL},
-    ],
-    ids=str,
+HEADS = (
+    Head(name="tone", task=Task.MULTI_CLASS, labels=("down", "up")),
+    Head(name="stars", task=Task.REGRESSION, labels=("",)),
 )
-def test_a_version_changes_with_what_decides_a_score(changes: dict[str, Any], classifier: str) -> None:
+
+OTHER_FIELDS: dict[str, tuple[bool, Any]] = {
+    "labels": (True, ("down", "up", "same")),
+    "task": (True, Task.MULTI_LABEL),
+    "max_length": (True, 16),
+    "truncation": (True, "tail"),
+    "windows": (True, Windows(4, 8, "mean")),
+    "temperature": (True, 1.5),
+    "thresholds": (True, (0.5, 0.4, 0.3)),
+    "several": (True, HEADS),
+    "files": (False, {"model.safetensors": "0" * 64}),  # those that are there decide
+    "metrics": (False, {"f1": 1.0}),
+    "trained": (False, {"seed": 1}),
+}
+"""For every field of a card: whether it decides a score or a column of the output, and a value that is not the default."""
+
+
+def test_every_field_of_a_card_is_known_to_decide_the_version_or_not() -> None:
+    assert list(Card.model_fields) == list(OTHER_FIELDS)
+
+
+@pytest.mark.parametrize("field", OTHER_FIELDS)
+def test_a_version_changes_with_a_field_of_the_card_if_it_decides_and_only_then(field: str, classifier: str) -> None:
     found = load(classifier)
-    assert version_of(changed(found, **changes), config()) != version_of(found, config())
+    decides, value = OTHER_FIELDS[field]
+    assert (version_of(changed(found, **{field: value}), config()) != version_of(found, config())) == decides
+
+
+def test_a_version_changes_with_every_field_of_a_head_and_with_their_order(classifier: str) -> None:
+    changes: dict[str, Any] = {
+        "name": "mood",
+        "task": Task.MULTI_LABEL,
+        "labels": ("up", "down"),
+        "temperature": 1.5,
+        "thresholds": (0.5, 0.4),
+    }
+    assert {field.name for field in dataclasses.fields(Head)} == changes.keys()
+    others = [(dataclasses.replace(HEADS[0], **{name: value}), HEADS[1]) for name, value in changes.items()]
+    found = load(classifier)
+    versions = {version_of(changed(found, several=heads), config()) for heads in [HEADS, HEADS[::-1], *others]}
+    assert len(versions) == 2 + len(changes)
 
 
 FILES = {
@@ -349,10 +379,8 @@ def test_a_version_changes_with_the_rows_that_are_scored(classifier: str) -> Non
     assert len(versions) == 3
 
 
-def test_a_version_does_not_change_with_metrics_or_place(classifier: str, committed: Store) -> None:
-    found = load(classifier, 32)
-    assert version_of(load(committed.url), config()) == version_of(found, config())
-    assert version_of(changed(found, metrics={"f1": 1.0}, trained={"seed": 1}), config()) == version_of(found, config())
+def test_a_version_does_not_change_with_the_place(classifier: str, committed: Store) -> None:
+    assert version_of(load(committed.url), config()) == version_of(load(classifier, 32), config())
 
 
 def test_a_version_is_a_folder_name(classifier: str) -> None:
