@@ -566,14 +566,15 @@ def test_a_cluster_without_a_free_cpu_ends_as_a_stall_that_says_so(
     assert "run the same command again" in str(stalled.value)
 
 
-def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it(
+def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it_and_what_tasks_reported(
     small_archive: str, classifier: str, tmp_path: Path
 ) -> None:
-    """The actor is a fake: the progress actor is told that it has begun, and hears no more of it."""
+    """The actor is a fake: the progress actor is told that it has begun, and hears no more of it; a writer met a busy storage."""
     run = prepared(small_archive, classifier, str(tmp_path / "scores"))
     progress = start_progress()
     ray.get(progress.enlist.remote("an actor", None))
     ray.get(progress.begin.remote("an actor", None, ["part-007.parquet"]))
+    ray.get(progress.fail.remote("storage failed to write s3://b/x: SlowDown", False, False))
     limits = run.config.limits.model_copy(update={"stall_seconds": 0.1})
     running = Running(
         job=run.job,
@@ -590,7 +591,7 @@ def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it(
         watch.look()
         return False
 
-    with pytest.raises(IncompleteError, match=r"at work: part-007\.parquet; 4 of 4 CPUs"):
+    with pytest.raises(IncompleteError, match=r": reported: storage failed to write s3://b/x: SlowDown.*; at work: part-007\.parquet; 4 of 4 CPUs"):
         wait_until(is_over, "a stall")
 
 
@@ -606,6 +607,7 @@ def test_a_progress_actor_that_was_killed_comes_back_and_learns_of_the_actors_ag
 
     wait_until(counts_from_zero, "the actor's return as another process")
     ray.get(progress.begin.remote("an actor", "its handle", ["part-007.parquet"]))
+    ray.get(progress.fail.remote("storage failed to write s3://b/x: SlowDown", False, False))
     counts = read_progress(progress)
     assert counts is not None
     assert counts.busy == ("part-007.parquet",)
