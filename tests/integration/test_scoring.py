@@ -591,7 +591,10 @@ def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it_and_what_tasks_re
         watch.look()
         return False
 
-    with pytest.raises(IncompleteError, match=r": reported: storage failed to write s3://b/x: SlowDown.*; at work: part-007\.parquet; 4 of 4 CPUs"):
+    with pytest.raises(
+        IncompleteError,
+        match=r": reported: storage failed to write s3://b/x: SlowDown.*; at work: part-007\.parquet; 4 of 4 CPUs",
+    ):
         wait_until(is_over, "a stall")
 
 

@@ -5,6 +5,7 @@ import os
 import queue
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import time_machine
 
 from lib import pipeline, report, scoring
 from lib.errors import BudgetError, IncompleteError, OverLimitError
@@ -46,6 +48,21 @@ def test_a_refused_run_is_refused_again_under_its_own_id(tmp_path: Path, classif
     assert pq.read_metadata(io.BytesIO(manifest)).num_rows == 1
     run_night(tmp_path, classifier, "y", drift=LIMIT | {"baseline": "x"})
     assert published(tmp_path) == "y", "accepted"
+
+
+def test_nothing_of_one_run_stands_in_an_object(tmp_path: Path, classifier: str) -> None:
+    """Of two runs that write one object at once either may win: nobody can tell, and nobody needs to."""
+    add(tmp_path, "a.parquet", *mixed(30), None)
+    found = []
+    for run_id, days in (("x", 0), ("y", 1)):
+        with time_machine.travel(datetime.now(UTC) + timedelta(days=days), tick=True):
+            of_both = {"input": {"path": f"{tmp_path}/archive"}, "limits": {"max_bad_rows": 1}}
+            run_night(tmp_path / run_id, classifier, run_id, **of_both)
+        store = open_store(f"{tmp_path}/{run_id}/scores")
+        names = [name for name in store.list()["path"].to_pylist() if "-of-" in name]
+        found.append({name: store.read(name) for name in names})
+    assert sorted(name.count("_dead_letter/") for name in found[0]) == [0, 1]
+    assert found[0] == found[1]
 
 
 def test_a_baseline_may_be_a_file_and_without_a_limit_a_shift_is_only_told(
