@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lib.config import TRUST_NOTHING, Truncation, Trust
 from lib.errors import IncompleteError, UsageError
-from lib.facts import PICKLED_WEIGHTS, ModelFacts, has_safetensors, read_facts
+from lib.facts import PICKLED_WEIGHTS, ModelFacts, check_readable, has_safetensors, read_facts
 from lib.schema import Head, Task
 from lib.score_config import ScoreConfig
 from lib.storage import Store, cache_folder, explained, open_store
@@ -29,10 +29,13 @@ CARD_NAME = "textsweep.json"
 COMMIT_NAME = "config.json"
 
 SCORING_REVISION = 2
-"""Raised by hand when the code scores differently; part of every version. A test pins scores to it."""
+"""Raised by hand when the code scores differently; part of every version. `test_equality` pins scores to it."""
 
-DECIDING_ENDINGS = (".safetensors", ".json", ".model", "vocab.txt", "merges.txt")
-"""Files of a Hugging Face folder that can decide a score: weights, config, tokenizer."""
+DECIDING_ENDINGS = (
+    *(".safetensors", ".json", ".model", ".spm", ".tokenizer"),
+    *("vocab.txt", "merges.txt", "bpe.codes", "dict.txt"),
+)
+"""Files of a Hugging Face folder that can decide a score: weights, config, and whatever a tokenizer of transformers reads."""
 
 NEVER_DECIDING = {CARD_NAME, "metrics.json", "trainer_state.json", "training_args.json", "generation_config.json"}
 
@@ -97,7 +100,8 @@ class Checkpoint:
 def load(url: str, max_length: int | None = None, trust: Trust = TRUST_NOTHING, encoder: bool = False) -> Checkpoint:
     """Bring a model folder to this machine, once per machine, and describe it. Loads no weights.
 
-    Raises `UsageError` if it is no classifier (unless a plain encoder is as welcome), or if a file is not the one that was committed.
+    Raises `UsageError` if it is no classifier (unless a plain encoder is as welcome), if a file is not the one that was committed, or
+    if weights cannot be read.
     """
     folder = fetch(url, trust)
     facts = read_facts(folder, url, trust, encoder)
@@ -108,6 +112,7 @@ def load(url: str, max_length: int | None = None, trust: Trust = TRUST_NOTHING, 
         check_files(url, digests, {name: one for name, one in card.files.items() if is_deciding(name, used)})
     else:
         card = Card(labels=facts.labels, task=facts.task, max_length=default_max_length(folder, facts))
+    check_readable(folder, f"model.path {url}")
     length = min(max_length or card.max_length, facts.max_positions)
     digest = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
     card = card.model_copy(update={"max_length": length})

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from lib.config import TRUST_NOTHING, Trust, raise_if_code_was_refused
 from lib.errors import UsageError
 from lib.schema import Task
@@ -108,6 +110,19 @@ def check_weights(folder: str, key: str, shown: str, trust: Trust) -> None:
         f"{key} {shown}: no *.safetensors weights in it (there are: {names}); pickled weights can run code when they are loaded."
         " Convert them once with transformers' save_pretrained, or, if you trust their source: --set model.allow_pickle=true"
     )
+
+
+def check_readable(folder: str, shown: str) -> None:
+    """Raise `UsageError` if weights are cut off or no safetensors at all: their headers say how long they must be. Loads none."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "numpy"):
+                pass
+        except SafetensorError as error:
+            raise UsageError(
+                f"{shown}: {path.name} ({path.stat().st_size:,} bytes) cannot be read as safetensors ({error}): it is damaged, or was not"
+                " copied whole; get it again from where it came"
+            ) from None
 
 
 def read_facts(folder: str, shown: str, trust: Trust = TRUST_NOTHING, encoder: bool = False) -> ModelFacts:

@@ -199,13 +199,14 @@ def new_head(model: PooledClassifier) -> None:
 
 
 def load_pooled(folder: str, encoder: Any) -> PooledClassifier:
-    """Fill a classifier, described by its encoder's configuration, with the weights in a folder. Raises `UsageError` if some are missing."""
+    """Fill a classifier, described by its encoder's configuration, with the weights in a folder. Raises `UsageError` if some do not fit."""
     model = PooledClassifier(encoder, HeadSection.model_validate(getattr(encoder.config, SPECIFICATION)))
     weights = load_file(Path(folder) / WEIGHTS)
-    missing = sorted(model.state_dict().keys() ^ weights.keys())
-    if missing:
+    wanted, found = ({name: one.shape for name, one in some.items()} for some in (model.state_dict(), weights))
+    unfit = sorted({name for name, _ in wanted.items() ^ found.items()})
+    if unfit:
         raise UsageError(
-            f"{folder}: {WEIGHTS} does not fit its config.json ({', '.join(missing[:3])}): the checkpoint is damaged"
+            f"{folder}: {WEIGHTS} does not fit its config.json ({', '.join(unfit[:3])}): the checkpoint is damaged"
         )
     model.load_state_dict(weights)
     return model

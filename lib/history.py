@@ -42,15 +42,14 @@ def with_counts(manifest: pa.Table, run_id: str, new: Mapping[str, Any], before:
     kept = (
         json.dumps({"run": run_id, "new_rows": dict(new)}, sort_keys=True).encode()
         if new["rows"]
-        else kept_counts(before)
+        else kept_counts(before.schema.metadata)
     )
     return manifest.replace_schema_metadata({COUNTS_KEY: kept} if kept else None)
 
 
-def kept_counts(manifest: pa.Table) -> bytes | None:
-    """What `with_counts` has put into a manifest; None in older ones."""
-    found: bytes | None = (manifest.schema.metadata or {}).get(COUNTS_KEY)
-    return found
+def kept_counts(metadata: Mapping[bytes, bytes] | None) -> bytes | None:
+    """What `with_counts` has put into a manifest's metadata; None in older ones."""
+    return (metadata or {}).get(COUNTS_KEY)
 
 
 def find_baseline(version: Store, choice: str, last: Published | None) -> Baseline:
@@ -87,7 +86,7 @@ def last_baseline(version: Store, last: Published | None) -> Baseline:
     """The latest successful run of a version that had new rows, as the last manifest tells; if that is an old one, as `run.json` does."""
     if last is None:
         return Baseline(name=LAST, counts=None, why_not=NOTHING_YET)
-    if (raw := kept_counts(last.manifest)) is not None:
+    if (raw := kept_counts(last.metadata)) is not None:
         kept = json.loads(raw)
         return Baseline(name=kept["run"], counts=kept["new_rows"])
     mine = read_json(version.at(f"_runs/{last.pointer.run}"), "run.json")

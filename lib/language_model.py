@@ -18,7 +18,7 @@ from lib.config import Trust
 from lib.errors import UsageError
 from lib.facts import read_config
 from lib.heads import WEIGHTS
-from lib.model import DROPOUTS, pretrained
+from lib.model import DROPOUTS, TOLD, pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,7 +50,7 @@ def load_language_model(
         if dropout is not None and hasattr(config, name):
             setattr(config, name, dropout)
     torch.manual_seed(seed or 0)
-    model, info = pretrained(folder, trust, "AutoModelForMaskedLM", output_loading_info=True, config=config)
+    model, info = pretrained(folder, trust, "AutoModelForMaskedLM", config=config, **TOLD)
     missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     prefix = f"{model.base_model_prefix}."
     encoder = [name for name in missing if name.startswith(prefix)]

@@ -8,7 +8,7 @@ from torch import nn
 
 from lib.config import TRUST_NOTHING, TokenPooling, TrainPrecisionChoice, Trust
 from lib.errors import UsageError
-from lib.facts import PROMPT, has_safetensors, import_transformers, read_config
+from lib.facts import PROMPT, check_readable, has_safetensors, import_transformers, read_config
 from lib.heads import SPECIFICATION, PooledClassifier, VectorBeside, load_pooled, new_head, read_to
 from lib.prompts import PromptClassifier
 from lib.schema import Task
@@ -22,6 +22,9 @@ FAMILYS_OWN = HeadSection()
 FIRST_TOKEN_FAMILIES = {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
 """Families built like BERT whose classifiers read nothing of the last layer but the first token."""
 
+TOLD = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Weights that are missing or have another shape are told to the caller, who says so; else transformers raises `RuntimeError`."""
+
 DROPOUTS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "classifier_dropout_prob"),
     *("dropout", "attention_dropout", "seq_classif_dropout", "embedding_dropout", "mlp_dropout", "pooler_dropout"),
@@ -32,8 +35,10 @@ DROPOUTS = (
 def pretrained(folder: str, trust: Trust, kind: str = "AutoModelForSequenceClassification", **options: Any) -> Any:
     """Load a model in fp32, from this folder alone, running and unpickling only what is trusted.
 
-    Raises `UsageError` if pickled weights hold anything but tensors: those are never loaded, trusted or not.
+    Raises `UsageError` if weights cannot be read or files of them are not there, or if pickled weights hold anything but tensors:
+    those are never loaded, trusted or not.
     """
+    check_readable(folder, folder)
     try:
         return getattr(import_transformers(), kind).from_pretrained(
             folder,
@@ -48,20 +53,25 @@ def pretrained(folder: str, trust: Trust, kind: str = "AutoModelForSequenceClass
         raise UsageError(
             f"{folder}: its pickled weights hold more than tensors, and were not loaded; get weights in the safetensors format"
         ) from None
+    except OSError as error:
+        if error.errno is not None:  # the system's own
+            raise
+        raise UsageError(f"{folder}: its weights are not all there: {error}; get the whole folder again") from None
 
 
 def load_classifier(folder: str, trust: Trust = TRUST_NOTHING) -> nn.Module:
-    """Load a classifier in fp32 and eval mode. Raises `UsageError` if any of its weights is missing."""
+    """Load a classifier in fp32 and eval mode. Raises `UsageError` if any of its weights is missing or has another shape."""
     config = read_config(folder, trust)
     if hasattr(config, SPECIFICATION):
         encoder = import_transformers().AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=trust.code)
         return load_pooled(folder, encoder).eval()
     kind = "AutoModelForMaskedLM" if hasattr(config, PROMPT) else "AutoModelForSequenceClassification"
-    model, info = pretrained(folder, trust, kind, output_loading_info=True)
+    model, info = pretrained(folder, trust, kind, **TOLD)
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise UsageError(
-            f"{folder}: {len(missing)} weights are missing ({', '.join(missing[:3])}): it was not trained as a classifier"
+            f"{folder}: {len(missing)} weights are missing or have another shape ({', '.join(missing[:3])}): it was not trained as a"
+            " classifier, or its config.json is another model's"
         )
     loaded: nn.Module = (PromptClassifier(model) if hasattr(config, PROMPT) else model).eval()
     return loaded
@@ -71,7 +81,7 @@ def load_with_vector(folder: str, trust: Trust, pooling: TokenPooling | None) ->
     """Load a classifier, or a plain encoder, that gives each text's vector behind its logits, in fp32 and eval mode."""
     if any(name.endswith("ForSequenceClassification") for name in read_config(folder, trust).architectures or []):
         return VectorBeside(load_classifier(folder, trust), pooling).eval()
-    encoder, info = pretrained(folder, trust, "AutoModel", output_loading_info=True)
+    encoder, info = pretrained(folder, trust, "AutoModel", **TOLD)
     missing = sorted(name for name in map(str, info["missing_keys"]) if not name.startswith("pooler."))
     if missing or info["mismatched_keys"]:
         raise UsageError(

@@ -56,12 +56,17 @@ class Run:
     objects: pa.Table
     """of this version, as they were listed: shard, identity, chunk, chunks"""
     published: publishing.Published | None
-    before: pa.Table
-    """the manifest of this version's latest successful run"""
+    last: publishing.Published | None
+    """this version's latest successful run"""
     baseline: Baseline
     """what new rows are compared with"""
     selection: Selection | None
     """the rows to score, if not all"""
+
+    @property
+    def before(self) -> pa.Table:
+        """The manifest of this version's latest successful run; not asked for while a run is planned, for it is large."""
+        return self.last.manifest if self.last else publishing.MANIFEST_SCHEMA.empty_table()
 
     @property
     def planned_at(self) -> datetime:
@@ -75,7 +80,7 @@ class Run:
             not self.unfinished.num_rows
             and self.published is not None
             and self.published.pointer.version == self.job.version
-            and same_shards(self.published.manifest, find_current(self, self.objects, self.finished))
+            and same_shards(self.published.shards, find_current(self, self.objects, self.finished))
         )
 
     def plan(self) -> str:
@@ -128,7 +133,7 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         )
         listed = None
         if config.input.rows is None:
-            listed = pool.submit(lambda: list_version(config, output, loading.result()))
+            listed = pool.submit(lambda: output.at(checkpoint.version_of(loading.result(), config)).list())
         archive, listing = list_shards(config.input.path)
     shards = with_identities(listing, chunk_bytes := int(config.planning.chunk_mb * 2**20))
     columns = resolve_columns(
@@ -190,24 +195,19 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         finished=finished,
         objects=objects,
         published=published,
-        before=last.manifest if last else publishing.MANIFEST_SCHEMA.empty_table(),
+        last=last,
         baseline=find_baseline(output.at(version), config.drift.baseline, last),
         selection=selection,
     )
-
-
-def list_version(config: ScoreConfig, output: Store, model: checkpoint.Checkpoint) -> pa.Table:
-    """List what is there of the version that a model and a config make, all rows selected."""
-    return output.at(checkpoint.version_of(model, config, "")).list()
 
 
 def find_current(run: Run, objects: pa.Table, finished: pa.Table) -> pa.Table:
     """The objects that readers should see: those of every finished shard, and of deleted ones if they are kept."""
     keep = finished.select(["path", "identity"]).rename_columns(["shard", "identity"])
     current = objects.join(keep, ["shard", "identity"], join_type="inner")
-    if run.config.input.deleted == "remove":
+    if run.config.input.deleted == "remove" or run.last is None:
         return current
-    return pa.concat_tables([current, find_kept(run.before, run.shards, objects).select(current.column_names)])
+    return pa.concat_tables([current, find_kept(run.last.shards, run.shards, objects).select(current.column_names)])
 
 
 def reconcile(run: Run, outcome: Outcome) -> pa.Table:

@@ -24,7 +24,7 @@ from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config, read_facts
 from lib.heads import PooledClassifier
 from lib.metrics import brief, describe, shown
-from lib.model import new_classifier, pretrained
+from lib.model import TOLD, new_classifier, pretrained
 from lib.prompts import find_verbalizers, save_prompted
 from lib.schema import Task
 from lib.score_config import ZeroShotConfig
@@ -152,7 +152,7 @@ def save_masked_prompt(config: ZeroShotConfig, base: str, tokenizer: Tokenizer, 
     around = tokenizer.find_around()
     verbalizers = find_verbalizers(tokenizer.reference, around, template, labels)
     try:
-        model, info = pretrained(base, trust, "AutoModelForMaskedLM", output_loading_info=True)
+        model, info = pretrained(base, trust, "AutoModelForMaskedLM", **TOLD)
         missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     except ValueError as error:
         missing = [str(error).splitlines()[0]]

@@ -1,22 +1,30 @@
-"""How much memory and time planning takes: a million shards, most of them finished, from a synthetic listing.
+"""How much memory and time planning takes: a million shards, most of them finished and published, from a synthetic listing.
 
     python -m tests.benchmarks.planning [--shards 1000000] [--finished 0.99]
 
-Prints one JSON object. The listing is made here, so no storage is timed; footers are not part of it (Ray tasks read them wave
-by wave). Memory is the growth of this process's resident set from before the listing is made to its largest value.
+Prints one JSON object. The listing is made here, so no storage is timed but the local disk that the published manifest is read from;
+footers are not part of it (Ray tasks read them wave by wave). Memory is the growth of this process's resident set from before the
+listing is made to its largest value: `planned_mb` once it is known what is to do (all that `jobs.score` asks for if there is something
+to do), `peak_mb` once it is also known whether exactly this is published, as is asked where nothing is to do.
 """
 
 import argparse
 import hashlib
 import json
+import multiprocessing
+import tempfile
 import threading
 import time
 
+import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from lib import publishing
 from lib.listing import LISTING_SCHEMA
-from lib.planning import parse_objects, split_finished, with_identities
+from lib.planning import find_kept, parse_objects, same_shards, split_finished, with_identities, with_names
+from lib.storage import open_store
 
 MB = 2**20
 CHUNK_BYTES = 64 * MB
@@ -56,6 +64,25 @@ def make_objects(shards: pa.Table, finished: float) -> pa.ChunkedArray:
     return pa.chunked_array(names, pa.string())
 
 
+VERSION, RUN = "0123456789abcdef", "2026-11-19"
+
+
+def publish(folder: str, num_shards: int, finished: float) -> None:
+    """Write the manifest of the finished shards, and the pointer to it."""
+    objects = parse_objects(make_objects(with_identities(make_listing(num_shards), CHUNK_BYTES), finished))
+    found = with_names(objects).append_column("run", pa.repeat(pa.scalar(RUN), objects.num_rows))
+    paths = pc.binary_join_element_wise(VERSION, found["path"], "/")
+    found = found.set_column(found.column_names.index("path"), "path", paths)
+    found = found.append_column("version", pa.repeat(pa.scalar(VERSION), objects.num_rows))
+    for name in ("start", "rows", "errors", "bytes"):
+        found = found.append_column(name, pa.array(np.arange(objects.num_rows) % 100_003))
+    output = open_store(folder)
+    run = f"{VERSION}/_runs/{RUN}"
+    name = publishing.write_manifest(output.at(run), found.select(publishing.MANIFEST_SCHEMA.names))
+    pointer = publishing.Pointer(version=VERSION, run=RUN, manifest=f"{run}/{name}", planned_at="2026-11-19T00:00:00")
+    output.replace(publishing.POINTER_NAME, pointer.model_dump_json().encode())
+
+
 class Peak(threading.Thread):
     """Samples the resident set."""
 
@@ -80,6 +107,13 @@ def main() -> None:
     split_finished(
         with_identities(warm, CHUNK_BYTES), parse_objects(make_objects(with_identities(warm, CHUNK_BYTES), 0.5))
     )
+    folder = tempfile.TemporaryDirectory()
+    publishing_process = multiprocessing.get_context("spawn").Process(
+        target=publish, args=(folder.name, arguments.shards, arguments.finished)
+    )
+    publishing_process.start()
+    publishing_process.join()
+    output = open_store(folder.name)
     peak = Peak()
     peak.start()
     listing = make_listing(arguments.shards)
@@ -92,7 +126,17 @@ def main() -> None:
     objects = parse_objects(names)
     del names
     finished, unfinished = split_finished(shards, objects)
-    split = time.perf_counter()
+    split_mb = round((peak.highest - peak.base) / MB)
+    published = publishing.read_published(output)
+    assert published is not None
+    planned = time.perf_counter()
+    planned_mb = round((peak.highest - peak.base) / MB)
+    keep = finished.select(["path", "identity"]).rename_columns(["shard", "identity"])
+    current = objects.join(keep, ["shard", "identity"], join_type="inner")
+    kept = find_kept(published.shards, shards, objects)
+    is_published = same_shards(published.shards, pa.concat_tables([current, kept.select(current.column_names)]))
+    decided = time.perf_counter()
+    assert is_published
     expected = int(arguments.shards * arguments.finished)
     assert (finished.num_rows, unfinished.num_rows) == (expected, arguments.shards - expected)
     print(
@@ -100,9 +144,13 @@ def main() -> None:
             {
                 "shards": arguments.shards,
                 "finished": finished.num_rows,
-                "seconds": round(identified - begun + split - made, 2),
+                "seconds": round(identified - begun + planned - made, 2),
+                "seconds_compared": round(decided - planned, 2),
+                "split_mb": split_mb,
+                "planned_mb": planned_mb,
                 "peak_mb": round((peak.highest - peak.base) / MB),
-                "kept_mb": round((finished.nbytes + unfinished.nbytes + shards.nbytes) / MB),
+                "kept_mb": round((finished.nbytes + unfinished.nbytes + shards.nbytes + objects.nbytes) / MB),
+                "manifest_mb": round(len(published.raw) / MB),
             }
         )
     )

@@ -1,5 +1,6 @@
 """Scores equal plain `transformers`, one row at a time, for every family, in fp32 and bf16, whatever a row's neighbours are."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -7,16 +8,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from jobs import predict
 from lib import checkpoint
 from lib.config import EngineChoice, PrecisionChoice
 from lib.predictor import Predictor
 from lib.schema import Task
 from lib.tokenization import load_tokenizer
+from lib.windows import Windows
 from tests import fakes
 from tests.conftest import REPOSITORY
 
@@ -109,6 +113,50 @@ def test_every_family_scores_like_plain_transformers(family: str, tmp_path: Path
         predictor = Predictor(model, precision, engine)
         assert predictor.engine.name == engine
         assert_close(expected, score_ours(model, predictor, texts), engine, precision)
+
+
+PINNED_REVISION = 2
+PINNED_TEXTS = ["Well done!", "zero\u200bwidth ÀÉ 東京 😀\tand\nnew line ", fakes.PROSE]
+PINNED: list[tuple[dict[str, Any], list[list[float]], list[tuple[int, bool]]]] = [
+    (
+        {},
+        [[0.236575, 0.153908, 0.609518], [0.351958, 0.176151, 0.471891], [0.323816, 0.176430, 0.499754]],
+        [(6, False), (18, False), (64, True)],
+    ),
+    (
+        {"max_length": 32, "truncation": "head_tail", "temperature": 2.0},
+        [[0.293109, 0.236415, 0.470476], [0.348996, 0.246898, 0.404106], [0.332293, 0.251589, 0.416118]],
+        [(6, False), (18, False), (32, True)],
+    ),
+    (
+        {"max_length": 32, "windows": Windows(4, 8, "mean")},
+        [[0.236575, 0.153908, 0.609518], [0.351958, 0.176151, 0.471891], [0.322672, 0.161498, 0.515830]],
+        [(6, False), (18, False), (256, True)],
+    ),
+    (
+        {"max_length": 32, "windows": Windows(4, 8, "max"), "task": Task.MULTI_LABEL},
+        [[0.444520, 0.342370, 0.673392], [0.511953, 0.344265, 0.584447], [0.544426, 0.370263, 0.651790]],
+        [(6, False), (18, False), (256, True)],
+    ),
+]
+"""What the fake answered when the revision was written here: fields of the card, probabilities, tokens and whether a text was cut."""
+
+
+@pytest.mark.parametrize(("card", "expected", "lengths"), PINNED, ids=["head", "head_tail", "mean", "max"])
+def test_scores_change_with_the_revision_alone(
+    card: dict[str, Any], expected: list[list[float]], lengths: list[tuple[int, bool]], classifier: str
+) -> None:
+    """A version that holds scores of two kinds is worse than one more version: whoever changes scores raises the revision."""
+    advice = (
+        "the code scores differently than under this SCORING_REVISION of lib/checkpoint.py: raise it, and write the new revision and"
+        " scores here; unless the fake's weights are others (a new torch or transformers), then the scores alone"
+    )
+    assert checkpoint.SCORING_REVISION == PINNED_REVISION, "write the scores of the new revision here, and its number"
+    model = checkpoint.load(classifier)
+    model = dataclasses.replace(model, card=model.card.model_copy(update=card))
+    results, found = predict.predict(Predictor(model, "fp32", "torch"), model, pd.Series(PINNED_TEXTS, dtype=object))
+    assert np.abs(found - np.array(expected)).max() <= BOUNDS["torch", "fp32"][0], advice
+    assert list(zip(results["num_tokens"], results["truncated"], strict=True)) == lengths, advice
 
 
 def test_a_real_encoder_scores_like_plain_transformers(tmp_path: Path) -> None:

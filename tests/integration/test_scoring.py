@@ -4,6 +4,8 @@ import dataclasses
 import gc
 import io
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -19,6 +21,7 @@ import ray
 import time_machine
 import torch
 from ray.exceptions import RayTaskError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from jobs import score
@@ -442,6 +445,7 @@ def small_archive(tmp_path_factory: pytest.TempPathFactory) -> str:
         (["output.path={archive}/scores"], r"lies in the archive"),
         (["model.path={tmp}/nothing"], r"no such model folder"),
         (["model.path={encoder}"], r"BertModel, expected one that ends in ForSequenceClassification"),
+        (["model.path={cut}"], r"model\.safetensors .* cannot be read as safetensors .*get it again"),
         (["resources.num_actors=99"], r"num_actors = 99 leaves .* CPUs for each, but the cluster has 1 nodes, 4 CPUs"),
         (["input.path=s3://no-such-bucket-here/archive"], r"the bucket does not exist"),
         (["output.path=s3://no-such-bucket-here/scores"], r"bucket .*does not exist"),
@@ -457,7 +461,10 @@ def test_mistakes_get_one_clear_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fakes.make_encoder(tmp_path / "encoder", "bert")
-    names = {"{tmp}": str(tmp_path), "{archive}": small_archive, "{encoder}": str(tmp_path / "encoder")}
+    shutil.copytree(classifier, tmp_path / "cut")
+    os.truncate(tmp_path / "cut/model.safetensors", 5_000)
+    names = {"{tmp}": str(tmp_path), "{archive}": small_archive}
+    names |= {"{encoder}": str(tmp_path / "encoder"), "{cut}": str(tmp_path / "cut")}
     for placeholder, value in names.items():
         settings = [setting.replace(placeholder, value) for setting in settings]
     monkeypatch.setattr(pipeline, "score", lambda *_: pytest.fail("work was started"))
@@ -486,6 +493,18 @@ def test_a_model_that_changed_since_planning_ends_the_run_as_a_mistake(
     layout = plan_layout(Cluster((Node(4, 0),)), ScoreResources())
     with pytest.raises(UsageError, match="not the model that the run was planned with"):
         pipeline.score(job, run.unfinished, layout, run.config.limits, lambda _: None)
+
+
+def test_a_model_without_its_head_ends_the_run_as_a_mistake_and_leaves_no_object(
+    small_archive: str, classifier: str, tmp_path: Path
+) -> None:
+    """What no listing shows is found by the first actor, before it is given work."""
+    weights = Path(shutil.copytree(classifier, tmp_path / "model")) / "model.safetensors"
+    save_file({name: one for name, one in load_file(weights).items() if name != "classifier.weight"}, weights)
+    with pytest.raises(UsageError, match=r"1 weights are missing or have another shape \(classifier\.weight\)"):
+        run_score(small_archive, str(tmp_path / "model"), str(tmp_path / "scores"))
+    written = open_store(str(tmp_path / "scores")).list()["path"].to_pylist()
+    assert [path.rpartition("/")[2] for path in written] == ["_archive.json"]
 
 
 def test_a_bug_in_a_task_keeps_its_traceback(small_archive: str, classifier: str, tmp_path: Path) -> None:
@@ -547,14 +566,15 @@ def test_a_cluster_without_a_free_cpu_ends_as_a_stall_that_says_so(
     assert "run the same command again" in str(stalled.value)
 
 
-def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it(
+def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it_and_what_tasks_reported(
     small_archive: str, classifier: str, tmp_path: Path
 ) -> None:
-    """The actor is a fake: the progress actor is told that it has begun, and hears no more of it."""
+    """The actor is a fake: the progress actor is told that it has begun, and hears no more of it; a writer met a busy storage."""
     run = prepared(small_archive, classifier, str(tmp_path / "scores"))
     progress = start_progress()
     ray.get(progress.enlist.remote("an actor", None))
     ray.get(progress.begin.remote("an actor", None, ["part-007.parquet"]))
+    ray.get(progress.fail.remote("storage failed to write s3://b/x: SlowDown", False, False))
     limits = run.config.limits.model_copy(update={"stall_seconds": 0.1})
     running = Running(
         job=run.job,
@@ -571,7 +591,10 @@ def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it(
         watch.look()
         return False
 
-    with pytest.raises(IncompleteError, match=r"at work: part-007\.parquet; 4 of 4 CPUs"):
+    with pytest.raises(
+        IncompleteError,
+        match=r": reported: storage failed to write s3://b/x: SlowDown.*; at work: part-007\.parquet; 4 of 4 CPUs",
+    ):
         wait_until(is_over, "a stall")
 
 
@@ -587,6 +610,7 @@ def test_a_progress_actor_that_was_killed_comes_back_and_learns_of_the_actors_ag
 
     wait_until(counts_from_zero, "the actor's return as another process")
     ray.get(progress.begin.remote("an actor", "its handle", ["part-007.parquet"]))
+    ray.get(progress.fail.remote("storage failed to write s3://b/x: SlowDown", False, False))
     counts = read_progress(progress)
     assert counts is not None
     assert counts.busy == ("part-007.parquet",)

@@ -1,17 +1,20 @@
 """Checkpoints: what was committed is what is loaded, and a version changes with what decides a score, with nothing else."""
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from lib import checkpoint
 from lib.checkpoint import CARD_NAME, COMMIT_NAME, Card, Checkpoint, commit, load, version_of
 from lib.config import keys_of, validate
 from lib.errors import IncompleteError, UsageError
-from lib.schema import Task
+from lib.schema import Head, Task
 from lib.score_config import ScoreConfig
 from lib.storage import Store, open_store
 from lib.windows import Windows
@@ -203,32 +206,95 @@ def test_a_version_changes_with_what_decides_the_output(changes: dict[str, Any],
     assert version_of(found, config(**changes)) != version_of(found, config())
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"labels": ("down", "up", "same")},
-        {"max_length": 16},
-        {"truncation": "tail"},
-        {"windows": Windows(4, 8, "mean")},
-        {"temperature": 1.5},
-        {"thresholds": (0.5, 0.4, 0.3)},
-        {"task": Task.MULTI_LABEL},
-    ],
-    ids=str,
+HEADS = (
+    Head(name="tone", task=Task.MULTI_CLASS, labels=("down", "up")),
+    Head(name="stars", task=Task.REGRESSION, labels=("",)),
 )
-def test_a_version_changes_with_what_decides_a_score(changes: dict[str, Any], classifier: str) -> None:
+
+OTHER_FIELDS: dict[str, tuple[bool, Any]] = {
+    "labels": (True, ("down", "up", "same")),
+    "task": (True, Task.MULTI_LABEL),
+    "max_length": (True, 16),
+    "truncation": (True, "tail"),
+    "windows": (True, Windows(4, 8, "mean")),
+    "temperature": (True, 1.5),
+    "thresholds": (True, (0.5, 0.4, 0.3)),
+    "several": (True, HEADS),
+    "files": (False, {"model.safetensors": "0" * 64}),  # those that are there decide
+    "metrics": (False, {"f1": 1.0}),
+    "trained": (False, {"seed": 1}),
+}
+"""For every field of a card: whether it decides a score or a column of the output, and a value that is not the default."""
+
+
+def test_every_field_of_a_card_is_known_to_decide_the_version_or_not() -> None:
+    assert list(Card.model_fields) == list(OTHER_FIELDS)
+
+
+@pytest.mark.parametrize("field", OTHER_FIELDS)
+def test_a_version_changes_with_a_field_of_the_card_if_it_decides_and_only_then(field: str, classifier: str) -> None:
     found = load(classifier)
-    assert version_of(changed(found, **changes), config()) != version_of(found, config())
+    decides, value = OTHER_FIELDS[field]
+    assert (version_of(changed(found, **{field: value}), config()) != version_of(found, config())) == decides
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"])
-def test_a_version_changes_with_every_deciding_file(name: str, classifier: str, folder: Path) -> None:
-    path = folder / name
-    if name == "model.safetensors":
-        fakes.make_classifier(folder, "bert", LABELS, seed=1)
-    else:
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"note": 1}))
-    assert version_of(load(str(folder)), config()) != version_of(load(classifier), config())
+def test_a_version_changes_with_every_field_of_a_head_and_with_their_order(classifier: str) -> None:
+    changes: dict[str, Any] = {
+        "name": "mood",
+        "task": Task.MULTI_LABEL,
+        "labels": ("up", "down"),
+        "temperature": 1.5,
+        "thresholds": (0.5, 0.4),
+    }
+    assert {field.name for field in dataclasses.fields(Head)} == changes.keys()
+    others = [(dataclasses.replace(HEADS[0], **{name: value}), HEADS[1]) for name, value in changes.items()]
+    found = load(classifier)
+    versions = {version_of(changed(found, several=heads), config()) for heads in [HEADS, HEADS[::-1], *others]}
+    assert len(versions) == 2 + len(changes)
+
+
+FILES = {
+    **dict.fromkeys(["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"], True),
+    **dict.fromkeys(["model.safetensors.index.json", "special_tokens_map.json", "added_tokens.json"], True),
+    **dict.fromkeys(["vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "dict.txt"], True),
+    **dict.fromkeys(["spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model", "source.spm"], True),
+    **dict.fromkeys(["metrics.json", "trainer_state.json", "training_args.json", "generation_config.json"], False),
+    **dict.fromkeys(["README.md", "report.html", "chat_template.jinja", ".gitattributes", ".cache.json"], False),
+    **dict.fromkeys(["pytorch_model.bin", "tf_model.h5", "optimizer.pt", "training_args.bin", "own.py"], False),
+}
+"""For every file that is, or may lie, in a model's folder: whether it decides a score, while nothing in it is run."""
+
+
+def other_content(path: Path) -> bytes:
+    """Something else than what is there, which can still be read."""
+    if not path.exists():
+        return b"{}"
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        return json.dumps(json.loads(content) | {"note": 1}).encode()
+    return content[:-1] + bytes([content[-1] ^ 1])  # the last weight's last byte
+
+
+@pytest.mark.parametrize("family", fakes.FAMILIES)
+def test_a_version_changes_with_a_file_if_it_decides_and_only_then(family: str, tmp_path: Path) -> None:
+    fakes.make_classifier(tmp_path, family, LABELS)
+    assert {path.name for path in tmp_path.iterdir()} <= FILES.keys(), "say of each file whether it decides"
+    before = version_of(load(str(tmp_path)), config())
+    for name, decides in FILES.items():
+        path = tmp_path / name
+        old = path.read_bytes() if path.exists() else None
+        path.write_bytes(other_content(path))
+        assert (version_of(load(str(tmp_path)), config()) != before) == decides, name
+        path.write_bytes(old) if old is not None else path.unlink()
+
+
+def test_every_file_that_a_tokenizer_of_transformers_reads_decides() -> None:
+    """BERTweet and PhoBERT have theirs in `bpe.codes`. What does not decide is not brought from S3 either."""
+    sources = [path.read_text() for path in Path(transformers.__file__).parent.rglob("tokenization_*.py")]
+    tables = [table for source in sources for table in re.findall(r"(?s)VOCAB_FILES_NAMES = \{(.*?)\}", source)]
+    names = {name for table in tables for name in re.findall(r': "([^"]+)"', table)}
+    assert {"vocab.txt", "bpe.codes", "spiece.model"} < names
+    assert [name for name in sorted(names) if not checkpoint.is_deciding(name)] == []
 
 
 def test_a_version_changes_with_the_scoring_revision(classifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,18 +379,8 @@ def test_a_version_changes_with_the_rows_that_are_scored(classifier: str) -> Non
     assert len(versions) == 3
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "metrics.json", "generation_config.json", ".gitattributes", "optimizer.pt"]
-)
-def test_a_version_does_not_change_with_other_files(name: str, classifier: str, folder: Path) -> None:
-    (folder / name).write_text("{}")
-    assert version_of(load(str(folder)), config()) == version_of(load(classifier), config())
-
-
-def test_a_version_does_not_change_with_metrics_or_place(classifier: str, committed: Store) -> None:
-    found = load(classifier, 32)
-    assert version_of(load(committed.url), config()) == version_of(found, config())
-    assert version_of(changed(found, metrics={"f1": 1.0}, trained={"seed": 1}), config()) == version_of(found, config())
+def test_a_version_does_not_change_with_the_place(classifier: str, committed: Store) -> None:
+    assert version_of(load(committed.url), config()) == version_of(load(classifier, 32), config())
 
 
 def test_a_version_is_a_folder_name(classifier: str) -> None:

@@ -1,19 +1,26 @@
 """How a run ends: what it is compared with, what keeps it from being published, and what is left of it if something fails then."""
 
 import io
+import os
 import queue
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import time_machine
 
-from lib import pipeline, report
+from lib import pipeline, report, scoring
 from lib.errors import BudgetError, IncompleteError, OverLimitError
 from lib.history import COUNTS_KEY
 from lib.outcome import Outcome
 from lib.publishing import write_table
+from lib.scoring import Run
 from lib.storage import Store, open_store
 from lib.versions import read_json, roll_back
 from tests import fakes
@@ -41,6 +48,21 @@ def test_a_refused_run_is_refused_again_under_its_own_id(tmp_path: Path, classif
     assert pq.read_metadata(io.BytesIO(manifest)).num_rows == 1
     run_night(tmp_path, classifier, "y", drift=LIMIT | {"baseline": "x"})
     assert published(tmp_path) == "y", "accepted"
+
+
+def test_nothing_of_one_run_stands_in_an_object(tmp_path: Path, classifier: str) -> None:
+    """Of two runs that write one object at once either may win: nobody can tell, and nobody needs to."""
+    add(tmp_path, "a.parquet", *mixed(30), None)
+    found = []
+    for run_id, days in (("x", 0), ("y", 1)):
+        with time_machine.travel(datetime.now(UTC) + timedelta(days=days), tick=True):
+            of_both = {"input": {"path": f"{tmp_path}/archive"}, "limits": {"max_bad_rows": 1}}
+            run_night(tmp_path / run_id, classifier, run_id, **of_both)
+        store = open_store(f"{tmp_path}/{run_id}/scores")
+        names = [name for name in store.list()["path"].to_pylist() if "-of-" in name]
+        found.append({name: store.read(name) for name in names})
+    assert sorted(name.count("_dead_letter/") for name in found[0]) == [0, 1]
+    assert found[0] == found[1]
 
 
 def test_a_baseline_may_be_a_file_and_without_a_limit_a_shift_is_only_told(
@@ -130,6 +152,91 @@ def test_a_budget_that_is_spent_before_says_what_is_left_and_what_it_brought(tmp
         conclude(run, Outcome(over_budget=SPENT))
     assert "not one chunk" not in str(caught.value)
     assert published(tmp_path) is None
+
+
+def lose_an_object(outcome: Outcome) -> None:
+    outcome.missing.append("a.parquet-000000000000-00000-of-00001.parquet")
+
+
+def change_a_shard(outcome: Outcome) -> None:
+    outcome.changed.add("a.parquet")
+
+
+def lose_a_row(outcome: Outcome) -> None:
+    outcome.finished_rows -= 1
+
+
+@pytest.mark.parametrize(
+    ("happen", "why"),
+    [
+        (lose_an_object, r"1 objects are missing after two attempts \(a\.parquet-"),
+        (change_a_shard, r"1 shards changed while they were scored \(a\.parquet\)"),
+        (lose_a_row, "30 rows were planned, 29 are in objects"),
+    ],
+)
+def test_a_run_that_is_not_reconciled_is_not_published(
+    happen: Callable[[Outcome], None], why: str, tmp_path: Path, classifier: str
+) -> None:
+    add(tmp_path, "a.parquet", *mixed(30))
+    run = prepared(tmp_path, classifier, "x")
+    outcome = score(run)
+    happen(outcome)
+    with pytest.raises(IncompleteError, match=f"^{why}.*run the same command again$"):
+        conclude(run, outcome)
+    assert published(tmp_path) is None
+    written = run.job.output.list()["path"].to_pylist()
+    assert "_runs/x/run.json" in written
+    assert not {"_runs/x/_SUCCESS", "_runs/x/manifest.parquet"} & set(written)
+
+
+def add_stranger(run: Run, shard: str, hours: float) -> str:
+    """Put an object that nothing names into a run's version, written so long ago; returns its name."""
+    name = f"{shard}-0123456789ab-00000-of-00001.parquet"
+    assert run.job.output.create(name, b"of a zombie")
+    written = time.time() - hours * 3_600
+    os.utime(f"{run.job.output.root}/{name}", (written, written))
+    return name
+
+
+def removes_at_once(folder: Path) -> dict[str, Any]:
+    return {"output": {"path": f"{folder}/scores", "keep_stale_hours": 0}}
+
+
+def test_what_was_written_while_a_run_went_on_is_left_to_the_next_one(tmp_path: Path, classifier: str) -> None:
+    """Another run may be writing it, for a shard that this one's listing did not hold yet."""
+    add(tmp_path, "a.parquet", *mixed(30))
+    run = prepared(tmp_path, classifier, "x", **removes_at_once(tmp_path))
+    old = add_stranger(run, "b.parquet", 1)
+    outcome = score(run)
+    new = add_stranger(run, "c.parquet", 0)
+    conclude(run, outcome)
+    left = run.job.output.list()["path"].to_pylist()
+    assert old not in left
+    assert new in left
+    add(tmp_path, "d.parquet", *mixed(30))
+    run_night(tmp_path, classifier, "y", **removes_at_once(tmp_path))
+    assert new not in run.job.output.list()["path"].to_pylist()
+
+
+def test_nothing_is_removed_once_readers_were_moved_to_another_run(
+    tmp_path: Path, classifier: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def find_and_move(*arguments: Any) -> pa.Table:
+        roll_back(open_store(f"{tmp_path}/scores"), "x", None, single_writer=False)
+        return find_stale(*arguments)
+
+    add(tmp_path, "a.parquet", *mixed(30))
+    run_night(tmp_path, classifier, "x")
+    add(tmp_path, "a.parquet", *mixed(60))
+    run = prepared(tmp_path, classifier, "y", **removes_at_once(tmp_path))
+    old = add_stranger(run, "b.parquet", 1)
+    before = set(run.job.output.list()["path"].to_pylist())
+    find_stale = scoring.find_stale
+    monkeypatch.setattr(scoring, "find_stale", find_and_move)
+    conclude(run, score(run))
+    assert published(tmp_path) == "x"
+    assert old in before <= set(run.job.output.list()["path"].to_pylist())
+    assert "stale objects were left: readers were moved to another run meanwhile" in capsys.readouterr().out
 
 
 def test_what_has_come_by_the_end_of_a_budget_is_noted() -> None:

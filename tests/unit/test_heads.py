@@ -132,10 +132,10 @@ def test_layers_that_are_not_there_and_two_that_clash_are_named(tmp_path: Path) 
         make(tmp_path, "bert", HeadSection(pooling="pooler", layer="last_4"))
 
 
-def test_a_checkpoint_without_its_head_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", [[], [torch.nn.Dropout(), torch.nn.Linear(fakes.HIDDEN_SIZE, 1)]], ids=["no", "other"])
+def test_a_checkpoint_without_its_head_is_named(head: list[torch.nn.Module], tmp_path: Path) -> None:
     model = make(tmp_path, "bert", HeadSection(pooling="mean"))
-    del model.head
-    model.head = torch.nn.Sequential()
+    model.head = torch.nn.Sequential(*head)
     (tmp_path / "saved").mkdir()
     model.save_pretrained(str(tmp_path / "saved"))
     with pytest.raises(UsageError, match=r"does not fit its config.json \(head\.1\.bias, head\.1\.weight\)"):

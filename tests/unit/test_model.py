@@ -1,12 +1,17 @@
-"""What a loaded classifier does not compute because its head does not read it, and in which precision weights are held."""
+"""Which folders cannot be loaded, what a loaded classifier does not compute because its head does not read it, and in which precision."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from lib import checkpoint
+from lib.errors import UsageError
 from lib.model import FIRST_TOKEN_FAMILIES, leave_out_the_unread, load_classifier, logits_of, new_classifier
 from lib.schema import Task
 from lib.train_config import HeadSection
@@ -58,3 +63,56 @@ def test_a_base_that_was_saved_in_half_precision_learns_in_fp32(
     assert AutoModel.from_pretrained(tmp_path).dtype is saved, "as transformers loads it"
     model = new_classifier(str(tmp_path), ("down", "up"), Task.MULTI_CLASS, None, 0, head=head)
     assert {one.dtype for one in model.state_dict().values() if one.is_floating_point()} == {torch.float32}
+
+
+# what is no model
+
+
+def keep_half(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def keep_nothing(weights: Path) -> None:
+    weights.write_bytes(b"")
+
+
+def replace_by_a_page(weights: Path) -> None:
+    weights.write_bytes(b"<html>not found</html>" * 50)
+
+
+def leave_out_the_head(weights: Path) -> None:
+    save_file({name: one for name, one in load_file(weights).items() if name != "classifier.weight"}, weights)
+
+
+def shorten_the_head(weights: Path) -> None:
+    save_file({name: one[:2].clone() for name, one in load_file(weights).items()}, weights)
+
+
+def rename(weights: Path) -> None:
+    weights.rename(weights.with_name("weights.safetensors"))
+
+
+UNREADABLE = r"model\.safetensors \([\d,]+ bytes\) cannot be read as safetensors \(.*get it again"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (keep_half, UNREADABLE),
+        (keep_nothing, UNREADABLE),
+        (replace_by_a_page, UNREADABLE),
+        (leave_out_the_head, r"1 weights are missing or have another shape \(classifier\.weight\)"),
+        (shorten_the_head, r"weights are missing or have another shape .*not trained as a classifier"),
+        (rename, r"not all there: .*no file named model\.safetensors.*get the whole folder again"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_named(
+    damage: Callable[[Path], None], message: str, classifier: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(classifier, tmp_path / "damaged"))
+    damage(folder / "model.safetensors")
+    with pytest.raises(UsageError, match=f"^{folder}: .*{message}"):
+        load_classifier(str(folder))
+    if message == UNREADABLE:
+        with pytest.raises(UsageError, match=f"^model.path {folder}: {message}"):
+            checkpoint.load(str(folder))
