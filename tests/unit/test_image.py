@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.job_server import STOP_WAIT_SECONDS
 from tests.unit.test_manifests import BUILDS, REPOSITORY, ROOT_IN_IMAGE, containers
 
 DOCKERFILE = REPOSITORY / "cluster" / "docker" / "Dockerfile"
@@ -112,6 +113,7 @@ def test_a_container_starts_from_what_is_copied_alone(tmp_path: Path) -> None:
     settings = dict(re.findall(r"(\w+)=(\S+)", " ".join(instructions("ENV"))))
     assert settings["HF_HUB_OFFLINE"] == "1"
     assert settings["PYTHONPATH"] == ROOT_IN_IMAGE
+    assert settings["RAY_JOB_STOP_WAIT_TIME_S"] == str(STOP_WAIT_SECONDS)
     command = re.findall(r'"([^"]+)"', instructions("CMD")[-1])
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment = inherited | settings | {"PYTHONPATH": str(tmp_path)}
