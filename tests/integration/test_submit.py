@@ -58,8 +58,8 @@ def test_the_cluster_listens_on_loopback_alone_and_wants_its_token(head: Head) -
 
 
 def test_a_job_ends_as_itself(head: Head, tmp_path: Path) -> None:
-    """An exit code and the driver's death, at the same time. What else an end says: `test_submission`."""
-    command = scripted(tmp_path / "job", "step.codes=[3]")
+    """An exit code and the driver's death, at the same time. What else an end says: `test_submission`. What failed is tried again."""
+    command = scripted(tmp_path / "job", "step.codes=[3, 0]")
     failed = head.submit(*command)
     killed = head.submit(*scripted(tmp_path / "killed", "step.waits=true"))
     wait_until(lambda: runs(tmp_path / "killed") == 1, "the job's driver")
@@ -77,6 +77,13 @@ def test_a_job_ends_as_itself(head: Head, tmp_path: Path) -> None:
     found = json.loads(output)
     assert (found["status"], found["exit_code"], found["attempt"]) == ("FAILED", 3, 1)
     assert runs(tmp_path / "job") == 1, "looking starts nothing"
+
+    code, output, errors = head.run(*command)
+    assert code == 0, errors
+    assert "the job ended with exit code 3" in errors.splitlines()[0]
+    assert "run 2 of 2026-11-19 at work" in output
+    assert runs(tmp_path / "job") == 2
+    assert head.jobs()[-1]["submission_id"].endswith("-2"), "the attempt after the one that failed"
 
 
 def test_two_people_one_job_which_a_stop_lets_end(head: Head, tmp_path: Path) -> None:
