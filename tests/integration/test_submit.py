@@ -87,20 +87,24 @@ def test_a_job_ends_as_itself(head: Head, tmp_path: Path) -> None:
 
 
 def test_two_people_one_job_which_a_stop_lets_end(head: Head, tmp_path: Path) -> None:
-    """Ctrl-C on a terminal asks; without one it leaves the job. A job that was stopped begins its next attempt, which --stop ends."""
+    """Ctrl-C on a terminal asks; SIGTERM leaves the job. A job that was stopped begins its next attempt, which --stop ends."""
     command = scripted(tmp_path / "job", "step.waits=true", "step.stopping_seconds=2")
     controller, terminal = os.openpty()
     first = head.submit(*command, stdin=terminal)
     wait_until(lambda: runs(tmp_path / "job") == 1, "the job's driver")
-    second = head.submit(*command)
-    # What the second says is read while it follows: its process must not be ended before.
-    assert second.stderr is not None
-    assert any("nothing was sent" in line for line in second.stderr), "attached"
-    second.send_signal(signal.SIGTERM)
-    code, _, errors = finish(second)
-    assert code == 5
-    assert "is not followed any more and goes on" in errors.splitlines()[-1]
-    assert "--run-id 2026-11-19" in errors.splitlines()[-1], "how to follow it again"
+    others = {signal.SIGTERM: head.submit(*command), signal.SIGINT: head.submit(*command, stdin=terminal)}
+    os.write(controller, b"leave\n")
+    for number, other in others.items():
+        # What it says is read while it follows: its process must not be ended before.
+        assert other.stderr is not None
+        assert any("nothing was sent" in line for line in other.stderr), "attached"
+        other.send_signal(number)
+        code, _, errors = finish(other)
+        assert code == 5
+        assert ("or leave it running?" in errors) is (number == signal.SIGINT), errors
+        assert "is not followed any more and goes on" in errors.splitlines()[-1]
+        assert "--run-id 2026-11-19" in errors.splitlines()[-1], "how to follow it again"
+    assert head.jobs()[-1]["status"] == "RUNNING"
 
     first.send_signal(signal.SIGINT)
     os.write(controller, b"stop\n")
