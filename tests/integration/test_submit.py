@@ -17,6 +17,7 @@ from tests.faults.conftest import make_shards
 from tests.faults.harness import assert_alike, read_manifest, read_rows
 from tests.heads import Head, finish
 from tests.proxy import Fault, FaultyProxy
+from tests.unit.test_packaging import run_git
 from tests.waiting import wait_until
 
 
@@ -159,6 +160,15 @@ def test_a_real_job_whose_acknowledgement_is_lost_is_one_and_shows_no_secret(hea
     again = head.run(*words)
     assert again[:2] == (0, "")
     assert "done already" in again[2]
+
+    sent = [head.project / name for name in run_git(head.project, "ls-files").split()]
+    commit = run_git(head.project, "rev-parse", "HEAD").strip()
+    size = f"{sum(path.stat().st_size for path in sent) / 1e6:.1f} MB"
+    assert f"sending {len(sent)} files, {size} (tracked by git at {commit[:12]})\n" in before
+    (job,) = [one for one in head.jobs() if one["metadata"]["run_id"] == "nightly:1"]
+    digest = job["submission_id"].split("-")[-2]
+    expected = {"textsweep_job": "publish", "run_id": "nightly:1", "config_digest": digest, "git_commit": commit}
+    assert job["metadata"] == expected
 
     shown = json.dumps(head.jobs())
     assert shown.count('"run_id": "nightly:1"') == 1, "one job, which the search sees"
