@@ -15,7 +15,7 @@ from lib.storage import open_store
 from tests import fakes, heads
 from tests.faults.conftest import make_shards
 from tests.faults.harness import assert_alike, read_manifest, read_rows
-from tests.heads import Head, finish
+from tests.heads import Head, ask, finish
 from tests.proxy import Fault, FaultyProxy
 from tests.unit.test_packaging import run_git
 from tests.waiting import wait_until
@@ -274,8 +274,12 @@ def test_three_nodes_of_which_one_is_lost(
         common = ["score", "--config", "jobs/configs/demo_score.toml", "--set", f"input.path={url}/archive"]
         common += ["--set", "input.key_columns=[]", "--set", "planning.chunk_mb=0.2", "--set", "model.precision=fp32"]
         common += ["--set", f"model.path={classifier}"]
-        code, output, errors = head.run(*common, "--set", f"output.path={url}/whole", "--run-id", "whole")
+        whole = ["--set", f"output.path={url}/whole", "--run-id", "whole", "--entrypoint-num-cpus", "1"]
+        code, output, errors = head.run(*common, *whole)
         assert code == 0, output + errors
+        nodes = [one["raylet"] for one in ask(f"{head.address}/nodes?view=summary", head.token)["data"]["summary"]]
+        workers = {one["nodeId"] for one in nodes if not one["isHeadNode"]}
+        assert head.jobs()[-1]["driver_node_id"] in workers, "a driver with a CPU of its own is not the head's"
         client = head.submit(*common, "--set", f"output.path={url}/damaged", "--run-id", "damaged")
         store = open_store(f"{url}/damaged")
         wait_until(
