@@ -14,7 +14,8 @@ from jobs.demo_store import LoopbackS3
 from lib.storage import open_store
 from tests import fakes, heads
 from tests.faults.conftest import make_shards
-from tests.faults.harness import assert_alike, read_manifest, read_rows
+from tests.faults.harness import ROWS, SHARDS, assert_alike, read_manifest, read_rows
+from tests.faults.test_killed import contents
 from tests.heads import Head, ask, finish
 from tests.proxy import Fault, FaultyProxy
 from tests.unit.test_packaging import run_git
@@ -210,16 +211,33 @@ def test_what_is_wrong_is_one_line_and_no_submission(
 
 @pytest.mark.trial
 def test_a_scoring_run_as_every_night(head: Head, s3: LoopbackS3, classifier: str) -> None:
-    url = s3.bucket()
-    fakes.write_archive(f"{url}/archive", make_shards(2, 20))
+    """Stopped in the middle through the Jobs API it ends by itself, the same command scores the rest, and then is answered at once."""
+    url, shards = s3.bucket(), 8 * SHARDS  # more than a job that is stopped has in flight, and finishes
+    fakes.write_archive(f"{url}/archive", make_shards(shards))
     words = ["score", "--config", "jobs/configs/score_cpu.toml", "--run-id", "2026-11-19"]
     for value in (f"input.path={url}/archive", f"model.path={classifier}", f"output.path={url}/scores"):
         words += ["--set", value]
-    code, output, errors = head.run(*words)
+    words += ["--set", "model.precision=fp32"]
+    controller, terminal = os.openpty()
+    client = head.submit(*words, stdin=terminal)
+    # As soon as there is something: a command with --stop takes longer to start than all the rest takes.
+    wait_until(lambda: len(contents(f"{url}/scores")) > 0, "the first object", 180)
+    os.write(controller, b"stop\n")
+    client.send_signal(signal.SIGINT)
+    code, output, errors = finish(client)
+    os.close(controller)
+    os.close(terminal)
+    assert code == 5, output + errors
+    assert "stopped by SIGTERM: what is finished is kept" in head.run(*words, "--logs")[1]
+    before = contents(f"{url}/scores")
+    assert 0 < len(before) < shards, "in the middle"
+
+    code, output, errors = finish(head.submit(*words), 240)
     assert code == 0, output + errors
     manifest = read_manifest(open_store(f"{url}/scores"))
     assert manifest is not None
-    assert sum(manifest["rows"].to_pylist()) == 40
+    assert manifest["rows"].to_pylist() == [ROWS] * shards
+    assert before.items() <= contents(f"{url}/scores").items(), "what was finished is as it was"
     assert "scoring: " in output, "the job's own line of progress"
     code, output, errors = head.run(*words)
     assert (code, output) == (0, ""), "answered at once"
