@@ -2,7 +2,8 @@
 
 Reads   two checkpoints (or Hugging Face folders) with the same labels, and test.path: labelled Parquet that neither has learned from,
         the same every week.
-Writes  both metrics, their difference with its interval, and the verdict to standard output; the same as JSON to --json FILE.
+Writes  both metrics, their difference with its interval, and the verdict to standard output; the same as JSON to --json FILE,
+        with digests of both models and of the test rows (test_digest: of another week's verdict it is the same if the rows are).
 
     python -m jobs.compare --champion s3://bucket/models/topics/7 --challenger s3://bucket/models/topics/8 \\
                            --set test.path=s3://bucket/labelled/frozen --json verdict.json
@@ -50,7 +51,8 @@ def main(argv: Sequence[str]) -> None:
     verdict = gate.judge(found.truth, champion, challenger, len(found.labels), **config.gate.model_dump())
 
     name = verdict.metric.replace("_", "-")
-    print(f"{name} on {verdict.rows:,} rows: champion {verdict.champion:.4f}, challenger {verdict.challenger:.4f}")
+    rows = f"{verdict.rows:,} rows (digest {found.digest[:12]})"
+    print(f"{name} on {rows}: champion {verdict.champion:.4f}, challenger {verdict.challenger:.4f}")
     print(
         f"difference: {100 * verdict.difference:+.2f} points, {100 * verdict.confidence:g}% sure to be above"
         f" {100 * verdict.low:+.2f} and as sure to be below {100 * verdict.high:+.2f}"
@@ -61,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if arguments.json:
         digests = {"champion_digest": models[0].digest, "challenger_digest": models[1].digest}
+        digests["test_digest"] = found.digest
         urls = {"champion_url": arguments.champion, "challenger_url": arguments.challenger, "test": test.path}
         record = {"accepted": verdict.accepted, "reason": verdict.reason(), **asdict(verdict), **urls, **digests}
         write_json(arguments.json, {**record, "run_id": command.run_id})

@@ -1,5 +1,6 @@
 """What checkpoints answer to labelled rows, in one process without a cluster: for a test set, not for an archive."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from lib.errors import UsageError, nearest, say
 from lib.labelled import LabelledSource, find_source, usable_rows
 from lib.predictor import Predictor
 from lib.schema import Task
-from lib.sources import read_block
+from lib.sources import hash_texts, read_block
 from lib.train_config import TrainConfig
 
 
@@ -26,6 +27,8 @@ class Answers:
     """(N,), places in `labels`"""
     probabilities: tuple[npt.NDArray[np.float32], ...]
     """(N, C) of each model, in the order of `labels`"""
+    digest: str
+    """of the rows, in whatever order and files they stand: the same for the same texts with the same labels"""
 
 
 def find_test_set(path: str, text_column: str | tuple[str, str], label_column: str) -> LabelledSource:
@@ -49,11 +52,13 @@ def answers_of(models: Sequence[Checkpoint], source: LabelledSource, path: str, 
     predictors = [(Predictor(model), tokenizer_of(model)) for model in models]
     dropped: Counter[str] = Counter()
     truth: list[str] = []
+    hashes = [np.zeros(0, np.uint64)]
     found: list[list[npt.NDArray[np.float32]]] = [[np.zeros((0, len(labels)), np.float32)] for _ in models]
     for block in source.blocks:
         for _, _, rows in read_block(source, list(block)):
             texts, names, *_ = usable_rows(rows, dropped)
             truth += names.to_pylist()
+            hashes.append(hash_texts([*texts, names]))
             for (predictor, tokenizer), parts, order in zip(predictors, found, places, strict=True):
                 tokens = tokenizer.encode(*texts)
                 parts.append(predictor.probabilities(tokens.ids, tokens.offsets, tokens.type_ids)[:, order])
@@ -67,4 +72,5 @@ def answers_of(models: Sequence[Checkpoint], source: LabelledSource, path: str, 
         reasons = ", ".join(f"{number} {why}" for why, number in sorted(dropped.items()))
         say(f"test: left out {sum(dropped.values())} rows ({reasons})")
     numbers = {label: place for place, label in enumerate(labels)}
-    return Answers(labels, np.array([numbers[one] for one in truth]), tuple(map(np.concatenate, found)))
+    digest = hashlib.sha256(np.sort(np.concatenate(hashes)).tobytes()).hexdigest()
+    return Answers(labels, np.array([numbers[one] for one in truth]), tuple(map(np.concatenate, found)), digest)

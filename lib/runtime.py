@@ -160,7 +160,10 @@ def plan_layout(cluster: Cluster, wanted: ScoreResources, most_threads: int | No
     Raises `UsageError` with the numbers if it cannot hold them.
     """
     if not cluster.cpus:
-        raise UsageError(f"the cluster ({cluster}) has no CPU to read and write with; add a worker node")
+        raise UsageError(
+            f"the cluster ({cluster}) has no CPU to read and write with; add a worker node, or have an autoscaler bring"
+            " some: --set resources.min_gpus=N, or min_cpus"
+        )
     if cluster.gpus >= 1:
         actors = wanted.num_actors or int(cluster.gpus)
         if actors > cluster.gpus:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from tests.conftest import REPOSITORY
+from tests.unit.test_packaging import run_git
 
 SCRIPT = REPOSITORY / "cluster" / "local" / "cluster.py"
 
@@ -124,10 +125,14 @@ def left_over(head: Head) -> list[str]:
 
 
 def make_project(folder: Path) -> Path:
-    """The project's own folders, with one job more that does what a test says; no git."""
+    """A checkout with the project's own folders, one job more that does what a test says, and a file that git does not track."""
     for name in ("jobs", "lib"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "tests" / "scripted.py", folder / "jobs")
+    run_git(folder, "init")
+    run_git(folder, "add", "jobs", "lib")
+    run_git(folder, "commit", "-m", "all of it")
+    (folder / "jobs" / "untracked.txt").write_text("not sent")
     return folder
 
 

@@ -25,6 +25,8 @@ class JobsApi(BaseHTTPRequestHandler):
     taken: bool
     """another one submits the same id first"""
     asked: list[str]
+    sent: dict[str, Any]
+    """the body that submitted the last job"""
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing on standard error."""
@@ -54,6 +56,7 @@ class JobsApi(BaseHTTPRequestHandler):
         name = body.get("submission_id", "")
         if self.path.endswith("/stop"):
             return self.answer(200, {"stopped": True})
+        self.sent.update(body)
         self.jobs[name] = self.becomes
         return self.answer(500 if self.taken else 200, {})
 
@@ -75,7 +78,7 @@ def case(
     class Case(JobsApi):
         pass
 
-    Case.jobs, Case.becomes, Case.taken, Case.asked = there or {}, becomes, taken, []
+    Case.jobs, Case.becomes, Case.taken, Case.asked, Case.sent = there or {}, becomes, taken, [], {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Case)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     connection = {"conn_type": "http", "host": "127.0.0.1", "port": server.server_port, "password": token}
@@ -100,7 +103,13 @@ def case(
         raised, said = type(error).__name__, str(error)
     server.shutdown()
     server.server_close()
-    return {"raised": raised, "said": said, "asked": Case.asked, "waited_for": operator.job_at_work}
+    return {
+        "raised": raised,
+        "said": said,
+        "asked": Case.asked,
+        "runtime_env": Case.sent.get("runtime_env"),
+        "waited_for": operator.job_at_work,
+    }
 
 
 def ended(status: str, code: int | None = None) -> dict[str, Any]:
@@ -132,6 +141,7 @@ def main() -> None:
         "no token": case([good], token=""),
         "manual": case([good], logical_date=None),
         "named": case([good], submission_id="mine"),
+        "environment": case([good], runtime_env={"working_dir": "s3://b/code.zip", "env_vars": {"A": "1"}}),
     }
     print(json.dumps(cases))
 

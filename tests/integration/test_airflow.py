@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lib.job_server import STOP_WAIT_SECONDS
 from tests import fakes, heads
 from tests.heads import Head
 from tests.orchestration import AIRFLOW, REPOSITORY, Airflow
@@ -97,6 +98,13 @@ def test_what_the_operator_makes_of_a_job(
     if case == "under way":
         assert found["waited_for"] == f"{NIGHT}-1"
     assert {"lost": "its head was lost", "away": "Ray cannot be asked: HTTPStatusError"}.get(case, "") in found["said"]
+
+
+def test_every_job_has_the_time_that_it_needs_to_stop(cases: dict[str, dict[str, Any]]) -> None:
+    """On any cluster, and beside what the task itself wants of its environment."""
+    wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS)}
+    assert cases["new"]["runtime_env"] == {"env_vars": wait}
+    assert cases["environment"]["runtime_env"] == {"working_dir": "s3://b/code.zip", "env_vars": {"A": "1", **wait}}
 
 
 def test_the_dags_are_read_without_the_project_ray_or_torch(tmp_path: Path) -> None:

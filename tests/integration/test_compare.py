@@ -1,5 +1,6 @@
 """`jobs.compare` on real tiny models: the same model is accepted, another one is not, whatever order its labels stand in."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -57,6 +58,25 @@ def test_equal_answers_are_accepted(
     assert (record["accepted"], record["difference"], record["low"], record["mcnemar_p"]) == (True, 0, 0, 1)
     assert record["champion"] == record["challenger"] == pytest.approx(0.9, abs=0.01)
     assert record["champion_digest"] != record["challenger_digest"]
+    assert f" on {record['rows']} rows (digest {record['test_digest'][:12]}): champion" in shown.out
+
+
+def test_a_verdict_says_which_rows_it_is_from(classifier: str, tmp_path: Path) -> None:
+    """In whatever order and files they stand; a label more or less is another test set."""
+    texts, labels = [f"row {number}" for number in range(6)], ["up", "down"] * 3
+    rows = pa.table({"text": texts, "label": labels})
+    sets = {
+        "first": {"test.parquet": rows},
+        "moved": {"a.parquet": rows.slice(3), "b.parquet": rows.slice(0, 3)},
+        "mended": {"test.parquet": pa.table({"text": texts, "label": ["same", *labels[1:]]})},
+    }
+    digests = {}
+    for name, files in sets.items():
+        fakes.write_archive(str(tmp_path / name), files)
+        with contextlib.suppress(OverLimitError):
+            run(classifier, classifier, str(tmp_path / name), "--json", str(tmp_path / "verdict.json"))
+        digests[name] = json.loads((tmp_path / "verdict.json").read_text())["test_digest"]
+    assert digests["first"] == digests["moved"] != digests["mended"]
 
 
 def test_another_model_is_refused_with_exit_code_3(classifier: str, frozen: str, tmp_path: Path) -> None:

@@ -21,12 +21,14 @@ from jobs.demo_store import LoopbackS3
 from lib.storage import open_store
 from tests import fakes, heads
 from tests.faults.conftest import make_shards
-from tests.faults.harness import assert_alike, read_manifest, read_rows
-from tests.heads import Head, finish
+from tests.faults.harness import ROWS, SHARDS, assert_alike, read_manifest, read_rows
+from tests.faults.test_killed import contents
+from tests.heads import Head, ask, finish
 from tests.integration.test_budget import record_of
 from tests.integration.test_growth import objects
 from tests.integration.test_scoring import read_predictions
 from tests.proxy import Fault, FaultyProxy
+from tests.unit.test_packaging import run_git
 from tests.waiting import wait_until
 
 
@@ -68,8 +70,8 @@ def test_the_cluster_listens_on_loopback_alone_and_wants_its_token(head: Head) -
 
 
 def test_a_job_ends_as_itself(head: Head, tmp_path: Path) -> None:
-    """An exit code and the driver's death, at the same time. What else an end says: `test_submission`."""
-    command = scripted(tmp_path / "job", "step.codes=[3]")
+    """An exit code and the driver's death, at the same time. What else an end says: `test_submission`. What failed is tried again."""
+    command = scripted(tmp_path / "job", "step.codes=[3, 0]")
     failed = head.submit(*command)
     killed = head.submit(*scripted(tmp_path / "killed", "step.waits=true"))
     wait_until(lambda: runs(tmp_path / "killed") == 1, "the job's driver")
@@ -88,22 +90,33 @@ def test_a_job_ends_as_itself(head: Head, tmp_path: Path) -> None:
     assert (found["status"], found["exit_code"], found["attempt"]) == ("FAILED", 3, 1)
     assert runs(tmp_path / "job") == 1, "looking starts nothing"
 
+    code, output, errors = head.run(*command)
+    assert code == 0, errors
+    assert "the job ended with exit code 3" in errors.splitlines()[0]
+    assert "run 2 of 2026-11-19 at work" in output
+    assert runs(tmp_path / "job") == 2
+    assert head.jobs()[-1]["submission_id"].endswith("-2"), "the attempt after the one that failed"
+
 
 def test_two_people_one_job_which_a_stop_lets_end(head: Head, tmp_path: Path) -> None:
-    """Ctrl-C on a terminal asks; without one it leaves the job. A job that was stopped begins its next attempt, which --stop ends."""
+    """Ctrl-C on a terminal asks; SIGTERM leaves the job. A job that was stopped begins its next attempt, which --stop ends."""
     command = scripted(tmp_path / "job", "step.waits=true", "step.stopping_seconds=2")
     controller, terminal = os.openpty()
     first = head.submit(*command, stdin=terminal)
     wait_until(lambda: runs(tmp_path / "job") == 1, "the job's driver")
-    second = head.submit(*command)
-    # What the second says is read while it follows: its process must not be ended before.
-    assert second.stderr is not None
-    assert any("nothing was sent" in line for line in second.stderr), "attached"
-    second.send_signal(signal.SIGTERM)
-    code, _, errors = finish(second)
-    assert code == 5
-    assert "is not followed any more and goes on" in errors.splitlines()[-1]
-    assert "--run-id 2026-11-19" in errors.splitlines()[-1], "how to follow it again"
+    others = {signal.SIGTERM: head.submit(*command), signal.SIGINT: head.submit(*command, stdin=terminal)}
+    os.write(controller, b"leave\n")
+    for number, other in others.items():
+        # What it says is read while it follows: its process must not be ended before.
+        assert other.stderr is not None
+        assert any("nothing was sent" in line for line in other.stderr), "attached"
+        other.send_signal(number)
+        code, _, errors = finish(other)
+        assert code == 5
+        assert ("or leave it running?" in errors) is (number == signal.SIGINT), errors
+        assert "is not followed any more and goes on" in errors.splitlines()[-1]
+        assert "--run-id 2026-11-19" in errors.splitlines()[-1], "how to follow it again"
+    assert head.jobs()[-1]["status"] == "RUNNING"
 
     first.send_signal(signal.SIGINT)
     os.write(controller, b"stop\n")
@@ -128,15 +141,21 @@ def test_two_people_one_job_which_a_stop_lets_end(head: Head, tmp_path: Path) ->
 
 
 def test_a_real_job_whose_acknowledgement_is_lost_is_one_and_shows_no_secret(head: Head, s3: LoopbackS3) -> None:
-    """A job that reads S3 on the cluster; token and keys of whoever submits stand nowhere, whatever is told about it."""
+    """A job that reads S3 on the cluster, followed over a connection that is cut twice; token and keys of whoever submits stand
+    nowhere, whatever is told about it."""
     secret = "planted-secret-8d1f"
     words = ["publish", "list", "--set", f"output.path={s3.bucket()}/scores", "--run-id", "nightly:1"]
     lost: list[str] = []
+    looks: list[str] = []
 
     def rule(method: str, path: str, headers: dict[str, str]) -> Fault:
         if (method, path) == ("POST", "/api/jobs/") and not lost:
             lost.append(path)
             return Fault.LOST_ANSWER
+        if lost and method == "GET" and path.endswith("-1"):
+            looks.append(path)
+            # The first one asks whether the job was taken, the next ones whether it has ended.
+            return Fault.RESET if len(looks) in (2, 3) else Fault.NONE
         return Fault.NONE
 
     with FaultyProxy(head.address) as proxy:
@@ -146,11 +165,21 @@ def test_a_real_job_whose_acknowledgement_is_lost_is_one_and_shows_no_secret(hea
         code, output, errors = finish(client)
     assert lost
     assert code == 0, output + errors
-    assert "submitted already" in errors
+    before, after = errors.split("submitted already")
+    assert (before.count("trying again in"), after.count("trying again in")) == (1, 2), errors
     assert "0 runs below s3://" in output
     again = head.run(*words)
     assert again[:2] == (0, "")
     assert "done already" in again[2]
+
+    sent = [head.project / name for name in run_git(head.project, "ls-files").split()]
+    commit = run_git(head.project, "rev-parse", "HEAD").strip()
+    size = f"{sum(path.stat().st_size for path in sent) / 1e6:.1f} MB"
+    assert f"sending {len(sent)} files, {size} (tracked by git at {commit[:12]})\n" in before
+    (job,) = [one for one in head.jobs() if one["metadata"]["run_id"] == "nightly:1"]
+    digest = job["submission_id"].split("-")[-2]
+    expected = {"textsweep_job": "publish", "run_id": "nightly:1", "config_digest": digest, "git_commit": commit}
+    assert job["metadata"] == expected
 
     shown = json.dumps(head.jobs())
     assert shown.count('"run_id": "nightly:1"') == 1, "one job, which the search sees"
@@ -192,16 +221,33 @@ def test_what_is_wrong_is_one_line_and_no_submission(
 
 @pytest.mark.trial
 def test_a_scoring_run_as_every_night(head: Head, s3: LoopbackS3, classifier: str) -> None:
-    url = s3.bucket()
-    fakes.write_archive(f"{url}/archive", make_shards(2, 20))
+    """Stopped in the middle through the Jobs API it ends by itself, the same command scores the rest, and then is answered at once."""
+    url, shards = s3.bucket(), 8 * SHARDS  # more than a job that is stopped has in flight, and finishes
+    fakes.write_archive(f"{url}/archive", make_shards(shards))
     words = ["score", "--config", "jobs/configs/score_cpu.toml", "--run-id", "2026-11-19"]
     for value in (f"input.path={url}/archive", f"model.path={classifier}", f"output.path={url}/scores"):
         words += ["--set", value]
-    code, output, errors = head.run(*words)
+    words += ["--set", "model.precision=fp32"]
+    controller, terminal = os.openpty()
+    client = head.submit(*words, stdin=terminal)
+    # As soon as there is something: a command with --stop takes longer to start than all the rest takes.
+    wait_until(lambda: len(contents(f"{url}/scores")) > 0, "the first object", 180)
+    os.write(controller, b"stop\n")
+    client.send_signal(signal.SIGINT)
+    code, output, errors = finish(client)
+    os.close(controller)
+    os.close(terminal)
+    assert code == 5, output + errors
+    assert "stopped by SIGTERM: what is finished is kept" in head.run(*words, "--logs")[1]
+    before = contents(f"{url}/scores")
+    assert 0 < len(before) < shards, "in the middle"
+
+    code, output, errors = finish(head.submit(*words), 240)
     assert code == 0, output + errors
     manifest = read_manifest(open_store(f"{url}/scores"))
     assert manifest is not None
-    assert sum(manifest["rows"].to_pylist()) == 40
+    assert manifest["rows"].to_pylist() == [ROWS] * shards
+    assert before.items() <= contents(f"{url}/scores").items(), "what was finished is as it was"
     assert "scoring: " in output, "the job's own line of progress"
     code, output, errors = head.run(*words)
     assert (code, output) == (0, ""), "answered at once"
@@ -278,6 +324,12 @@ def test_three_nodes_of_which_one_is_lost(
         code, output, errors = head.run(*common, "--set", "output.path=s3://demo/whole", "--run-id", "whole")
         assert code == 0, output + errors
         chunks = len(objects("s3://demo/whole"))
+        listed = ["publish", "list", "--set", "output.path=s3://demo/whole", "--entrypoint-num-cpus", "1"]
+        code, output, errors = head.run(*listed, "--run-id", "listed")
+        assert code == 0, output + errors
+        nodes = [one["raylet"] for one in ask(f"{head.address}/nodes?view=summary", head.token)["data"]["summary"]]
+        workers = {one["nodeId"] for one in nodes if not one["isHeadNode"]}
+        assert head.jobs()[-1]["driver_node_id"] in workers, "a driver with a CPU of its own is not the head's"
         client = head.submit(*common, "--set", "output.path=s3://demo/damaged", "--run-id", "damaged")
         wait_until(lambda: bool(objects("s3://demo/damaged")), "the first object", 180)
         heads.run_script("lose", head.folder)

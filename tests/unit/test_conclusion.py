@@ -19,6 +19,7 @@ from lib import pipeline, report, scoring
 from lib.errors import BudgetError, IncompleteError, OverLimitError
 from lib.history import COUNTS_KEY
 from lib.outcome import Outcome
+from lib.planning import find_stale
 from lib.publishing import write_table
 from lib.scoring import Run
 from lib.storage import Store, open_store
@@ -231,7 +232,6 @@ def test_nothing_is_removed_once_readers_were_moved_to_another_run(
     run = prepared(tmp_path, classifier, "y", **removes_at_once(tmp_path))
     old = add_stranger(run, "b.parquet", 1)
     before = set(run.job.output.list()["path"].to_pylist())
-    find_stale = scoring.find_stale
     monkeypatch.setattr(scoring, "find_stale", find_and_move)
     conclude(run, score(run))
     assert published(tmp_path) == "x"

@@ -1,15 +1,20 @@
 """The images: what can be known of them without building them, which needs a registry of base images."""
 
+import importlib.metadata
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from lib.job_server import STOP_WAIT_SECONDS
 from tests.unit.test_manifests import BUILDS, REPOSITORY, ROOT_IN_IMAGE, containers
 
 DOCKERFILE = REPOSITORY / "cluster" / "docker" / "Dockerfile"
@@ -72,6 +77,37 @@ def test_packages_are_installed_as_make_install_does_it_from_wheels_alone() -> N
     assert {extra for line in extras for extra in line.split(",")} <= known
 
 
+def installed_below(requirements: list[str]) -> set[str]:
+    """Names of the packages that these requirements install on this machine, with all that those need."""
+    seen: set[tuple[str, str]] = set()
+    waiting = [Requirement(line) for line in requirements]
+    while waiting:
+        one = waiting.pop()
+        name = canonicalize_name(one.name)
+        for extra in {"", *one.extras} - {extra for known, extra in seen if known == name}:
+            seen.add((name, extra))
+            below = [Requirement(line) for line in importlib.metadata.requires(name) or ()]
+            waiting += [found for found in below if not found.marker or found.marker.evaluate({"extra": extra})]
+    return {name for name, _ in seen}
+
+
+def test_all_that_is_installed_has_a_version() -> None:
+    """What the packages need that we name, too: an image that is built again is the same."""
+    lines = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert not [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)], (
+        "a local version fits one build alone"
+    )
+    pinned = {canonicalize_name(line.split("==")[0]) for line in lines}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = {
+        extra for line in instructions("ENV") for one in re.findall(r"EXTRAS=(\S+)", line) for extra in one.split(",")
+    }
+    named = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    needed = installed_below(named)
+    assert {"torch", "ray", "grpcio", "openvino", "peft"} <= needed
+    assert needed <= pinned, needed - pinned
+
+
 def test_bases_are_pinned_and_nobody_is_root() -> None:
     stages = re.split(r"^FROM ", DOCKERFILE.read_text(), flags=re.MULTILINE)[1:]
     names = {stage.split()[2] for stage in stages}
@@ -112,6 +148,7 @@ def test_a_container_starts_from_what_is_copied_alone(tmp_path: Path) -> None:
     settings = dict(re.findall(r"(\w+)=(\S+)", " ".join(instructions("ENV"))))
     assert settings["HF_HUB_OFFLINE"] == "1"
     assert settings["PYTHONPATH"] == ROOT_IN_IMAGE
+    assert settings["RAY_JOB_STOP_WAIT_TIME_S"] == str(STOP_WAIT_SECONDS)
     command = re.findall(r'"([^"]+)"', instructions("CMD")[-1])
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment = inherited | settings | {"PYTHONPATH": str(tmp_path)}

@@ -2,16 +2,21 @@
 
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import cast
 
+import aiohttp
 import pytest
+from ray.dashboard.modules.job.common import JobStatus
+from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
 
 from jobs import publish
 from lib.config import parse_only
 from lib.errors import IncompleteError, UsageError
-from lib.job_server import Server, connect
+from lib.job_server import Client, Server, connect
 from lib.packaging import Package
 from lib.submission import plan
 
@@ -130,6 +135,43 @@ def test_loopback_is_reached_without_a_proxy(server: Answers, monkeypatch: pytes
         # Nobody answers there: a request that takes the proxy ends by its time limit.
         monkeypatch.setattr("lib.job_server.REQUEST_SECONDS", (1, 1))
         assert reach(server.url).find("x") is None
+
+
+class BreakingTail:
+    """A client whose first tail of a job's log breaks behind the first line; the job ends when the second one has shown the rest."""
+
+    def __init__(self) -> None:
+        self.tails = 0
+        self.deadline = time.monotonic() + 20
+        self.shown = False
+
+    def get_address(self) -> str:
+        return "http://127.0.0.1"
+
+    async def tail_job_logs(self, _job_id: str) -> AsyncIterator[str]:
+        self.tails += 1
+        yield "one\n"
+        if self.tails == 1:
+            raise aiohttp.ClientConnectionError
+        yield "two\n"
+        self.shown = True
+
+    def get_job_info(self, job_id: str) -> JobDetails:
+        status = JobStatus.SUCCEEDED if self.shown or time.monotonic() > self.deadline else JobStatus.RUNNING
+        return JobDetails(type=JobType.SUBMISSION, submission_id=job_id, status=status, entrypoint="true")
+
+    def get_job_logs(self, _job_id: str) -> str:
+        return ""
+
+
+def test_a_log_that_breaks_off_is_opened_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lib.job_server.POLL_SECONDS", 0.01)
+    client = BreakingTail()
+    found = Server(cast(Client, client), 0).follow("x-1")
+    assert (found.status, client.tails) == ("SUCCEEDED", 2)
+    assert capsys.readouterr().out == "one\ntwo\n", "shown while the job ran, and once"
 
 
 def test_a_job_that_its_head_forgot_is_incomplete(server: Answers) -> None:

@@ -296,6 +296,22 @@ def test_a_ray_cluster_is_closed_and_lets_its_jobs_end(folder: str) -> None:
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
+def test_gpu_workers_come_from_none_when_a_job_asks_for_them() -> None:
+    """A job divides what it finds when it starts: one that asked for no GPU would find none."""
+    for job in of_kind("overlays/prod", "RayJob"):
+        (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        config = command_of(job)[1].config
+        assert group["replicas"] == 0
+        used = config.resources.num_workers if isinstance(config, TrainConfig) else group["maxReplicas"]
+        assert 0 < used <= config.resources.min_gpus <= group["maxReplicas"]
+        assert config.resources.wait_seconds <= job["spec"]["preRunningDeadlineSeconds"]
+
+
+def test_a_try_that_was_killed_is_followed_by_another() -> None:
+    for job in of_kind("overlays/prod", "RayJob"):
+        assert job["spec"]["backoffLimit"] > 0, job["metadata"]["name"]
+
+
 def test_gpu_workers_go_down_to_none_and_nobody_else_takes_a_gpu() -> None:
     for spec in clusters("overlays/prod"):
         assert spec["enableInTreeAutoscaling"]
@@ -323,3 +339,14 @@ def test_nobody_outside_the_namespace_gets_in_but_the_operator(folder: str) -> N
     assert inside == {"from": [{"podSelector": {}}]}
     assert [port["port"] for port in operator["ports"]] == [8265]
     assert all("podSelector" in source for source in operator["from"])
+
+
+@pytest.mark.parametrize("folder", BUILDS)
+def test_what_leaves_the_namespace_goes_to_names_storage_and_kubernetes(folder: str) -> None:
+    (policy,) = [document["spec"] for document in of_kind(folder, "NetworkPolicy")]
+    inside, names, outside = policy["egress"]
+    assert inside == {"to": [{"podSelector": {}}]}
+    assert names["to"] == [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}}}]
+    assert {port["port"] for port in names["ports"]} == {53}
+    assert outside["to"] == [{"ipBlock": {"cidr": "0.0.0.0/0"}}]
+    assert {port["port"] for port in outside["ports"]} == {443, 6443}

@@ -11,9 +11,10 @@ from lib.errors import UsageError
 from lib.packaging import Package, check_paths, collect, sent_name, write_zip
 
 
-def run_git(root: Path, *arguments: str) -> None:
+def run_git(root: Path, *arguments: str) -> str:
     name = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
-    subprocess.run(["git", "-C", str(root), *name, *arguments], check=True, capture_output=True)
+    done = subprocess.run(["git", "-C", str(root), *name, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout
 
 
 @pytest.fixture
