@@ -12,12 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import pyarrow.compute as pc
-
 from lib.errors import UsageError
-from lib.listing import PROBES, is_temporary
+from lib.listing import PROBES, describe
 from lib.s3 import NOT_IMPLEMENTED, code_of
-from lib.storage import Store
+from lib.storage import Store, explained
 
 RACERS = 8
 CREATE_ROUNDS = 3
@@ -55,7 +53,7 @@ def check_output(output: Store, *, single_writer: bool) -> None:
 
 def find_broken_promises(output: Store) -> Iterator[str]:
     """Say, with numbers, what goes wrong when files are created and swapped, one after the other and all at once."""
-    folder = output.at(f"{PROBES}/{secrets.token_hex(8)}")
+    folder = output.at(f"{PROBES}{secrets.token_hex(8)}")
     names = [*(f"create-{number}" for number in range(CREATE_ROUNDS)), "swap"]
     try:
         yield from check_creating(folder, names[:-1])
@@ -63,7 +61,6 @@ def find_broken_promises(output: Store) -> Iterator[str]:
     finally:
         folder.delete_all(names)
         folder.remove_folder()
-        output.at(PROBES).remove_folder(if_empty=True)
 
 
 def check_creating(folder: Store, names: Sequence[str]) -> Iterator[str]:
@@ -145,10 +142,15 @@ def remove_unfinished(output: Store, now_ns: int) -> None:
 
     `now_ns` is the time by the storage's clock. Nobody reads these files; without this they would be there for ever.
     """
-    probes = output.list(PROBES)
-    output.delete_all(probes.filter(pc.less(probes["mtime_ns"], now_ns - UNFINISHED_NS))["path"].to_pylist())
-    if output.is_local:
-        for path in Path(output.root).rglob(".*.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                if is_temporary(str(path)) and path.stat().st_mtime_ns < now_ns - UNFINISHED_NS:
-                    path.unlink()
+    before = now_ns - UNFINISHED_NS
+    if output.is_s3:
+        with explained(output.url, "list"):
+            found = output.fs.find(output.root, prefix=PROBES, detail=True).values()
+        probes = [describe(info, str(info["name"])[len(output.root) + 1 :]) for info in found]
+        output.delete_all([one.path for one in probes if (one.mtime_ns or now_ns) < before])
+        return
+    root = Path(output.root)
+    for path in (*root.glob(f"{PROBES}*/*"), *root.glob(f"{PROBES}*"), *root.rglob(".*.tmp")):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime_ns < before:
+                path.rmdir() if path.is_dir() else path.unlink()

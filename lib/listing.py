@@ -13,8 +13,8 @@ LISTING_SCHEMA = pa.schema(
 )
 """One row a file: path relative to the store's root, bytes, ETag (null where there is none), modification time (null if unknown)."""
 
-PROBES = "_probe"
-"""The folder below an output where a run tries what its storage does; nothing stays in it but what killed runs left."""
+PROBES = "_probe-"
+"""How files and folders begin with which a run tries what its storage does; none stays but those of runs that were killed."""
 
 
 @dataclass(frozen=True)

@@ -342,12 +342,11 @@ def clock_difference(output: Store) -> timedelta:
     Plans are put in order by the time of one clock, the store's: a driver whose clock is a year ahead would otherwise
     keep all later runs from being published.
     """
-    probe = f"{PROBES}/{secrets.token_hex(8)}"
+    probe = f"{PROBES}{secrets.token_hex(8)}"
     before = now()
     output.create(probe, b"")
     info, after = output.info(probe), now()
     output.delete(probe)
-    output.at(PROBES).remove_folder(if_empty=True)
     if info is None or info.mtime_ns is None:
         return timedelta(0)
     theirs = datetime.fromtimestamp(info.mtime_ns / 1e9, UTC)

@@ -197,14 +197,12 @@ class Store:
             raise UsageError(
                 f"output {self.url}: predictions go to s3:// or to a local path, where a file can be created exactly once"
             )
-        probe = f"{PROBES}/{secrets.token_hex(8)}"
+        probe = f"{PROBES}{secrets.token_hex(8)}"
         try:
             self.create(probe, b"")
-            self.delete(probe)
         except FileNotFoundError:
             raise UsageError(f"output {self.url}: cannot be created: No such file or directory") from None
-        finally:
-            self.at(PROBES).remove_folder(if_empty=True)
+        self.delete(probe)
 
     def create(self, path: str, data: bytes) -> bool:
         """Make a file visible whole, once. Returns False, and changes nothing, if it is there already."""
@@ -275,12 +273,9 @@ class Store:
             if path not in done:
                 self.delete(path)
 
-    def remove_folder(self, *, if_empty: bool = False) -> None:
+    def remove_folder(self) -> None:
         """Remove what a deleted folder leaves on a local disk: empty folders, locks, unfinished writes. S3 has no folders."""
-        if self.is_local and if_empty:
-            with contextlib.suppress(OSError):
-                Path(self.root).rmdir()
-        elif self.is_local:
+        if self.is_local:
             shutil.rmtree(self.root, ignore_errors=True)
 
     def _put(self, path: str, data: bytes, **condition: Any) -> None:

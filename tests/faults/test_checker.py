@@ -62,7 +62,7 @@ def test_what_is_whole_passes(archive: str, output: Store) -> None:
         (touch(f"{OLD}/a.parquet-{'cd' * 6}-00000-of-00001.parquet"), "8: objects that no manifest names"),
         (touch(f"{OLD}/_dead_letter/c-{'cd' * 6}-00000-of-00001.parquet"), "8: dead letters without an object"),
         (touch(f"{OLD}/.a.tmp"), "8: unfinished files are left"),
-        (touch("_probe/0123"), "8: unfinished files are left"),
+        (touch("_probe-0123"), "8: unfinished files are left"),
         (lambda output: output.delete(f"{OLD}/_runs/run/_SUCCESS"), "7: exit code 0 without _SUCCESS"),
         (touch(f"{OLD}/_runs/run/manifest-2.parquet"), "4: the run's manifests are"),
     ],
