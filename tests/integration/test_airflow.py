@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.job_server import STOP_WAIT_SECONDS
+from lib.storage import open_store
 from tests import fakes, heads
 from tests.heads import Head
 from tests.orchestration import AIRFLOW, REPOSITORY, Airflow
+from tests.publications import OLD, night, publish_run, record_run, write_objects
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(
@@ -32,9 +34,26 @@ print(json.dumps({
     "dags": {dag.dag_id: {
         "tasks": {task.task_id: sorted(task.downstream_task_ids) for task in dag.tasks}, "catchup": dag.catchup, "active": dag.max_active_runs,
         "retries": min(task.retries for task in dag.tasks), "factor": min(task.retry_exponential_backoff for task in dag.tasks),
+        "schedule": dag.schedule, "rules": sorted({task.trigger_rule.value for task in dag.tasks}),
         "driver_cpus": {task.task_id: getattr(task, "entrypoint_num_cpus", None) for task in dag.tasks}} for dag in found.dags.values()},
     "modules": sorted({name.split(".")[0] for name in sys.modules}),
 }))
+"""
+
+GATE = """
+import json, sys
+from types import SimpleNamespace
+from airflow.dag_processing.dagbag import DagBag
+publish = DagBag().dags["textsweep_nightly"].get_task("publish").python_callable
+told = SimpleNamespace(extra=None)
+publish.__globals__["Variable"] = SimpleNamespace(get=lambda name: sys.argv[1])
+publish.__globals__["get_current_context"] = lambda: {"outlet_events": {publish.__globals__["scores"]: told}}
+try:
+    publish()
+    raised = ""
+except Exception as error:
+    raised = f"{type(error).__name__}: {error}"
+print(json.dumps({"raised": raised, "told": told.extra}))
 """
 
 
@@ -118,7 +137,27 @@ def test_the_dags_are_read_without_the_project_ray_or_torch(tmp_path: Path) -> N
         assert (dag["catchup"], dag["active"]) == (False, 1)
         assert dag["retries"] > 0
         assert dag["factor"] > 1, "pauses grow"
+    assert (nightly["schedule"], weekly["schedule"]) == ("0 1 * * *", "0 12 * * 6"), "every night, and every Saturday"
+    assert nightly["rules"] == weekly["rules"] == ["all_success"], "nothing is promoted or told of after a failure"
     assert weekly["driver_cpus"]["compare"] > 0, "its forward passes are not the head's"
+
+
+@pytest.mark.parametrize("exit_code", [0, 3])
+def test_whoever_waits_for_a_night_is_told_of_it_unless_its_report_says_that_it_failed(
+    exit_code: int, tmp_path: Path
+) -> None:
+    store = open_store(str(tmp_path / "scores"))
+    publish_run(store, OLD, "night", night(1), write_objects(store, OLD, {"a.parquet": 2}))
+    record_run(store, OLD, "night", night(1), exit_code, "not as it should be", {"rows": 100})
+    found = in_airflow(tmp_path, "-c", GATE, store.url)
+    if exit_code:
+        assert found == {
+            "raised": f"AirflowFailException: {store.url}: the published run night says of itself: not as it should be",
+            "told": None,
+        }
+    else:
+        manifest = f"{store.url}/{OLD}/_runs/night/manifest.parquet"
+        assert found == {"raised": "", "told": {"manifest": manifest, "run": "night", "rows": 100}}
 
 
 @pytest.fixture(scope="module")
