@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -412,21 +413,25 @@ def lose_acknowledgements(scene: Scene) -> Ending:
 
 
 def flip_bits(scene: Scene) -> Ending:
-    """The last byte of three answers, of footers and of pages, arrives changed: what the storage has is scored all the same."""
-    shard = scene.shard()
+    """The last byte of one answer of each of three shards, of its footer or of its pages, arrives changed: what the storage has is scored.
+
+    One of a shard: what cannot be decoded is asked for once more, and then believed.
+    """
+    turns = {
+        f"part-{number:03d}.parquet": scene.chance.randint(1, 3) for number in scene.chance.sample(range(SHARDS), 3)
+    }
+    seen: Counter[str] = Counter()
     flipped: list[str] = []
 
     def rule(method: str, path: str, headers: dict[str, str]) -> Fault:
-        if (
-            method == "GET"
-            and shard in path
-            and "-of-" not in path
-            and len(flipped) < 3
-            and scene.chance.random() < 0.5
-        ):
-            flipped.append(path)
-            return Fault.FLIPPED
-        return Fault.NONE
+        shard = path.partition("?")[0].rpartition("/")[2]
+        if method != "GET" or shard not in turns:
+            return Fault.NONE
+        seen[shard] += 1
+        if seen[shard] != turns[shard]:
+            return Fault.NONE
+        flipped.append(shard)
+        return Fault.FLIPPED
 
     with FaultyProxy(scene.s3.url) as proxy:
         proxy.rule = rule
