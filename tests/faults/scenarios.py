@@ -404,12 +404,17 @@ def credentials_expire(scene: Scene) -> Ending:
 
 def lose_acknowledgements(scene: Scene) -> Ending:
     """Three in ten PUTs are done, and nobody hears of it."""
+    lost = at_rate(0.3, scene.chance, [Fault.LOST_ANSWER])
+    return Ending(run_behind(scene, lambda method, *rest: lost(method, *rest) if method == "PUT" else Fault.NONE))
+
+
+def run_behind(scene: Scene, rule: Rule) -> int:
+    """Let a run go its way while its requests meet a rule; returns how many faults happened."""
     with FaultyProxy(scene.s3.url) as proxy:
-        lost = at_rate(0.3, scene.chance, [Fault.LOST_ANSWER])
-        proxy.rule = lambda method, path, headers: lost(method, path, headers) if method == "PUT" else Fault.NONE
+        proxy.rule = rule
         scene.endpoint = proxy.url
         scene.run()
-        return Ending(count(proxy))
+        return count(proxy)
 
 
 def flip_bits(scene: Scene) -> Ending:
@@ -421,23 +426,15 @@ def flip_bits(scene: Scene) -> Ending:
         f"part-{number:03d}.parquet": scene.chance.randint(1, 3) for number in scene.chance.sample(range(SHARDS), 3)
     }
     seen: Counter[str] = Counter()
-    flipped: list[str] = []
 
     def rule(method: str, path: str, headers: dict[str, str]) -> Fault:
         shard = path.partition("?")[0].rpartition("/")[2]
         if method != "GET" or shard not in turns:
             return Fault.NONE
         seen[shard] += 1
-        if seen[shard] != turns[shard]:
-            return Fault.NONE
-        flipped.append(shard)
-        return Fault.FLIPPED
+        return Fault.FLIPPED if seen[shard] == turns[shard] else Fault.NONE
 
-    with FaultyProxy(scene.s3.url) as proxy:
-        proxy.rule = rule
-        scene.endpoint = proxy.url
-        scene.run()
-    return Ending(len(flipped))
+    return Ending(run_behind(scene, rule))
 
 
 def fall_silent(scene: Scene) -> Ending:
@@ -458,11 +455,7 @@ def kill_writer_in_its_put(scene: Scene) -> Ending:
         os.kill(killed[-1], signal.SIGKILL)
         return Fault.RESET
 
-    with FaultyProxy(scene.s3.url) as proxy:
-        proxy.rule = rule
-        scene.endpoint = proxy.url
-        scene.run()
-    return Ending(len(killed))
+    return Ending(run_behind(scene, rule))
 
 
 def owner_of(port: int) -> int:

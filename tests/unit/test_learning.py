@@ -211,6 +211,15 @@ def test_steps_are_those_of_a_plain_torch_loop(base: str, small_set: LabelledSet
     assert difference(ours, {name: one.detach() for name, one in plain.named_parameters()}) < 1e-5
 
 
+def logits_for(model: Any, data: LabelledSet, rows: Any) -> torch.Tensor:
+    """What a plain model says of rows."""
+    ids, mask, _ = data.gather(rows)
+    found: torch.Tensor = model(
+        input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask.astype(np.int64))
+    ).logits
+    return found
+
+
 def test_steps_in_bf16_are_those_of_plain_autocast(base: str, small_set: LabelledSet, process_group: None) -> None:
     """Without loss scaling; the weights stay in fp32."""
     optim = OptimSection(learning_rate=1e-3, warmup_fraction=0.0, weight_decay=0.0, schedule="constant")
@@ -221,12 +230,9 @@ def test_steps_in_bf16_are_those_of_plain_autocast(base: str, small_set: Labelle
     for number in range(3):
         rows = np.arange(number, number + 8)
         learner.step(number, small_set, rows)
-        ids, mask, _ = small_set.gather(rows)
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = plain(
-                input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask.astype(np.int64))
-            ).logits
+            logits = logits_for(plain, small_set, rows)
         assert logits.dtype is torch.bfloat16
         functional.cross_entropy(logits.float(), torch.from_numpy(small_set.targets[rows])).backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
@@ -257,12 +263,9 @@ def test_steps_in_fp16_are_those_of_torchs_recipe_with_loss_scaling(
     for number in range(12):
         rows = np.arange(number, number + 8)
         learner.step(number, small_set, rows)
-        ids, mask, _ = small_set.gather(rows)
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.float16):
-            logits = plain(
-                input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask.astype(np.int64))
-            ).logits
+            logits = logits_for(plain, small_set, rows)
             loss = functional.cross_entropy(logits, torch.from_numpy(small_set.targets[rows]))
         scaled: Any = scaler.scale(loss)
         scaled.backward()
