@@ -239,6 +239,16 @@ def test_nothing_is_removed_once_readers_were_moved_to_another_run(
     assert "stale objects were left: readers were moved to another run meanwhile" in capsys.readouterr().out
 
 
+def test_a_run_that_publishes_removes_what_killed_ones_left(tmp_path: Path, classifier: str) -> None:
+    left = tmp_path / "scores" / "_probe-0123"
+    left.parent.mkdir()
+    left.touch()
+    os.utime(left, (0, 0))
+    add(tmp_path, "a.parquet", *mixed(30))
+    run_night(tmp_path, classifier, "x")
+    assert not left.exists()
+
+
 def test_what_has_come_by_the_end_of_a_budget_is_noted() -> None:
     inbox: queue.Queue[dict[str, Any] | Exception | None] = queue.Queue()
     for item in ({"name": "a"}, {"name": "b"}, None):
