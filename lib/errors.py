@@ -1,7 +1,7 @@
 """Errors that a person acts on, and the exit code each one ends a job with.
 
-Every message names the object, what was found, what was expected and what to do. Anything that is not a
-`TextsweepError` is a bug: it keeps its traceback and ends the process with Python's own exit code 1.
+Every message names the object, what was found, what was expected and what to do. Anything that is neither a
+`TextsweepError` nor a `StoppedError` is a bug: it keeps its traceback and ends the process with Python's own exit code 1.
 """
 
 import contextlib
@@ -66,8 +66,12 @@ class BudgetError(TextsweepError):
     exit_code = ExitCode.OVER_BUDGET
 
 
-class StoppedError(TextsweepError):
-    """The process was asked to stop."""
+class StoppedError(BaseException):
+    """The process was asked to stop.
+
+    No `Exception`, as `KeyboardInterrupt` is none: a signal handler raises it anywhere, also below code that takes every
+    `Exception` for a failure of its own. `Thread.start` undid a start that had gone well, and its `KeyError` hid the stop.
+    """
 
     exit_code = ExitCode.STOPPED
 
@@ -127,7 +131,7 @@ def run_job(main: Callable[[Sequence[str]], None]) -> int:
     gc.set_threshold(COLLECT_EVERY)
     try:
         main(sys.argv[1:])
-    except TextsweepError as error:
+    except (TextsweepError, StoppedError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return int(error.exit_code)
     return int(ExitCode.DONE)

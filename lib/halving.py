@@ -69,9 +69,12 @@ class Recorder(tune.Callback):
         self.is_stopped = False
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """End the whole search, and its trials, if that was asked for. Several times a second."""
+        """End the whole search, and its trials, if that was asked for. Several times a second.
+
+        Ray Tune ends its trials for an `Exception`, which `StoppedError` is not.
+        """
         if self.is_stopped:
-            raise StoppedError("stopped on request")
+            raise IncompleteError("the search was asked to stop")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Keep what the trial said last."""

@@ -36,7 +36,9 @@ def run_job(body: str) -> subprocess.CompletedProcess[str]:
     ("error", "code"),
     [(UsageError, 2), (OverLimitError, 3), (IncompleteError, 4), (StoppedError, 5)],
 )
-def test_each_error_ends_a_job_with_its_exit_code_and_one_line(error: type[TextsweepError], code: int) -> None:
+def test_each_error_ends_a_job_with_its_exit_code_and_one_line(
+    error: type[TextsweepError | StoppedError], code: int
+) -> None:
     done = run_job(f"raise errors.{error.__name__}('bucket x: not there')")
     assert done.returncode == code == error.exit_code
     assert done.stderr == f"{error.__name__}: bucket x: not there\n"
@@ -64,6 +66,20 @@ def test_a_signal_ends_a_job_as_stopped(number: signal.Signals) -> None:
     assert done.returncode == ExitCode.STOPPED
     assert f"stopped by {number.name}" in done.stderr
     assert "run the same command again" in done.stderr
+
+
+def test_a_stop_is_not_taken_for_the_failure_of_what_it_interrupts() -> None:
+    """As in `Thread.start`, which undoes a start for any `Exception`, and in clients that try again for any."""
+    done = run_job(f"""
+        import os
+        errors.stop_on_signals()
+        try:
+            os.kill(os.getpid(), {int(signal.SIGTERM)})
+        except Exception:
+            raise KeyError("a failure of its own")
+    """)
+    assert done.returncode == ExitCode.STOPPED, done.stderr
+    assert done.stderr.startswith("StoppedError: stopped by SIGTERM")
 
 
 def test_the_nearest_name_is_offered_only_if_it_is_near() -> None:
