@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.fs
 import ray.train
 from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
@@ -22,6 +22,7 @@ from lib.errors import IncompleteError, TextsweepError, UsageError, at_work
 from lib.failures import RetryPolicy, causes_of
 from lib.fitting import Job
 from lib.pretrain_config import FitConfig
+from lib.rendezvous import OneAddressConfig
 from lib.runtime import Cluster
 from lib.storage import Store, explained
 
@@ -137,7 +138,7 @@ def run_workers(work: Callable[[], str | None], job: Job, use_gpu: bool) -> None
     least, most = resources.min_workers, resources.num_workers
     trainer = QuietTrainer(
         work,  # type: ignore[arg-type]
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=OneAddressConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=most if least is None else (least, most),
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,

@@ -10,14 +10,19 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch.distributed
 
 from jobs.demo_store import LoopbackS3
+from lib.fitting import Job
 from lib.storage import open_store
+from lib.workers import run_workers
 from tests import fakes
 from tests.conftest import REPOSITORY
 from tests.faults.test_killed import started
@@ -60,6 +65,25 @@ def test_a_local_ray_listens_on_loopback_alone_and_asks_for_a_token() -> None:
     assert found["codes"]["right"] == 0
     assert found["codes"]["none"] != 0
     assert found["codes"]["wrong"] != 0
+
+
+def test_workers_of_a_training_listen_on_one_address_alone(ray_session: None, tmp_path: Path) -> None:
+    """Ray's own ports, Gloo's, and the first worker's store."""
+
+    def look() -> None:
+        sockets = [one.laddr.ip for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN]
+        (tmp_path / str(torch.distributed.get_rank())).write_text(json.dumps(sockets))
+        torch.distributed.barrier()
+
+    resources = SimpleNamespace(num_workers=2, min_workers=None)
+    job = SimpleNamespace(
+        folder=open_store(str(tmp_path / "run")), config=SimpleNamespace(resources=resources), cpus_per_worker=1
+    )
+    run_workers(look, cast(Job, job), use_gpu=False)
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert all(len(sockets) >= 2 for sockets in found), "one of Gloo's and Ray's own"
+    assert len(found[0]) > len(found[1]), "the store's is among them"
+    assert {ip.removeprefix("::ffff:") for sockets in found for ip in sockets} == {"127.0.0.1"}
 
 
 # one run whose traces are searched

@@ -86,7 +86,19 @@ ORDER = (
         "zero_shot",
     ),
     # the work of a cluster
-    *("failures", "workers", "training", "halving", "search", "pretraining", "course", "outcome", "history", "drift"),
+    *(
+        "failures",
+        "rendezvous",
+        "workers",
+        "training",
+        "halving",
+        "search",
+        "pretraining",
+        "course",
+        "outcome",
+        "history",
+        "drift",
+    ),
     *("watch", "tasks", "actors", "suspects", "pipeline", "run_page", "report", "scoring", "survey"),
     # jobs on another machine's cluster
     *("packaging", "submission", "job_log", "job_server"),
@@ -103,6 +115,7 @@ MAY_IMPORT_RAY = {
     "finetuning",
     "trial",
     "failures",
+    "rendezvous",
     "workers",
     "halving",
     "watch",
@@ -137,6 +150,7 @@ MAY_IMPORT_TORCH = {
     "finetuning",
     "trial",
     "zero_shot",
+    "rendezvous",
     "workers",
 }
 
