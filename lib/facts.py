@@ -113,7 +113,20 @@ def check_weights(folder: str, key: str, shown: str, trust: Trust) -> None:
 
 
 def check_readable(folder: str, shown: str) -> None:
-    """Raise `UsageError` if weights are cut off or no safetensors at all: their headers say how long they must be. Loads none."""
+    """Raise `UsageError` if weights are cut off or no safetensors at all: their headers say how long they must be. Loads none.
+
+    The same if the list of which file holds which weight is none.
+    """
+    for index in sorted(Path(folder).glob("*.index.json")):
+        try:
+            listed = isinstance(json.loads(index.read_bytes())["weight_map"], dict)
+        except (ValueError, KeyError, TypeError):
+            listed = False
+        if not listed:
+            raise UsageError(
+                f"{shown}: {index.name} ({index.stat().st_size:,} bytes) is not what it should be, JSON with a weight_map: it is damaged,"
+                " or was not copied whole; get it again from where it came"
+            )
     for path in sorted(Path(folder).glob("*.safetensors")):
         try:
             with safe_open(path, "numpy"):

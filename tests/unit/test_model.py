@@ -1,5 +1,6 @@
 """Which folders cannot be loaded, what a loaded classifier does not compute because its head does not read it, and in which precision."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,20 @@ def rename(weights: Path) -> None:
     weights.rename(weights.with_name("weights.safetensors"))
 
 
+def list_in_half_a_file(weights: Path) -> None:
+    weights.rename(weights.with_name("model-00001-of-00001.safetensors"))
+    names = dict.fromkeys(
+        load_file(weights.with_name("model-00001-of-00001.safetensors")), "model-00001-of-00001.safetensors"
+    )
+    index = json.dumps({"metadata": {}, "weight_map": names})
+    weights.with_name("model.safetensors.index.json").write_text(index[: len(index) // 2])
+
+
+def list_nothing(weights: Path) -> None:
+    list_in_half_a_file(weights)
+    weights.with_name("model.safetensors.index.json").write_text("[]")
+
+
 UNREADABLE = r"model\.safetensors \([\d,]+ bytes\) cannot be read as safetensors \(.*get it again"
 
 
@@ -103,6 +118,11 @@ UNREADABLE = r"model\.safetensors \([\d,]+ bytes\) cannot be read as safetensors
         (replace_by_a_page, UNREADABLE),
         (leave_out_the_head, r"1 weights are missing or have another shape \(classifier\.weight\)"),
         (shorten_the_head, r"weights are missing or have another shape .*not trained as a classifier"),
+        (
+            list_in_half_a_file,
+            r"index\.json \([\d,]+ bytes\) is not what it should be, JSON with a weight_map.*get it again",
+        ),
+        (list_nothing, r"index\.json \(2 bytes\) is not what it should be"),
         (rename, r"not all there: .*no file named model\.safetensors.*get the whole folder again"),
     ],
 )
