@@ -203,18 +203,34 @@ def find_kept(manifest: pa.Table, shards: pa.Table, objects: pa.Table) -> pa.Tab
 
     `objects` is the listing of the version (the same columns): what it does not hold cannot be kept.
     """
-    gone = manifest.select(["shard", "identity"]).join(
-        shards.select(["path"]), ["shard"], ["path"], join_type="left anti"
-    )
-    return objects.join(gone.group_by(["shard", "identity"]).aggregate([]), ["shard", "identity"], join_type="inner")
+    named = manifest.group_by(["shard", "identity"], use_threads=False).aggregate([])
+    # A join keeps a table of its right side: the one that can be small. The archive never is.
+    gone = shards.select(["path"]).join(named, ["path"], ["shard"], "right anti", use_threads=False)
+    return objects.join(gone, ["shard", "identity"], join_type="inner", use_threads=False)
 
 
-def same_shards(one: pa.Table, other: pa.Table) -> bool:
-    """Whether two tables with the columns shard and identity name the same shards with the same content."""
-    one, other = (
-        table.select(["shard", "identity"]).group_by(["shard", "identity"]).aggregate([]) for table in (one, other)
-    )
-    return one.num_rows == other.num_rows == one.join(other, ["shard", "identity"], join_type="inner").num_rows
+def names_exactly(
+    manifest: Iterable[pa.Table], finished: pa.Table, shards: pa.Table, objects: pa.Table, keep_deleted: bool
+) -> bool:
+    """Whether a manifest (columns shard, identity; in parts) names every finished shard and nothing else but what is kept.
+
+    By one thread and a part at a time, for the reason that `split_finished` gives.
+    """
+    numbered = finished.select(["path", "identity"]).append_column("number", pa.array(np.arange(finished.num_rows)))
+    is_named = np.zeros(finished.num_rows, np.bool_)
+    others = [pa.table({"shard": pa.array([], pa.string()), "identity": pa.array([], pa.string())})]
+    for part in manifest:
+        found = numbered.join(part, ["path", "identity"], ["shard", "identity"], "inner", use_threads=False)
+        is_named[found["number"].to_numpy()] = True
+        both = found.select(["path", "identity"])
+        others.append(part.join(both, ["shard", "identity"], ["path", "identity"], "left anti", use_threads=False))
+        del found, both
+        pa.default_memory_pool().release_unused()
+    if not is_named.all():
+        return False
+    beside = pa.concat_tables(others).group_by(["shard", "identity"], use_threads=False).aggregate([])
+    kept = find_kept(beside, shards, objects) if keep_deleted else objects.slice(0, 0)
+    return beside.num_rows == kept.group_by(["shard", "identity"], use_threads=False).aggregate([]).num_rows
 
 
 def find_stale(objects: pa.Table, current: pa.Table, before: pa.Table, now_ns: int) -> pa.Table:

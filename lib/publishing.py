@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -102,6 +102,12 @@ class Published:
     def shards(self) -> pa.Table:
         """What the manifest names: shard, identity."""
         return self.read(["shard", "identity"])
+
+    def shards_in_parts(self) -> Iterator[pa.Table]:
+        """The same, some of it at a time."""
+        file = pq.ParquetFile(io.BytesIO(self.raw))
+        for part in file.iter_batches(65_536, columns=["shard", "identity"], use_threads=False):
+            yield pa.table(part)
 
     @property
     def metadata(self) -> dict[bytes, bytes]:

@@ -20,9 +20,9 @@ from lib.outcome import Outcome
 from lib.planning import (
     find_kept,
     find_stale,
+    names_exactly,
     over_limit,
     parse_objects,
-    same_shards,
     split_finished,
     with_identities,
     with_names,
@@ -76,12 +76,10 @@ class Run:
     @property
     def is_published(self) -> bool:
         """Whether readers already see exactly what this run could give them."""
-        return (
-            not self.unfinished.num_rows
-            and self.published is not None
-            and self.published.pointer.version == self.job.version
-            and same_shards(self.published.shards, find_current(self, self.objects, self.finished))
-        )
+        if self.unfinished.num_rows or self.published is None or self.published.pointer.version != self.job.version:
+            return False
+        keep = self.config.input.deleted == "keep"
+        return names_exactly(self.published.shards_in_parts(), self.finished, self.shards, self.objects, keep)
 
     def plan(self) -> str:
         """What there is to do, in one line."""

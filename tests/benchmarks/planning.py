@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from lib import publishing
 from lib.listing import LISTING_SCHEMA
-from lib.planning import find_kept, parse_objects, same_shards, split_finished, with_identities, with_names
+from lib.planning import names_exactly, parse_objects, split_finished, with_identities, with_names
 from lib.storage import open_store
 
 MB = 2**20
@@ -131,10 +131,7 @@ def main() -> None:
     assert published is not None
     planned = time.perf_counter()
     planned_mb = round((peak.highest - peak.base) / MB)
-    keep = finished.select(["path", "identity"]).rename_columns(["shard", "identity"])
-    current = objects.join(keep, ["shard", "identity"], join_type="inner")
-    kept = find_kept(published.shards, shards, objects)
-    is_published = same_shards(published.shards, pa.concat_tables([current, kept.select(current.column_names)]))
+    is_published = names_exactly(published.shards_in_parts(), finished, shards, objects, keep_deleted=True)
     decided = time.perf_counter()
     assert is_published
     expected = int(arguments.shards * arguments.finished)

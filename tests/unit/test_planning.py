@@ -274,12 +274,22 @@ def test_stale_is_what_nothing_current_names_since_it_was_first_seen(
     assert all(one["since_ns"] == (min(10, now) if (one["shard"], one["identity"]) in before else now) for one in found)
 
 
-@given(contents, contents)
-def test_the_same_shards_are_those_with_the_same_names_and_content(
-    one: list[tuple[str, str]], other: list[tuple[str, str]]
+@given(contents | st.just("all") | st.just("deleted"), contents, contents, st.booleans(), st.integers(1, 3))
+def test_a_manifest_names_exactly_what_is_finished_and_what_is_kept(
+    manifest: list[tuple[str, str]] | str,
+    archive: list[tuple[str, str]],
+    deleted: list[tuple[str, str]],
+    keep: bool,
+    size: int,
 ) -> None:
-    repeated = pa.concat_tables([named(one), named(one)])
-    assert planning.same_shards(repeated, named(other)) == (set(one) == set(other))
+    shards = named(archive).rename_columns(["path", "identity"])
+    objects = parse_objects(pa.chunked_array([pa.array(objects_of([*archive, *deleted]), pa.string())]))
+    if isinstance(manifest, str):  # what is seldom drawn: the archive, and what was ever there or what is not any more
+        manifest = [*archive, *(one for one in deleted if manifest == "all" or one[0] not in dict(archive))]
+    expected = {*archive, *(pair for pair in manifest if keep and pair in deleted and pair[0] not in dict(archive))}
+    repeated = pa.concat_tables([named(manifest), named(manifest)])
+    parts = [repeated.slice(start, size) for start in range(0, repeated.num_rows, size)]
+    assert planning.names_exactly(parts, shards, shards, objects, keep) == (set(manifest) == expected)
 
 
 @given(contents, st.lists(shard_names, unique=True), contents)
