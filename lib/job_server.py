@@ -1,5 +1,6 @@
 """Ray's job server over HTTP: reaching it with a token, sending a job once, following it, stopping it; patience throughout."""
 
+import contextlib
 import logging
 import os
 import time
@@ -246,8 +247,12 @@ class Server:
         return self.ask(post)
 
     def logs(self, submission_id: str) -> str:
-        """What a job has printed so far."""
-        return self.ask(lambda: self.client.get_job_logs(submission_id))
+        """What a job has printed so far. Raises `IncompleteError` if it was lost."""
+        try:
+            return self.ask(lambda: self.client.get_job_logs(submission_id))
+        except AnswerError:
+            self.known(submission_id)
+            raise
 
     def show_rest(self, submission_id: str, log: Log) -> None:
         """Print what is left of an ended job's log at once: the tail would take about 3 s more. It may be gone with its node."""
@@ -258,8 +263,9 @@ class Server:
         log.end()
 
     def stop(self, submission_id: str) -> Found:
-        """Ask a job to end and wait until it has. Raises `IncompleteError` if it does not."""
-        self.ask(lambda: self.client.stop_job(submission_id))
+        """Ask a job to end and wait until it has. Raises `IncompleteError` if it does not, or was lost."""
+        with contextlib.suppress(AnswerError):  # if there is no such job, that is seen next
+            self.ask(lambda: self.client.stop_job(submission_id))
         patience = STOP_WAIT_SECONDS + STOP_MARGIN_SECONDS
         deadline = time.monotonic() + patience
         while not (found := self.known(submission_id)).has_ended:

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import cast
@@ -174,6 +174,7 @@ def test_a_log_that_breaks_off_is_opened_again(
     assert capsys.readouterr().out == "one\ntwo\n", "shown while the job ran, and once"
 
 
-def test_a_job_that_its_head_forgot_is_incomplete(server: Answers) -> None:
+@pytest.mark.parametrize("call", [Server.known, Server.stop, Server.logs])
+def test_a_job_that_its_head_forgot_is_incomplete(call: Callable[[Server, str], object], server: Answers) -> None:
     with pytest.raises(IncompleteError, match="x-1: the cluster does not know it any more: its head was started anew"):
-        reach(server.url).known("x-1")
+        call(reach(server.url), "x-1")
