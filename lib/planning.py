@@ -195,6 +195,8 @@ def split_finished(shards: pa.Table, objects: pa.Table) -> tuple[pa.Table, pa.Ta
         finished[joined["number"].to_numpy()] = True
         del some, made, by_shard, counted, whole, joined
         pa.default_memory_pool().release_unused()
+    if finished.all():  # without a copy
+        return shards, shards.slice(0, 0)
     return shards.filter(pa.array(finished)), shards.filter(pa.array(~finished))
 
 

@@ -96,7 +96,7 @@ class Published:
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The manifest, or some columns of it."""
-        return pq.read_table(io.BytesIO(self.raw), columns=columns, use_threads=False)
+        return pq.read_table(pa.BufferReader(self.raw), columns=columns, use_threads=False)
 
     @property
     def shards(self) -> pa.Table:
@@ -105,14 +105,14 @@ class Published:
 
     def shards_in_parts(self) -> Iterator[pa.Table]:
         """The same, some of it at a time."""
-        file = pq.ParquetFile(io.BytesIO(self.raw))
-        for part in file.iter_batches(65_536, columns=["shard", "identity"], use_threads=False):
+        file = pq.ParquetFile(pa.BufferReader(self.raw))
+        for part in file.iter_batches(8_192, columns=["shard", "identity"], use_threads=False):
             yield pa.table(part)
 
     @property
     def metadata(self) -> dict[bytes, bytes]:
         """The manifest's key-value metadata."""
-        return pq.read_schema(io.BytesIO(self.raw)).metadata or {}
+        return pq.read_schema(pa.BufferReader(self.raw)).metadata or {}
 
 
 def read_published(output: Store) -> Published | None:
