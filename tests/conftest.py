@@ -31,7 +31,7 @@ import torch
 
 from jobs.demo_store import LoopbackS3
 from tests import fakes
-from tests.preloaded import Preloaded, preloaded
+from tests.preloaded import Preloaded, preloaded_workers
 from tests.proxy import FaultyProxy
 
 hypothesis.settings.register_profile("textsweep", deadline=None, max_examples=60)
@@ -64,7 +64,7 @@ def s3(environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def forked_workers(s3: LoopbackS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
     """Workers of every Ray that a test starts in this process are forked, not started."""
-    with preloaded(tmp_path_factory.mktemp("workers")) as process:
+    with preloaded_workers(tmp_path_factory.mktemp("workers")) as process:
         yield process
 
 

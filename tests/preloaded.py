@@ -3,12 +3,12 @@
 A worker that runs a model imports torch, transformers and OpenVINO for 6 s of processor time, a driver for 3 s, and a session of
 tests starts hundreds of them. Here Ray starts `preloaded_worker` instead of its own `setup_worker.py`. It hands its arguments, its
 environment and its streams to the process below, which forks the worker; if one of the two is killed, so is the other. A test
-starts drivers with `Preloaded.start`.
+starts drivers with `Preloaded.start`, of another such process.
 
 Not the same as for users: a worker's parent is that process and not the raylet (`raylets` says which worker is whose), and all have
 one hash seed. Jobs that tests start with `subprocess`, with a Ray of their own, are as users have them.
 
-Ray itself is imported behind the fork only: it reads RAY_JOB_ID and RAY_RAYLET_PID once, when it is imported.
+Workers import Ray itself behind the fork only: it reads RAY_JOB_ID and RAY_RAYLET_PID once, when it is imported. Drivers have neither.
 """
 
 import array
@@ -120,25 +120,31 @@ class Preloaded:
 
 
 @contextlib.contextmanager
-def preloaded(folder: Path) -> Iterator[Preloaded]:
-    """Every Ray node that is started inside has forked workers. `folder` is an empty one."""
-    from ray._private import ray_constants  # here, for the process that forks must not import it
-
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.preloaded", str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+def preloaded(folder: Path, *modules: str) -> Iterator[Preloaded]:
+    """A process that forks, and has imported some more modules. `folder` is an empty one."""
+    command = [sys.executable, "-m", "tests.preloaded", str(folder), *modules]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        shim = str(Path(__file__).with_name("preloaded_worker.py"))
-        with (
-            # Ray joins the name to a folder of its own, which an absolute path replaces.
-            mock.patch.object(ray_constants, "SETUP_WORKER_FILENAME", shim),
-            mock.patch.dict(os.environ, {SOCKET: str(folder / "socket")}),
-        ):
-            yield Preloaded(process, folder)
+        yield Preloaded(process, folder)
     finally:
         process.communicate()  # its input ends, and so does it
+
+
+@contextlib.contextmanager
+def preloaded_workers(folder: Path) -> Iterator[Preloaded]:
+    """Every Ray node that is started inside has forked workers."""
+    from ray._private import ray_constants  # here, for the process that forks must not import it
+
+    shim = str(Path(__file__).with_name("preloaded_worker.py"))
+    with (
+        preloaded(folder) as process,
+        # Ray joins the name to a folder of its own, which an absolute path replaces.
+        mock.patch.object(ray_constants, "SETUP_WORKER_FILENAME", shim),
+        mock.patch.dict(os.environ, {SOCKET: str(folder / "socket")}),
+    ):
+        yield process
 
 
 @dataclass
@@ -257,6 +263,8 @@ if __name__ == "__main__":
         importlib.import_module(name)
     import_openvino()
     assert "ray" not in sys.modules
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()
     become(Server(Path(sys.argv[1])).serve())

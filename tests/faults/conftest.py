@@ -10,7 +10,7 @@ from jobs.demo_store import LoopbackS3
 from tests import fakes
 from tests.faults.harness import ROWS, SHARDS, Bench, check_nothing_lost, scoring
 from tests.integration.test_equality import real_texts
-from tests.preloaded import Preloaded
+from tests.preloaded import Preloaded, preloaded
 
 Played = dict[str, Any]
 """One run of a scenario: its name, seed, faults that happened, seconds, and what was violated ('' for nothing)."""
@@ -45,9 +45,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session")
 def damaged(forked_workers: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """One cluster for all fault tests; use `bench`."""
-    made = Bench(tmp_path_factory.mktemp("bench"), forked_workers)
-    yield made
-    made.close()
+    with preloaded(tmp_path_factory.mktemp("drivers"), "jobs.score", "time_machine") as drivers:
+        made = Bench(tmp_path_factory.mktemp("bench"), forked_workers, drivers)
+        yield made
+        made.close()
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ def training(bench: Bench, url: str, name: str, **resources: int) -> Iterator[Jo
         "output.path": f"{url}/{name}",
         **{f"resources.{key}": value for key, value in resources.items()},
     }
-    with running(bench, "jobs.train", [f"{key}={value}" for key, value in values.items()], name) as job:
+    settings = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    with running(bench, "jobs.train", [*settings, "--run-id", name], name) as job:
         yield job
 
 

@@ -68,7 +68,7 @@ def play_scene(scenario: Scenario, scene: Scene, undamaged: pa.Table) -> int:
         killed=ending.killed,
         zombies=scene.zombies,
     )
-    check_idempotent(scene.s3, scene.bench, scene.archive, scene.model, scene.output)
+    check_idempotent(scene.s3, scene.archive, scene.model, scene.output)
     return ending.faults
 
 
@@ -104,7 +104,7 @@ def test_a_driver_killed_at_many_random_points(
             kept = objects
         assert code == 0, job.text
         check_nothing_lost(archive, output, faults=run - 1, exit_code=0, run_id=f"run-{run}", killed=True)
-        check_idempotent(s3, bench, archive, classifier, output)
+        check_idempotent(s3, archive, classifier, output)
         with capsys.disabled():
             print(f"\n{killed} drivers killed; 200 shards done after {run} runs, nothing lost", flush=True)
 
