@@ -5,10 +5,10 @@ tests starts hundreds of them. Here Ray starts `preloaded_worker` instead of its
 environment and its streams to the process below, which forks the worker; if one of the two is killed, so is the other. A test
 starts drivers with `Preloaded.start`, of another such process.
 
-Not the same as for users: a worker's parent is that process and not the raylet (`raylets` says which worker is whose), and all have
+Not the same as for users: a worker's parent is such a process and not the raylet (`raylets` says which worker is whose), and all have
 one hash seed. Jobs that tests start with `subprocess`, with a Ray of their own, are as users have them.
 
-Workers import Ray itself behind the fork only: it reads RAY_JOB_ID and RAY_RAYLET_PID once, when it is imported. Drivers have neither.
+Workers are forked from one such process for each job and node, since Ray reads RAY_JOB_ID and RAY_RAYLET_PID once, when it is imported.
 """
 
 import array
@@ -47,6 +47,12 @@ MODULES = (
     "google.protobuf.json_format",
 )
 """What workers and drivers import, as far as it does not import Ray."""
+
+
+WORKER_MODULES = ("lib.pipeline", "lib.actors", "ray._private.async_compat", "ray._private.runtime_env.setup_hook")
+"""What a worker imports beside those, Ray among it."""
+
+IDLE_SECONDS = 20.0
 
 
 class Forked:
@@ -149,35 +155,81 @@ def preloaded_workers(folder: Path) -> Iterator[Preloaded]:
 
 @dataclass
 class Server:
-    """Forks on request until its standard input ends."""
+    """Forks on request until its standard input ends.
+
+    The first one forks drivers, and for each job's workers on a node another server, which imports Ray and forks those: Ray reads
+    RAY_JOB_ID and RAY_RAYLET_PID once, when it is imported. That one ends when it has had no process for a while.
+    """
 
     folder: Path
+    listener: socket.socket
+    is_first: bool = True
     selector: selectors.DefaultSelector = field(default_factory=selectors.DefaultSelector)
+    others: dict[str, int] = field(default_factory=dict)
+    """the writing end of the other servers' standard input, by their addresses"""
 
     def serve(self) -> dict[str, Any]:
         """Return in every forked process, with what it was asked for."""
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(self.folder / "socket"))
-        listener.listen(64)
-        self.selector.register(listener, selectors.EVENT_READ)
+        self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(sys.stdin, selectors.EVENT_READ)
-        print("ready", flush=True)
         while True:
-            for key, _ in self.selector.select():
+            events = self.selector.select(None if self.is_first else IDLE_SECONDS)
+            if not events and not any(key.data for key in self.selector.get_map().values()):
+                self.end()
+            for key, _ in events:
                 if key.fileobj is sys.stdin:
                     self.end()
-                elif key.fileobj is listener:
-                    if (request := self.fork(listener.accept()[0])) is not None:
+                elif key.fileobj is self.listener:
+                    if (request := self.take(self.listener.accept()[0])) is not None:
                         return request
                 elif self.selector.get_map().get(key.fd) == key:
                     self.part(*key.data)
 
-    def fork(self, asker: socket.socket) -> dict[str, Any] | None:
-        """Start a process; None in the parent."""
+    def take(self, asker: socket.socket) -> dict[str, Any] | None:
+        """Start a process, or say who does; None in the parent."""
         size, ancillary, *_ = asker.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
         streams = array.array("i", ancillary[0][2])
         with asker.makefile("rb") as source:
             request: dict[str, Any] = json.loads(source.read(int.from_bytes(size, "big")))
+        if self.is_first and "module" not in request:
+            for stream in streams:
+                os.close(stream)
+            return self.send_on(asker, request["environment"])
+        return self.fork(asker, streams, request)
+
+    def send_on(self, asker: socket.socket, environment: dict[str, str]) -> dict[str, Any] | None:
+        """Tell the address of the server for a job's workers on a node; in that server, or what it forks, as `serve`."""
+        address = self.folder / f"of-{environment.get('RAY_JOB_ID')}-{environment.get('RAY_RAYLET_PID')}"
+        if not address.exists():
+            if (old := self.others.pop(str(address), None)) is not None:
+                os.close(old)
+            listener = listen(address)
+            reading, writing = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                asker.close()
+                self.let_go()
+                os.close(writing)
+                os.dup2(reading, 0)
+                os.close(reading)
+                os.environ.clear()
+                os.environ.update(environment)
+                for name in WORKER_MODULES:
+                    importlib.import_module(name)
+                gc.freeze()
+                return Server(self.folder, listener, is_first=False).serve()
+            os.close(reading)
+            listener.close()
+            self.others[str(address)] = writing
+            life = os.pidfd_open(pid)
+            self.selector.register(life, selectors.EVENT_READ, (pid, life, None))
+        with contextlib.suppress(OSError):
+            asker.sendall(f"{address}\n".encode())
+        asker.close()
+        return None
+
+    def fork(self, asker: socket.socket, streams: "array.array[int]", request: dict[str, Any]) -> dict[str, Any] | None:
+        """Start a process; None in the parent."""
         pid = os.fork()
         if pid == 0:
             for number, stream in enumerate(streams):
@@ -205,23 +257,36 @@ class Server:
             elif isinstance(key.fileobj, int):
                 os.close(key.fileobj)
         self.selector.close()
+        for writing in self.others.values():
+            os.close(writing)
 
-    def part(self, pid: int, life: int, asker: socket.socket) -> None:
+    def part(self, pid: int, life: int, asker: socket.socket | None) -> None:
         """The process is dead, or whoever asked for it: so is the other one now."""
-        for one in (asker, life):
-            self.selector.unregister(one)
-        os.kill(pid, signal.SIGKILL)
+        self.selector.unregister(life)
+        if asker is not None:
+            self.selector.unregister(asker)
+            os.kill(pid, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         os.close(life)
-        with contextlib.suppress(OSError):
-            asker.sendall(f"{code}\n".encode())
-        asker.close()
+        if asker is not None:
+            with contextlib.suppress(OSError):
+                asker.sendall(f"{code}\n".encode())
+            asker.close()
 
     def end(self) -> None:
         """Leave nothing behind."""
-        for pid in {key.data[0] for key in self.selector.get_map().values() if key.data is not None}:
+        Path(self.listener.getsockname()).unlink(missing_ok=True)
+        for pid in {key.data[0] for key in self.selector.get_map().values() if key.data and key.data[2]}:
             os.kill(pid, signal.SIGKILL)
-        sys.exit()
+        os._exit(0)
+
+
+def listen(address: Path) -> socket.socket:
+    """A socket that waits for askers."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(address))
+    listener.listen(64)
+    return listener
 
 
 def become(request: dict[str, Any]) -> None:
@@ -267,4 +332,7 @@ if __name__ == "__main__":
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    become(Server(Path(sys.argv[1])).serve())
+    first = Path(sys.argv[1])
+    listener = listen(first / "socket")
+    print("ready", flush=True)
+    become(Server(first, listener).serve())

@@ -23,9 +23,25 @@ request = {
     "parent": os.getppid(),
 }
 raw = json.dumps(request).encode()
-with socket.socket(socket.AF_UNIX) as server:
-    server.connect(os.environ["PRELOADED_WORKERS"])
-    server.sendmsg([len(raw).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
-    server.sendall(raw)
-    while server.recv(64):  # until the worker ends
-        pass
+
+
+def ask(address: str) -> str:
+    """Hand over our streams, and wait for the worker's end; returns the first line of the answer, if there was one."""
+    said = b""
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.connect(address)
+            server.sendmsg(
+                [len(raw).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
+            )
+            server.sendall(raw)
+            while part := server.recv(4096):
+                said += part
+    except OSError:
+        pass  # it has ended just now, having had nothing to do
+    return said.partition(b"\n")[0].decode()
+
+
+while address := ask(os.environ["PRELOADED_WORKERS"]):
+    if ask(address):
+        break

@@ -88,7 +88,8 @@ class Bench:
 
     def raylet_of(self, worker: psutil.Process) -> int | None:
         """The process id of the raylet that a worker belongs to; None for other processes."""
-        return self.forked.raylets.get(worker.pid) if worker.ppid() == self.forked.process.pid else None
+        is_ours = self.forked.process.pid in [process.pid for process in worker.parents()]
+        return self.forked.raylets.get(worker.pid) if is_ours else None
 
     def close(self) -> None:
         """End all nodes."""
