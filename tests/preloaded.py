@@ -28,6 +28,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -214,9 +215,7 @@ class Server:
                 os.close(reading)
                 os.environ.clear()
                 os.environ.update(environment)
-                for name in WORKER_MODULES:
-                    importlib.import_module(name)
-                gc.freeze()
+                import_with_ray(WORKER_MODULES)
                 return Server(self.folder, listener, is_first=False).serve()
             os.close(reading)
             listener.close()
@@ -289,6 +288,22 @@ def listen(address: Path) -> socket.socket:
     return listener
 
 
+def import_with_ray(names: Sequence[str]) -> None:
+    """Import what imports Ray, without drawing an id.
+
+    Ray's generator is seeded by its first use, which imports of actors' classes are: all forked processes would draw the same ids.
+    Two drivers at once did, and one died of it.
+    """
+    import ray.actor
+
+    real = ray.actor.ActorClassID  # type: ignore[attr-defined]
+    drawn = SimpleNamespace(from_random=lambda: real(os.urandom(real.size())))
+    with mock.patch.object(ray.actor, "ActorClassID", drawn):
+        for name in names:
+            importlib.import_module(name)
+    gc.freeze()
+
+
 def become(request: dict[str, Any]) -> None:
     """Run a module or Ray's worker here, as if Python had just been started with these arguments in that environment."""
     import numpy as np
@@ -328,10 +343,10 @@ if __name__ == "__main__":
         importlib.import_module(name)
     import_openvino()
     assert "ray" not in sys.modules
-    for name in sys.argv[2:]:
-        importlib.import_module(name)
     gc.collect()
     gc.freeze()
+    if sys.argv[2:]:
+        import_with_ray(sys.argv[2:])
     first = Path(sys.argv[1])
     listener = listen(first / "socket")
     print("ready", flush=True)
