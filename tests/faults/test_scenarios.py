@@ -20,8 +20,9 @@ from jobs.demo_store import LoopbackS3
 from lib.storage import open_store
 from tests import fakes
 from tests.faults.conftest import Played, make_shards
-from tests.faults.harness import Bench, Reader, check_idempotent, check_nothing_lost, check_unpublished, scoring
+from tests.faults.harness import Bench, Job, Reader, check_idempotent, check_nothing_lost, check_unpublished, scoring
 from tests.faults.scenarios import SCENARIOS, Scenario, Scene
+from tests.waiting import wait_until
 
 ALWAYS = "node replaced, everything for 5%"
 """Part of every test run, beside `test_killed`, `test_rescore` and `test_poison`, whose rows kill actors."""
@@ -30,6 +31,9 @@ KILLS = int(os.environ.get("KILLS", "100"))
 
 SEEDS = int(os.environ.get("SEEDS", "1"))
 FIRST_SEED = int(os.environ.get("FIRST_SEED", "0"))
+
+SHARE_OF_STARTS = 0.2
+"""Of the drivers that are killed at many points, those that are before they have done anything, as far as chance has it."""
 
 SLOW_SECONDS = 200
 """A scenario that takes longer keeps what its runs printed: most take 30 to 100 on two cores."""
@@ -82,31 +86,57 @@ def test_a_driver_killed_at_many_random_points(
     bench: Bench, s3: LoopbackS3, classifier: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """200 small shards, run and killed until they are done; then all over again, until `KILLS` drivers have died."""
-    chance, killed, nights = random.Random(0), 0, 0
+    chance, nights = random.Random(0), 0
+    points: list[int] = []
+    """how many objects were there when each driver died"""
     url = s3.bucket()
     archive = f"{url}/archive"
     fakes.write_archive(archive, make_shards(200, 20))
-    while killed < KILLS:
+    while len(points) < KILLS:
         nights += 1
-        output, code, kept, run = f"{url}/scores-{nights}", None, 0, 0
+        output, code, kept, run, died = f"{url}/scores-{nights}", None, 0, 0, 0
         while code is None:
             run += 1
             with scoring(bench, archive, classifier, output, run_id=f"run-{run}") as job:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    code = job.process.wait(chance.uniform(0.5, 15) if killed < KILLS else 600)
+                code = job.wait(600) if len(points) == KILLS else ends_before(job, output, kept, chance)
                 job.process.kill()
-            killed += code is None
-            if code is None:
                 job.process.wait()
-                check_unpublished(output, f"run-{run}")
-            objects = sum("-of-" in path for path in open_store(output).list()["path"].to_pylist())
+            objects = num_objects(output)
             assert kept <= objects <= 200, "what was finished is kept"
             kept = objects
+            if code is None:
+                died += 1
+                points.append(objects)
+                if f"/_runs/run-{run}/" in (open_store(output).read("_published.json") or b"").decode():
+                    code = 0  # it died behind its last step
+                else:
+                    check_unpublished(output, f"run-{run}")
         assert code == 0, job.text
-        check_nothing_lost(archive, output, faults=run - 1, exit_code=0, run_id=f"run-{run}", killed=True)
+        if died:
+            check_nothing_lost(archive, output, faults=died, exit_code=0, run_id=f"run-{run}", killed=True)
         check_idempotent(s3, archive, classifier, output)
         with capsys.disabled():
-            print(f"\n{killed} drivers killed; 200 shards done after {run} runs, nothing lost", flush=True)
+            print(f"\n{len(points)} drivers killed; 200 shards done after {run} runs, nothing lost", flush=True)
+    with capsys.disabled():
+        print(f"objects that were there when a driver died: {sorted(points)}", flush=True)
+    assert sum(0 < point < 200 for point in points) >= KILLS // 2, "most must die in the middle of the work"
+
+
+def ends_before(job: Job, output: str, kept: int, chance: random.Random) -> int | None:
+    """The exit code of a job that ends before a random point: a time in its start, or some objects more than were `kept`."""
+    seconds = chance.uniform(0.5, 8)
+    if chance.random() > SHARE_OF_STARTS:
+        more = kept + chance.randint(1, 60)
+        wait_until(lambda: job.process.poll() is not None or num_objects(output) >= more, "some work", 240)
+        seconds = chance.uniform(0, 1)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return job.process.wait(seconds)
+    return None
+
+
+def num_objects(output: str) -> int:
+    """How many objects a version has."""
+    return sum("-of-" in path for path in open_store(output).list()["path"].to_pylist())
 
 
 @pytest.mark.trial
