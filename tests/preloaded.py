@@ -102,7 +102,8 @@ class Preloaded:
     @property
     def raylets(self) -> dict[int, int]:
         """The process id of the raylet that each worker belongs to, by the worker's; dead workers too."""
-        return {int(path.name): int(path.read_text()) for path in self.folder.glob("[0-9]*")}
+        read = {path.name: path.read_text() for path in self.folder.glob("[0-9]*")}
+        return {int(worker): int(raylet) for worker, raylet in read.items() if raylet}  # one may be about to be written
 
     def start(
         self, module: str, arguments: Sequence[str], environment: dict[str, str], folder: Path, log: Path
