@@ -135,12 +135,14 @@ def stop_driver(scene: Scene) -> Ending:
 
 
 def kill_actors(scene: Scene, times: int = 1) -> Ending:
-    """All predictor actors die."""
+    """All predictor actors die, so many times or as often as there are any before all is done."""
     killed = 0
     with scene.job() as job:
         for _ in range(times):
             scene.wait_for_some(job)
-            wait_until(lambda: bool(scene.bench.workers("PredictBlock")), "actors", 120)
+            wait_until(
+                lambda: bool(scene.bench.workers("PredictBlock")) or job.process.poll() is not None, "actors", 120
+            )
             for victim in scene.bench.workers("PredictBlock"):
                 victim.send_signal(signal.SIGKILL)
                 killed += 1
