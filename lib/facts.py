@@ -115,9 +115,11 @@ def check_weights(folder: str, key: str, shown: str, trust: Trust) -> None:
 def check_readable(folder: str, shown: str) -> None:
     """Raise `UsageError` if weights are cut off or no safetensors at all: their headers say how long they must be. Loads none.
 
-    The same if the list of which file holds which weight is none.
+    The same if the list of which file holds which weight is none, where transformers reads it: beside one file it does not.
     """
     for index in sorted(Path(folder).glob("*.index.json")):
+        if Path(str(index).removesuffix(".index.json")).exists():
+            continue
         try:
             listed = isinstance(json.loads(index.read_bytes())["weight_map"], dict)
         except (ValueError, KeyError, TypeError):
