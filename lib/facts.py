@@ -117,16 +117,18 @@ def check_readable(folder: str, shown: str) -> None:
 
     The same if the list of which file holds which weight is none, where transformers reads it: beside one file it does not.
     """
-    for index in sorted(Path(folder).glob("*.index.json")):
-        if Path(str(index).removesuffix(".index.json")).exists():
-            continue
+    index = Path(folder, "model.safetensors.index.json")
+    if index.exists() and not index.with_suffix("").with_suffix("").exists():
         try:
-            listed = isinstance(json.loads(index.read_bytes())["weight_map"], dict)
-        except (ValueError, KeyError, TypeError):
+            read = json.loads(index.read_bytes())
+            listed = isinstance(read["metadata"], dict) and all(
+                isinstance(one, str) for one in read["weight_map"].values()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
             listed = False
         if not listed:
             raise UsageError(
-                f"{shown}: {index.name} ({index.stat().st_size:,} bytes) is not what it should be, JSON with a weight_map: it is damaged,"
+                f"{shown}: {index.name} ({index.stat().st_size:,} bytes) is not what it should be, JSON with metadata and a weight_map: it is damaged,"
                 " or was not copied whole; get it again from where it came"
             )
     for path in sorted(Path(folder).glob("*.safetensors")):

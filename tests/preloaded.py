@@ -6,7 +6,7 @@ environment and its streams to the process below, which forks the worker; if one
 starts drivers with `Preloaded.start`, of another such process.
 
 Not the same as for users: a worker's parent is such a process and not the raylet (`raylets` says which worker is whose), and all have
-one hash seed. Jobs that tests start with `subprocess`, with a Ray of their own, are as users have them.
+one hash seed; what is read from the environment at an import is what a node's first worker of the job had. Jobs that tests start with `subprocess`, with a Ray of their own, are as users have them.
 
 Workers are forked from one such process for each job and node, since Ray reads RAY_JOB_ID and RAY_RAYLET_PID once, when it is imported.
 """
@@ -190,9 +190,18 @@ class Server:
     def take(self, asker: socket.socket) -> dict[str, Any] | None:
         """Start a process, or say who does; None in the parent."""
         size, ancillary, *_ = asker.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
+        if not ancillary:  # it died before it asked
+            asker.close()
+            return None
         streams = array.array("i", ancillary[0][2])
         with asker.makefile("rb") as source:
-            request: dict[str, Any] = json.loads(source.read(int.from_bytes(size, "big")))
+            raw = source.read(int.from_bytes(size, "big"))
+        if len(raw) < int.from_bytes(size, "big"):  # or while it did
+            for stream in streams:
+                os.close(stream)
+            asker.close()
+            return None
+        request: dict[str, Any] = json.loads(raw)
         if self.is_first and "module" not in request:
             for stream in streams:
                 os.close(stream)

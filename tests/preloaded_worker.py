@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+import time
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--serialized-runtime-env-context", default="{}")
@@ -42,6 +43,7 @@ def ask(address: str) -> str:
     return said.partition(b"\n")[0].decode()
 
 
-while address := ask(os.environ["PRELOADED_WORKERS"]):
-    if ask(address):
+for _ in range(100):
+    if not (address := ask(os.environ["PRELOADED_WORKERS"])) or ask(address):
         break
+    time.sleep(0.1)

@@ -139,6 +139,8 @@ def kill_actors(scene: Scene, times: int = 1) -> Ending:
     killed = 0
     with scene.job() as job:
         for _ in range(times):
+            if killed and job.process.poll() is not None:
+                break
             scene.wait_for_some(job)
             wait_until(
                 lambda: bool(scene.bench.workers("PredictBlock")) or job.process.poll() is not None, "actors", 120

@@ -102,6 +102,11 @@ def list_in_half_a_file(weights: Path) -> None:
     weights.with_name("model.safetensors.index.json").write_text(index[: len(index) // 2])
 
 
+def list_without_metadata(weights: Path) -> None:
+    list_in_half_a_file(weights)
+    weights.with_name("model.safetensors.index.json").write_text('{"weight_map": {}}')
+
+
 def list_nothing(weights: Path) -> None:
     list_in_half_a_file(weights)
     weights.with_name("model.safetensors.index.json").write_text("[]")
@@ -120,8 +125,9 @@ UNREADABLE = r"model\.safetensors \([\d,]+ bytes\) cannot be read as safetensors
         (shorten_the_head, r"weights are missing or have another shape .*not trained as a classifier"),
         (
             list_in_half_a_file,
-            r"index\.json \([\d,]+ bytes\) is not what it should be, JSON with a weight_map.*get it again",
+            r"index\.json \([\d,]+ bytes\) is not what it should be, JSON with metadata and a weight_map.*get it again",
         ),
+        (list_without_metadata, r"index\.json \(18 bytes\) is not what it should be"),
         (list_nothing, r"index\.json \(2 bytes\) is not what it should be"),
         (rename, r"not all there: .*no file named model\.safetensors.*get the whole folder again"),
     ],
