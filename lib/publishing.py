@@ -40,6 +40,9 @@ FOOTER_KEY = b"textsweep"
 FOOTER_READERS = 16
 """Threads that read footers of finished objects which no record holds."""
 
+PART_ROWS = 8_192
+"""Of a manifest that is read in parts: joins of 65,536 took 32 MB more (`tests.benchmarks.planning`)."""
+
 MANIFEST_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -106,7 +109,7 @@ class Published:
     def shards_in_parts(self) -> Iterator[pa.Table]:
         """The same, some of it at a time."""
         file = pq.ParquetFile(pa.BufferReader(self.raw))
-        for part in file.iter_batches(8_192, columns=["shard", "identity"], use_threads=False):
+        for part in file.iter_batches(PART_ROWS, columns=["shard", "identity"], use_threads=False):
             yield pa.table(part)
 
     @property

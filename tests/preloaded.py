@@ -6,7 +6,8 @@ environment and its streams to the process below, which forks the worker; if one
 starts drivers with `Preloaded.start`, of another such process.
 
 Not the same as for users: a worker's parent is such a process and not the raylet (`raylets` says which worker is whose), and all have
-one hash seed; what is read from the environment at an import is what a node's first worker of the job had. Jobs that tests start with `subprocess`, with a Ray of their own, are as users have them.
+one hash seed; what is read from the environment at an import is what a node's first worker of the job had. Jobs that tests start
+with `subprocess`, with a Ray of their own, are as users have them.
 
 Workers are forked from one such process for each job and node, since Ray reads RAY_JOB_ID and RAY_RAYLET_PID once, when it is imported.
 """
@@ -49,11 +50,11 @@ MODULES = (
 )
 """What workers and drivers import, as far as it does not import Ray."""
 
-
 WORKER_MODULES = ("lib.pipeline", "lib.actors", "ray._private.async_compat", "ray._private.runtime_env.setup_hook")
 """What a worker imports beside those, Ray among it."""
 
 IDLE_SECONDS = 20.0
+"""How long a server for a job's workers waits for the next one when it has none."""
 
 
 class Forked:
