@@ -9,6 +9,7 @@ import json
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -26,7 +27,7 @@ from lib.blocks import Footer, ScoreJob
 from lib.checkpoint import fetch
 from lib.cost import Meter
 from lib.course import FINISHING
-from lib.errors import BudgetError, UsageError
+from lib.errors import BudgetError, UsageError, say
 from lib.outcome import Outcome
 from lib.planning import MAX_WAVE_BLOCKS, Block, Chunk, bundle, chunks_of, identity, select_rows
 from lib.progress import Counts, end_actors, read_progress, start_progress
@@ -54,6 +55,9 @@ FIRST_READERS = 2
 
 IN_FLIGHT_BLOCKS = 2
 """Blocks waiting at each actor while it scores one: it is never idle, and one lost worker costs no more."""
+
+LEAVE_SECONDS, LEAVE_POLL_SECONDS = 20.0, 0.05
+"""Until the pipeline's threads have ended, which takes well under a second as a rule; a stopped job has 40 s in all."""
 
 
 @contextlib.contextmanager
@@ -150,12 +154,17 @@ def operator_names(dataset: Dataset) -> list[str]:
     return names[::-1]
 
 
-def consume(dataset: Dataset, inbox: "queue.Queue[dict[str, Any] | Exception | None]") -> None:
-    """Pull results off the pipeline until it ends, in a thread of its own, so that the main thread can print and be stopped."""
+def consume(dataset: Dataset, executor: Any, inbox: "queue.Queue[dict[str, Any] | Exception | None]") -> None:
+    """Pull results off the pipeline until it ends, in a thread of its own, so that the main thread can print and be stopped.
+
+    Not with `iter_batches`: it tells which executor it has only after the first result, and has four more threads inside Ray.
+    """
     try:
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for text in pa.table(table)["result"].to_pylist():
-                inbox.put(json.loads(text))
+        for bundle in dataset._build_bundle_iterator(executor):
+            for block in bundle.blocks:
+                results: pa.Table = ray.get(block.ref)  # type: ignore[call-overload]
+                for text in results["result"].to_pylist():
+                    inbox.put(json.loads(text))
     except Exception as error:  # noqa: BLE001 - handed to the main thread, which raises it
         inbox.put(error)
     else:
@@ -285,7 +294,9 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
     assert len(operators) == 3, f"expected reader, predictor and writer, Ray planned {operators}"
     before = read_progress(run.progress) or Counts()
     inbox: queue.Queue[dict[str, Any] | Exception | None] = queue.Queue()
-    threading.Thread(target=consume, args=(dataset, inbox), daemon=True).start()
+    executor = dataset._create_executor()
+    consumer = threading.Thread(target=consume, args=(dataset, executor, inbox), daemon=True)
+    consumer.start()
     watch = Watch(run)
     try:
         while True:
@@ -311,9 +322,22 @@ def run_blocks(run: Running, blocks: Sequence[Block]) -> bool:
         run.outcome.counts = read_progress(run.progress) or run.outcome.counts
         raise explain_ray_error(error, run.outcome.counts) from error
     finally:
-        if dataset._current_executor is not None:
-            dataset._current_executor.shutdown(force=True)
+        leave(executor, consumer)
         end_actors(run.progress)
+
+
+def leave(executor: Any, consumer: threading.Thread) -> None:
+    """End the pipeline and wait for its two threads.
+
+    Ray 2.60: a thread that waits inside Ray while another one leaves it ends the process, with exit code 1 and without a word.
+    """
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while consumer.is_alive() or executor.is_alive():
+        if time.monotonic() > deadline:
+            say(f"WARNING: Ray Data has not ended within {LEAVE_SECONDS:g} s; this process may end with exit code 1")
+            return
+        executor.shutdown(force=True)  # does nothing before the consumer has started it, and the second time
+        consumer.join(LEAVE_POLL_SECONDS)
 
 
 def note_waiting(run: Running, inbox: "queue.Queue[dict[str, Any] | Exception | None]") -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -28,7 +29,7 @@ from jobs import score
 from jobs.demo_store import LoopbackS3
 from lib import checkpoint, pipeline, tasks
 from lib.config import validate
-from lib.errors import IncompleteError, OverLimitError, UsageError
+from lib.errors import IncompleteError, OverLimitError, StoppedError, UsageError
 from lib.outcome import Outcome
 from lib.planning import Chunk
 from lib.progress import read_progress, start_progress
@@ -564,6 +565,36 @@ def test_a_cluster_without_a_free_cpu_ends_as_a_stall_that_says_so(
     )
     assert "0 of 4 CPUs" in str(stalled.value)
     assert "run the same command again" in str(stalled.value)
+
+
+def test_a_run_that_is_stopped_before_its_first_result_leaves_no_thread_inside_ray(
+    small_archive: str, classifier: str, tmp_path: Path
+) -> None:
+    """One that waits inside Ray when Ray is left ends the process with exit code 1, and nothing is said."""
+    run = prepared(small_archive, classifier, str(tmp_path / "scores"))
+    layout = plan_layout(Cluster((Node(4, 0),)), ScoreResources())
+    before = set(threading.enumerate())
+    seen: list[str] = []
+    squatters: list[Any] = []
+
+    def stop(_: Outcome) -> None:
+        seen.extend(thread.name for thread in threading.enumerate() if thread.name.startswith("StreamingExecutor"))
+        if seen:
+            raise StoppedError("stopped by a test")
+
+    def take_cpus(*arguments: Any) -> Any:
+        squatters.append(Squatter.remote())  # type: ignore[attr-defined]
+        ray.get(squatters[0].ready.remote())
+        return run_blocks(*arguments)
+
+    run_blocks = pipeline.run_blocks
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr(pipeline, "run_blocks", take_cpus)
+        pipeline.score(run.job, run.unfinished, layout, run.config.limits, stop)
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    ray.kill(squatters[0])
+    assert len(seen) == 1
+    assert not [name for name in left if "Executor" in name or "consume" in name or "ray-data" in name], left
 
 
 def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it_and_what_tasks_reported(
