@@ -163,8 +163,9 @@ def consume(dataset: Dataset, executor: Any, inbox: "queue.Queue[dict[str, Any] 
         for bundle in dataset._build_bundle_iterator(executor):
             for block in bundle.blocks:
                 results: pa.Table = ray.get(block.ref)  # type: ignore[call-overload]
-                for text in results["result"].to_pylist():
-                    inbox.put(json.loads(text))
+                if results.num_rows:  # none, and no columns, if nothing of a block was left to score
+                    for text in results["result"].to_pylist():
+                        inbox.put(json.loads(text))
     except Exception as error:  # noqa: BLE001 - handed to the main thread, which raises it
         inbox.put(error)
     else:

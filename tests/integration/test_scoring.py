@@ -567,6 +567,29 @@ def test_a_cluster_without_a_free_cpu_ends_as_a_stall_that_says_so(
     assert "run the same command again" in str(stalled.value)
 
 
+def test_a_block_that_another_run_has_written_meanwhile_is_not_scored_again(
+    small_archive: str, classifier: str, tmp_path: Path
+) -> None:
+    run = prepared(small_archive, classifier, str(tmp_path / "scores"))
+    layout = plan_layout(Cluster((Node(4, 0),)), ScoreResources())
+    store, run_blocks = open_store(str(tmp_path / "scores")), pipeline.run_blocks
+    theirs: dict[str, Any] = {}
+
+    def after_another(mine: Running, blocks: Any) -> bool:
+        another = pipeline.start(run.job, layout, run.config.limits, lambda _: None)
+        run_blocks(another, blocks[:1])
+        theirs.update({name: store.info(name) for name in another.outcome.finished})
+        return run_blocks(mine, blocks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run_blocks", after_another)
+        outcome = pipeline.score(run.job, run.unfinished, layout, run.config.limits, lambda _: None)
+    assert theirs
+    assert {name: store.info(name) for name in theirs} == theirs
+    assert outcome.finished_chunks == outcome.planned_chunks >= len(theirs)
+    assert not outcome.missing
+
+
 def test_a_run_that_is_stopped_before_its_first_result_leaves_no_thread_inside_ray(
     small_archive: str, classifier: str, tmp_path: Path
 ) -> None:
