@@ -338,7 +338,7 @@ def leave(executor: Any, consumer: threading.Thread) -> None:
             say(f"WARNING: Ray Data has not ended within {LEAVE_SECONDS:g} s; this process may end with exit code 1")
             return
         executor.shutdown(force=True)  # does nothing before the consumer has started it, and the second time
-        consumer.join(LEAVE_POLL_SECONDS)
+        (consumer if consumer.is_alive() else executor).join(LEAVE_POLL_SECONDS)
 
 
 def note_waiting(run: Running, inbox: "queue.Queue[dict[str, Any] | Exception | None]") -> None:

@@ -620,6 +620,22 @@ def test_a_run_that_is_stopped_before_its_first_result_leaves_no_thread_inside_r
     assert not [name for name in left if "Executor" in name or "consume" in name or "ray-data" in name], left
 
 
+def test_a_pipeline_that_does_not_end_is_told_and_does_not_hold_the_driver(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The executor is a fake: a thread that ignores its shutdown, beside a consumer that has ended."""
+    monkeypatch.setattr(pipeline, "LEAVE_SECONDS", 0.3)
+    over, ended, asked = threading.Event(), threading.Thread(target=str), []
+    executor: Any = threading.Thread(target=over.wait, daemon=True)
+    executor.shutdown = lambda force: asked.append(force)
+    for one in (executor, ended):
+        one.start()
+    pipeline.leave(executor, ended)
+    over.set()
+    assert "Ray Data has not ended within 0.3 s" in capsys.readouterr().err
+    assert 1 < len(asked) <= 10, "it waits between two looks"
+
+
 def test_a_chunk_that_never_ends_ends_as_a_stall_that_names_it_and_what_tasks_reported(
     small_archive: str, classifier: str, tmp_path: Path
 ) -> None:
