@@ -10,6 +10,7 @@ from lib.cost import Meter
 from lib.errors import BudgetError, ExitCode, UsageError
 from lib.storage import open_store
 from lib.versions import list_runs
+from lib.watch import Running, Watch
 from tests import fakes
 from tests.integration.test_growth import objects
 from tests.integration.test_scoring import read_json, read_predictions, run_score, texts_table
@@ -90,7 +91,17 @@ def test_a_spent_budget_keeps_what_is_done_and_the_next_run_finishes(
     assert b"of a budget of 20" in report
 
 
-def test_a_budget_spent_before_the_first_chunk_says_that_it_was_too_small(tmp_path: Path, classifier: str) -> None:
+def test_a_budget_spent_before_the_first_chunk_says_that_it_was_too_small(
+    tmp_path: Path, classifier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_blocks = pipeline.run_blocks
+
+    def look_first(run: Running, blocks: Any) -> bool:
+        """As if the first chunk took longer than the second until the first look."""
+        Watch(run).look()
+        return run_blocks(run, blocks)
+
+    monkeypatch.setattr(pipeline, "run_blocks", look_first)
     archive, output = str(tmp_path / "archive"), str(tmp_path / "scores")
     fakes.write_archive(archive, {"one.parquet": texts_table(40)})
     with pytest.raises(BudgetError, match=r"1 \(0\.0 MB\) are left; .* not one chunk was finished: raise it"):
