@@ -285,7 +285,6 @@ def textsweep(*settings: str) -> Callable[[str, Path, Path], None]:
             f"model.path={model}",
             f"output.path={output / 'scores'}",
             f"model.max_length={MAX_LENGTH}",
-            "planning.chunk_mb=0.1",
             *settings,
         ]
         sys.argv = ["jobs.score", *(word for value in values for word in ("--set", value)), "--run-id", "bench"]

@@ -1,5 +1,7 @@
 """The forecast's arithmetic: blocks on actors, waves, the driver's part, which speed is believed, and what a cluster costs."""
 
+import platform
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from lib.forecast import (
 )
 from lib.runtime import Cluster, Node, plan_layout
 from lib.score_config import ForecastSection, ScoreResources
-from lib.throughput import Device, Throughput
+from lib.throughput import Device, Throughput, processor_name
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=50), st.integers(1, 9))
@@ -174,3 +176,28 @@ def test_a_table_of_speeds_is_read_by_the_device() -> None:
     with pytest.raises(UsageError, match=r"forecast\.device = 'L4' does not say which"):
         given_speed(ForecastSection(tokens_per_second=table, device="L4"))
     assert given_speed(ForecastSection()) is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        (
+            ["processor\t: 0", "cpu family\t: 25", "model\t\t: 17", "model name\t: AMD EPYC"],
+            "AMD EPYC (family 25, model 17)",
+        ),
+        (
+            ["processor\t: 0", "cpu family\t: 26", "model\t\t: 2", "model name\t: AMD EPYC"],
+            "AMD EPYC (family 26, model 2)",
+        ),
+        (["processor\t: 0", "model name\t: Cortex"], "Cortex"),
+        (["processor\t: 0"], platform.machine()),
+    ],
+)
+def test_processors_of_one_name_and_two_generations_are_told_apart(lines: list[str], name: str, tmp_path: Path) -> None:
+    """A speed that one of them reached says nothing of the other."""
+    (tmp_path / "cpuinfo").write_text("\n".join(lines))
+    assert processor_name(tmp_path / "cpuinfo") == name
+
+
+def test_a_system_that_does_not_describe_its_processor_gives_its_architecture(tmp_path: Path) -> None:
+    assert processor_name(tmp_path / "missing") == platform.machine()
