@@ -8,7 +8,7 @@ Every system runs in processes of its own, in turn with the others, on all cores
 * the pattern of Ray Data's documentation, a pipeline inside `map_batches`;
 * a flow as NVIDIA's Curator has it: a tokenizer stage that pads to the maximum, a sort inside each task, a fixed number of rows
   (256 is its default), its stages as actors of Ray, and the same without Ray in one process;
-* ONNX Runtime over rows sorted by length, where `onnxruntime` and `onnxscript` are installed; they are no part of the project.
+* ONNX Runtime and OpenVINO over rows sorted by length, where `onnxruntime` and `onnxscript` are installed; they are no part of the project.
 
 Tokens are counted once, by the reference tokenizer and without padding. A system's rate is the tokens of a long archive less
 those of a short one, over the difference of their seconds: start-up, which is given beside it, is in neither. Before any
@@ -229,11 +229,38 @@ def curator_on_ray(batch: int) -> Callable[[str, Path, Path], None]:
     return run
 
 
-def onnx_runtime(batch: int) -> Callable[[str, Path, Path], None]:
-    """Export to ONNX once, then each shard tokenized, sorted by length and scored a few rows at a time, in fp32."""
+Session = Callable[[dict[str, np.ndarray]], np.ndarray]
+"""Inputs (B, L) by name to logits (B, C)."""
+
+
+def onnx_session(path: Path) -> Session:
+    """ONNX Runtime, in fp32."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = os.cpu_count() or 1
+    session = onnxruntime.InferenceSession(path, options)
+    names = [one.name for one in session.get_inputs()]
+    return lambda inputs: session.run(None, {name: inputs[name] for name in names})[0]
+
+
+def openvino_session(precision: str) -> Callable[[Path], Session]:
+    """OpenVINO on the same file, all threads on one forward pass, as it comes."""
+
+    def load(path: Path) -> Session:
+        import openvino
+
+        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+        names = [one.get_any_name() for one in compiled.inputs]
+        return lambda inputs: compiled({name: inputs[name] for name in names})[0]
+
+    return load
+
+
+def exported(load: Callable[[Path], Session], batch: int) -> Callable[[str, Path, Path], None]:
+    """Export to ONNX once, then each shard tokenized, sorted by length and scored a few rows at a time."""
 
     def run(archive: str, model: Path, output: Path) -> None:
-        import onnxruntime
         import torch
         from transformers import AutoTokenizer
 
@@ -250,9 +277,7 @@ def onnx_runtime(batch: int) -> Callable[[str, Path, Path], None]:
                 dynamic_shapes=dict.fromkeys(example, sizes),
                 dynamo=True,
             )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = os.cpu_count() or 1
-        session = onnxruntime.InferenceSession(output.with_suffix(".onnx"), options)
+        session = load(output.with_suffix(".onnx"))
         for shard in sorted(Path(archive).iterdir()):
             texts = texts_of(shard)
             encoded = tokenizer(texts, truncation=True, max_length=MAX_LENGTH)
@@ -261,8 +286,7 @@ def onnx_runtime(batch: int) -> Callable[[str, Path, Path], None]:
             for start in range(0, len(order), batch):
                 rows = order[start : start + batch]
                 picked = {name: [column[row] for row in rows] for name, column in encoded.items()}
-                inputs = tokenizer.pad(picked, return_tensors="np")
-                logits[rows] = session.run(None, {one.name: inputs[one.name] for one in session.get_inputs()})[0]
+                logits[rows] = session(dict(tokenizer.pad(picked, return_tensors="np")))
             scores = torch.from_numpy(logits).softmax(-1).numpy()
             found = [{"label": names[row.argmax()], "score": float(row.max())} for row in scores]
             save(shard, output, found)
@@ -304,7 +328,9 @@ SYSTEMS = {
     "Curator-style, 256 rows": System(curator_on_ray(256), 0.25),
     "Curator-style, 32 rows": System(curator_on_ray(32), 0.25),
     "Curator-style, 32 rows, no Ray": System(curator(32), 0.25),
-    "ONNX Runtime, 16 rows": System(onnx_runtime(16), 0.25),
+    "ONNX Runtime, 16 rows": System(exported(onnx_session, 16), 0.25),
+    "OpenVINO, fp32, 8 rows": System(exported(openvino_session("f32"), 8), 0.5),
+    "OpenVINO, bf16, 8 rows": System(exported(openvino_session("bf16"), 8), 0.5),
     "Textsweep, fp32": System(textsweep("model.precision=fp32")),
     "Textsweep, bf16": System(textsweep("model.precision=bf16")),
     "Textsweep, bf16, S3": System(textsweep("model.precision=bf16"), on_s3=True),
