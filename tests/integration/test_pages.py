@@ -1,5 +1,6 @@
 """Reports and explanations in a browser, Debian's Chromium where it is there: nothing is wider than the page and plots can be read, on a phone too."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lib import drift
@@ -230,6 +232,15 @@ def first_scoring_page() -> str:
     nothing = Outcome().record()
     record |= {"this_run": record["this_run"] | nothing, "new_rows": nothing, "slowest_shards": [], "exit_code": 4}
     return render(record | {"course": Outcome().course.record()}, [])
+
+
+def test_a_training_page_says_of_each_set_what_was_left_out_and_what_was_known_before() -> None:
+    table = next(one for one in pd.read_html(io.StringIO(training_page())) if "known from training" in one)
+    assert table.set_index("set").astype(object).fillna("").astype(str).to_dict("index") == {
+        "train": {"rows": "1234567", "left out": "3 null label, 4 empty text", "known from training": "", "known from validation": ""},
+        "valid": {"rows": "12345", "left out": "", "known from training": "0.0", "known from validation": ""},
+        "test": {"rows": "12345", "left out": "", "known from training": "12.0", "known from validation": "3.0"},
+    }  # fmt: skip
 
 
 def test_a_scoring_page_shows_all_of_a_run_and_no_credentials() -> None:
