@@ -93,11 +93,12 @@ class PackedEngine:
         return self.forward(self.stage(ids, mask, type_ids))
 
     def stage(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> tuple[list[torch.Tensor], int]:
-        """Bring a micro-batch to the GPU: ids and segments (T), offsets (B + 1), and the longest row's tokens."""
+        """Bring a micro-batch to the GPU: ids, segments and positions (T), offsets (B + 1), and the longest row's tokens."""
         lengths = mask.sum(axis=1)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         segments = np.zeros(offsets[-1], np.int64) if type_ids is None else type_ids[mask]
-        return [to_device(one, self.device) for one in (ids[mask], segments, offsets)], int(lengths.max())
+        positions = np.nonzero(mask)[1] + self.model.first_position
+        return [to_device(one, self.device) for one in (ids[mask], segments, positions, offsets)], int(lengths.max())
 
     def forward(self, staged: tuple[list[torch.Tensor], int]) -> torch.Tensor:
         """Begin to compute what was brought."""

@@ -37,15 +37,15 @@ class PackedClassifier(nn.Module):
         self.model.set_attn_implementation(ATTENTION)
         config = self.model.config
         self.first_position = config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
+        """of each row"""
 
-    def forward(self, ids: torch.Tensor, type_ids: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:
-        """Ids and segments (T), where rows begin and the last one ends (B + 1), and the longest row's tokens, to logits (B, C)."""
-        starts = offsets[:-1].long()
-        lengths = offsets.diff()
-        positions = torch.arange(len(ids), device=ids.device) - starts.repeat_interleave(lengths, output_size=len(ids))
+    def forward(
+        self, ids: torch.Tensor, type_ids: torch.Tensor, positions: torch.Tensor, offsets: torch.Tensor, longest: int
+    ) -> torch.Tensor:
+        """Ids, segments and positions (T), where rows begin and the last one ends (B + 1), and the longest row's tokens, to logits (B, C)."""
         states = self.model.base_model(
             input_ids=ids[None],
-            position_ids=positions[None] + self.first_position,
+            position_ids=positions[None],
             token_type_ids=type_ids[None],
             row_offsets=offsets,
             row_longest=longest,

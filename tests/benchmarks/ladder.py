@@ -15,10 +15,12 @@ then, for MiniLM-L6, `jobs.score` in processes of its own: `+ Ray` on local file
 that of a long archive less a short one, so start-up is in neither. `--peers` adds what a user would otherwise run (see peers.py).
 
 Before anything is timed, the engine's scores of 64 texts are compared with plain fp32 transformers, one row at a time. Medians
-and ranges of the repeats are printed, and written as JSON. `engines` gives the forward pass in each engine and precision.
+and ranges of the repeats are printed, and written as JSON. `engines` gives the forward pass in each engine and precision,
+`variants` on a GPU what could make it faster: see variants.py.
 """
 
 import argparse
+import copy
 import datetime
 import functools
 import json
@@ -38,8 +40,8 @@ import torch
 from lib import checkpoint
 from lib.batching import cut_by_tokens, pad
 from lib.config import EngineChoice, PrecisionChoice
-from lib.engine import PackedEngine, TorchEngine
-from lib.model import load_classifier, logits_of
+from lib.engine import EngineError, PackedEngine, TorchEngine
+from lib.model import leave_out_the_unread, load_classifier, logits_of
 from lib.predictor import Predictor
 from lib.reading import check_texts
 from lib.schema import PredictionSchema, RowError, to_results
@@ -53,6 +55,7 @@ from tests.benchmarks.material import (
     make_texts,
     versions,
 )
+from tests.benchmarks.variants import variants
 
 CHECKED_TEXTS = 64
 PROBE_TEXTS, PROBE_TOKENS = 16, 6_000
@@ -244,6 +247,51 @@ def compare_engines(model: Path, regime: str, repeats: int, seconds: float, fold
     }
 
 
+def compare_variants(
+    model: Path, regime: str, repeats: int, seconds: float, folder: Path
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The forward pass with batching of rows without padding, as it is and in each variant; and why others do not run.
+
+    Without a GPU a few short texts, and no FP8, whose matrix products have no fast code there.
+    """
+    loaded = checkpoint.load(str(model), MAX_LENGTH)
+    is_gpu = torch.cuda.is_available()
+    plain = Predictor(loaded, "bf16" if is_gpu else "fp32", "auto" if is_gpu else "torch", None if is_gpu else 512)
+    classifier = load_classifier(loaded.folder, loaded.trust)
+    leave_out_the_unread(classifier)
+    built: dict[str, PackedEngine] = {
+        "packed": PackedEngine(classifier, plain.device, plain.engine.dtype),
+        **variants(classifier, plain.device, plain.engine.dtype, plain.token_budget),
+    }
+    if not is_gpu:
+        built = {name: engine for name, engine in built.items() if "fp8" not in name}
+    texts = make_texts(enough(plain, regime, seconds) if is_gpu else PROBE_TEXTS, REGIMES[regime])
+    rungs, failed = {}, {}
+    for name, engine in built.items():
+        predictor = copy.copy(plain)
+        predictor.engine = engine
+        try:
+            rungs[name] = Rungs(predictor, texts, folder)
+            rungs[name].batch()
+        except (
+            RuntimeError,
+            NotImplementedError,
+            EngineError,
+        ) as error:  # torch's own, of what this GPU or version cannot do
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            del rungs[name]
+    timed = in_turn({name: one.batch for name, one in rungs.items()}, repeats)
+    checked = next(iter(rungs.values())).texts.slice(0, CHECKED_TEXTS)
+    found = {
+        name: {
+            **summary(one.num_tokens, timed[name]),
+            **distance(one.predictor, one.tokenizer.encode(checked)),
+        }
+        for name, one in rungs.items()
+    }
+    return found, failed
+
+
 def show(line: str) -> None:
     """Print at once."""
     print(line, flush=True)
@@ -274,6 +322,11 @@ def main() -> None:
     parser.add_argument("--job-repeats", type=int, default=1)
     parser.add_argument("--no-jobs", action="store_true", help="leave out jobs.score, and Ray with it")
     parser.add_argument("--peers", action="store_true", help="add the peers")
+    parser.add_argument(
+        "--variants",
+        action="store_true",
+        help="without a GPU, too, compare what could make it faster (see variants.py)",
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found: dict[str, Any] = {
@@ -298,6 +351,17 @@ def main() -> None:
             show(
                 f"{shape}, mixed, {name:14} {one['tokens_per_second']:>10,} tokens/s, within {one['largest_difference']:g}"
             )
+        if torch.cuda.is_available() or arguments.variants:
+            found["variants"], found["failed_variants"] = compare_variants(
+                folder / shape, "mixed", arguments.repeats, arguments.seconds, folder
+            )
+            for name, one in found["variants"].items():
+                show(
+                    f"{shape}, mixed, {name:16} {one['tokens_per_second']:>10,} tokens/s, labels equal {one['labels_equal']:.1%},"
+                    f" within {one['largest_difference']:g}"
+                )
+            for name, why in found["failed_variants"].items():
+                show(f"{shape}, mixed, {name:16} does not run: {why}")
         if not arguments.no_jobs:
             from tests.benchmarks import peers
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lib.checkpoint import fetch
 from lib.tokenization import load_tokenizer
@@ -24,8 +25,10 @@ def test_the_ladder_climbs_from_limit_to_parquet(tmp_path: Path, monkeypatch: py
         "--seconds",
         "0.1",
         "--no-jobs",
+        "--variants",
         "--json",
     ]
+    torch.set_num_threads(1)  # beside another busy process two wait for each other: ten times as slow
     monkeypatch.setattr(ladder, "PROBE_TOKENS", 500)
     monkeypatch.setattr(sys, "argv", ["ladder", *words, str(tmp_path / "found.json")])
     ladder.main()
@@ -40,6 +43,9 @@ def test_the_ladder_climbs_from_limit_to_parquet(tmp_path: Path, monkeypatch: py
     }
     for name, engine in found["engines"].items():
         assert engine["largest_difference"] <= (1e-4 if "fp32" in name else 2e-2)
+    assert set(found["variants"]) == {"packed", "constant packs", "compiled"}
+    assert not found["failed_variants"]
+    assert all(variant["largest_difference"] <= 1e-4 for variant in found["variants"].values())
 
 
 @pytest.mark.parametrize("name", material.REGIMES)

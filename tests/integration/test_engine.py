@@ -25,6 +25,7 @@ from lib.errors import UsageError
 from lib.model import FIRST_TOKEN_FAMILIES, leave_out_the_unread, load_classifier
 from lib.predictor import Predictor
 from tests import fakes
+from tests.benchmarks.variants import variants
 from tests.conftest import REPOSITORY
 from tests.integration.test_equality import BOUNDS, ENGINES
 
@@ -130,6 +131,30 @@ def test_other_families_are_not_packed(family: str, tmp_path: Path) -> None:
     fakes.make_classifier(tmp_path, family, ("down", "same", "up"))
     with pytest.raises(EngineError, match=f"rows of {family} models are not packed"):
         packed_engine(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *((family, name) for family in PACKED for name in ("constant packs", "fp8")),
+        ("bert", "compiled"),
+        ("bert", "fp8, compiled"),
+    ],
+)
+def test_what_could_be_faster_on_gpus_scores_the_same(family: str, name: str, tmp_path: Path) -> None:
+    """Packs of one size, and matrix products in FP8: a benchmark's, not an engine's."""
+    fakes.make_classifier(tmp_path, family, ("down", "same", "up"))
+    texts = [line[: 2 + 6 * index] for index, line in enumerate(LINES)]
+    tokens = tokenizer_of(loaded := checkpoint.load(str(tmp_path))).encode(texts)
+    predictor = Predictor(loaded, "fp32", "torch", token_budget=int(tokens.lengths.sum() // 2))
+    model = load_classifier(str(tmp_path))
+    leave_out_the_unread(model)
+    predictor.engine = variants(model, torch.device("cpu"), torch.float32, predictor.token_budget)[name]
+    packs: list[int] = []
+    found = predictor.probabilities(tokens.ids, tokens.offsets, on_batch=lambda rows, _: packs.append(rows))
+    assert len(packs) > 1 and len(set(packs)) > 1, "packs must hold different numbers of rows"
+    difference = np.abs(found - logits_singly(tmp_path, texts).softmax(-1).numpy()).max()
+    assert 1e-6 < difference <= 5e-2 if "fp8" in name else difference <= 1e-6
 
 
 # which engine
