@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.errors import UsageError, nearest
 
-PrecisionChoice = Literal["auto", "fp32", "bf16"]
+PrecisionChoice = Literal["auto", "fp32", "bf16", "int8"]
 
 TrainPrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
 

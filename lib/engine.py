@@ -20,6 +20,7 @@ from torch import nn
 from lib.batching import IntArray
 from lib.model import logits_of
 from lib.packing import PackedClassifier
+from lib.quantization import GROUP_SIZE, attend_in_bf16, quantize
 
 EngineName = Literal["torch", "packed", "openvino"]
 
@@ -120,11 +121,17 @@ class OpenVinoEngine:
     def __init__(self, graph: Any, dtype: torch.dtype, threads: int) -> None:
         openvino = import_openvino()
         self.dtype = dtype
+        if dtype == torch.int8:
+            graph = graph.clone()
+            quantize(graph)
+            if torch.cpu._is_avx512_bf16_supported():
+                attend_in_bf16(graph)
         settings = {
             "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": threads,
             "ENABLE_CPU_PINNING": False,  # the actors of one node would all be bound to the same first cores
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP_SIZE if dtype == torch.int8 else 0,
         }
         compiled = openvino.Core().compile_model(graph, "CPU", settings)
         self.num_inputs = len(compiled.inputs)

@@ -21,6 +21,7 @@ from lib.config import EngineChoice, PrecisionChoice, TokenPooling
 from lib.engine import Engine, EngineError, PackedEngine, TorchEngine, openvino_engines
 from lib.errors import UsageError, say
 from lib.model import choose_dtype, leave_out_the_unread, load_classifier, load_with_vector, logits_of, pool_windows
+from lib.quantization import has_fast_int8
 from lib.schema import Task, slices_of
 from lib.throughput import Device, processor_name
 from lib.tokenization import Tokens
@@ -28,7 +29,7 @@ from lib.windows import split
 
 FloatArray = npt.NDArray[np.float32]
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.int8: 0.15}
 """Largest difference of a probability from plain fp32 transformers, one row at a time, that the self-check lets pass."""
 
 CHECK_TEXTS = (
@@ -79,6 +80,15 @@ class Predictor:
             raise UsageError(
                 "model.engine = openvino computes on processors, and there is a GPU here, which would stand idle; set it to auto or torch"
             )
+        if precision == "int8" and (self.device.type == "cuda" or engine == "torch"):
+            raise UsageError(
+                "model.precision = int8 is computed by OpenVINO on processors alone; set it to auto"
+                + (", or model.engine to auto" if self.device.type == "cpu" else "")
+            )
+        if precision == "int8" and not has_fast_int8():
+            say(
+                "WARNING: model.precision = int8, but this processor has no fast instructions for it (VNNI): auto is faster"
+            )
         if threads is not None and self.device.type == "cpu":
             torch.set_num_threads(threads)
         self.padding = 0
@@ -96,7 +106,7 @@ class Predictor:
             name=torch.cuda.get_device_name(self.device) if is_gpu else processor_name(),
             is_gpu=is_gpu,
             engine=self.engine.name,
-            precision={torch.float32: "fp32", torch.bfloat16: "bf16"}[self.engine.dtype],
+            precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}[self.engine.dtype],
             threads=1 if is_gpu else torch.get_num_threads(),
         )
 
@@ -145,6 +155,8 @@ class Predictor:
             try:
                 yield from openvino_engines(model, example, dtypes, torch.get_num_threads())
             except EngineError as error:
+                if dtypes == (torch.int8,):
+                    raise UsageError(f"model.precision = int8: {error}; or set it to auto") from error
                 if wanted == "openvino":
                     raise UsageError(f"model.engine = openvino: {error}; or set it to auto or torch") from error
                 say(f"model.path {self.checkpoint.url}: {error}; going on with torch")
@@ -155,7 +167,7 @@ class Predictor:
                 say(f"model.path {self.checkpoint.url}: {error}; going on with torch")
             else:
                 yield packed
-        if wanted != "openvino":
+        if wanted != "openvino" and dtypes != (torch.int8,):
             for dtype in dtypes:
                 yield TorchEngine(model, self.device, dtype)
 
@@ -327,5 +339,7 @@ class Predictor:
 
 def choose_dtypes(wanted: PrecisionChoice, device: torch.device) -> tuple[torch.dtype, ...]:
     """Which precisions to try, best first: with auto, fp32 is there for a model that bf16 would spoil."""
+    if wanted == "int8":
+        return (torch.int8,)
     chosen = choose_dtype(wanted, device)
     return (chosen, torch.float32) if wanted == "auto" and chosen != torch.float32 else (chosen,)

@@ -231,7 +231,10 @@ def compare_engines(model: Path, regime: str, repeats: int, seconds: float, fold
     loaded = checkpoint.load(str(model), MAX_LENGTH)
     engines: tuple[EngineChoice, ...] = ("torch", "auto" if torch.cuda.is_available() else "openvino")
     precisions: tuple[PrecisionChoice, ...] = ("fp32", "bf16")
-    built = [(precision, Predictor(loaded, precision, engine)) for engine in engines for precision in precisions]
+    choices = [(engine, precision) for engine in engines for precision in precisions]
+    if "openvino" in engines:
+        choices.append(("openvino", "int8"))
+    built = [(precision, Predictor(loaded, precision, engine)) for engine, precision in choices]
     predictors = {f"{predictor.engine.name} {precision}": predictor for precision, predictor in built}
     texts = make_texts(enough(predictors["torch fp32"], regime, seconds), REGIMES[regime])
     rungs = {name: Rungs(predictor, texts, folder) for name, predictor in predictors.items()}

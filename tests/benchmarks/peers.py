@@ -333,6 +333,7 @@ SYSTEMS = {
     "OpenVINO, bf16, 8 rows": System(exported(openvino_session("bf16"), 8), 0.5),
     "Textsweep, fp32": System(textsweep("model.precision=fp32")),
     "Textsweep, bf16": System(textsweep("model.precision=bf16")),
+    "Textsweep, int8": System(textsweep("model.precision=int8")),
     "Textsweep, bf16, S3": System(textsweep("model.precision=bf16"), on_s3=True),
 }
 

@@ -39,7 +39,8 @@ def test_the_ladder_climbs_from_limit_to_parquet(tmp_path: Path, monkeypatch: py
     assert one["mean_tokens"] == pytest.approx(material.REGIMES["messages"].mean_tokens, rel=0.25)
     assert one["labels_equal"] >= 0.95
     assert set(found["engines"]) == {
-        f"{engine} {dtype}" for engine in ("torch", "openvino") for dtype in ("fp32", "bf16")
+        *(f"{engine} {dtype}" for engine in ("torch", "openvino") for dtype in ("fp32", "bf16")),
+        "openvino int8",
     }
     for name, engine in found["engines"].items():
         assert engine["largest_difference"] <= (1e-4 if "fp32" in name else 2e-2)

@@ -51,6 +51,7 @@ BOUNDS: dict[tuple[EngineChoice, PrecisionChoice], tuple[float, float]] = {
     ("openvino", "fp32"): (1e-4, 1e-4),
     ("torch", "bf16"): (2e-2, 3e-3),
     ("openvino", "bf16"): (2e-2, 3e-3),
+    ("openvino", "int8"): (2e-2, 3e-3),
 }
 """Largest and mean difference of a probability."""
 

@@ -61,7 +61,7 @@ ORDER = (
     ),
     *("versions", "verification"),
     *("checkpoint", "attribution", "plots", "highlight", "model_card", "training_report"),
-    *("packing", "engine", "budget"),
+    *("packing", "quantization", "engine", "budget"),
     # the work of one process
     *(
         "gate",
@@ -138,6 +138,7 @@ MAY_IMPORT_TORCH = {
     "attribution",
     "packing",
     "engine",
+    "quantization",
     "budget",
     "predictor",
     "learning",
