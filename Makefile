@@ -54,7 +54,7 @@ trials: install  ## the long runs: real data, clusters, and everything that can 
 faults: install  ## everything that can go wrong, SEEDS times each (default 1), written to faults.jsonl: hours for many
 	@SEEDS=$(or $(SEEDS),1) FIRST_SEED=$(or $(FIRST_SEED),0) FAULTS_LOG=faults.jsonl $(BIN)/python -m pytest -m trial tests/faults
 
-bench: install  ## how fast it is on this machine, beside what else one could run: under 20 minutes; written to bench.json
+bench: install  ## how fast it is on this machine, beside what else one could run; written to bench.json
 	@$(BIN)/python -m tests.benchmarks.ladder --seconds 1.5 --peers --json bench.json
 
 # Airflow in an environment of its own: its packages and ours could not agree.

@@ -272,7 +272,7 @@ def compare_variants(
     rungs, failed = {}, {}
     for name, engine in built.items():
         predictor = copy.copy(plain)
-        predictor.engine = engine
+        predictor.engine, predictor.budget_key = engine, None  # what fits here is not remembered for jobs
         try:
             rungs[name] = Rungs(predictor, texts, folder)
             rungs[name].batch()
@@ -282,7 +282,7 @@ def compare_variants(
             EngineError,
         ) as error:  # torch's own, of what this GPU or version cannot do
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            del rungs[name]
+            rungs.pop(name, None)
     timed = in_turn({name: one.batch for name, one in rungs.items()}, repeats)
     checked = next(iter(rungs.values())).texts.slice(0, CHECKED_TEXTS)
     found = {

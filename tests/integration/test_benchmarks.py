@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,14 @@ import torch
 from lib.checkpoint import fetch
 from lib.tokenization import load_tokenizer
 from tests.benchmarks import ladder, material, peers
+from tests.benchmarks.variants import ConstantPacks, variants
+
+
+class Broken(ConstantPacks):
+    """As one whose kernels are not there."""
+
+    def stage(self, *_: object) -> Any:
+        raise RuntimeError("no kernel for this")
 
 
 def test_the_ladder_climbs_from_limit_to_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +39,7 @@ def test_the_ladder_climbs_from_limit_to_parquet(tmp_path: Path, monkeypatch: py
     ]
     torch.set_num_threads(1)  # beside another busy process two wait for each other: ten times as slow
     monkeypatch.setattr(ladder, "PROBE_TOKENS", 500)
+    monkeypatch.setattr(ladder, "variants", lambda *words: variants(*words) | {"broken": Broken(*words)})
     monkeypatch.setattr(sys, "argv", ["ladder", *words, str(tmp_path / "found.json")])
     ladder.main()
     found = json.loads((tmp_path / "found.json").read_text())
@@ -45,7 +55,7 @@ def test_the_ladder_climbs_from_limit_to_parquet(tmp_path: Path, monkeypatch: py
     for name, engine in found["engines"].items():
         assert engine["largest_difference"] <= (1e-4 if "fp32" in name else 2e-2)
     assert set(found["variants"]) == {"packed", "constant packs", "compiled"}
-    assert not found["failed_variants"]
+    assert found["failed_variants"] == {"broken": "RuntimeError: no kernel for this"}
     assert all(variant["largest_difference"] <= 1e-4 for variant in found["variants"].values())
 
 

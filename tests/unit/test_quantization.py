@@ -17,7 +17,7 @@ from lib.engine import OpenVinoEngine, convert, import_openvino
 from lib.errors import UsageError
 from lib.model import leave_out_the_unread, load_classifier
 from lib.predictor import Predictor
-from lib.quantization import has_fast_int8, quantize, to_8_bits
+from lib.quantization import attend_in_bf16, has_fast_int8, quantize, to_8_bits
 from tests import fakes
 from tests.benchmarks.material import make_model
 
@@ -51,6 +51,17 @@ def test_an_encoders_layers_are_quantized_and_neither_pooler_nor_head(tmp_path: 
     assert weights() == ["Multiply"] * 6 * layers + ["Constant"] * 2  # type: ignore[operator]
     with pytest.raises(ValueError, match="no linear layer"):
         quantize(graph)
+
+
+def test_attention_is_computed_in_bf16_between_fp32(tmp_path: Path) -> None:
+    fakes.make_classifier(tmp_path, "bert", ("down", "same", "up"))
+    import_openvino()
+    graph = convert(load_classifier(str(tmp_path)), np.ones((2, 5), np.int64), np.ones((2, 5), np.bool_))
+    attend_in_bf16(graph)
+    results = [one for one in graph.get_ordered_ops() if one.get_type_name() == "ScaledDotProductAttention"]
+    read = {one.output(0).get_element_type().get_type_name() for one in results if one.output(0).get_target_inputs()}
+    assert read == {"bf16"}
+    assert graph.output(0).get_element_type().get_type_name() == "f32"
 
 
 @pytest.mark.skipif(not has_fast_int8(), reason="this processor has no fast instructions for 8-bit numbers")
