@@ -19,6 +19,7 @@ FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
 
 CALIBRATION_BINS = 15
+"""As in Guo et al. 2017."""
 
 LARGEST_LOG_TEMPERATURE = 3.0
 """A temperature is sought from 1/20 to 20."""
@@ -155,15 +156,27 @@ def find_abstention(probabilities: FloatArray, targets: IntArray, accuracy: floa
     return float((scores[last] + scores[last + 1]) / 2) if last + 1 < len(scores) else 0.0
 
 
-def calibration_error(probabilities: FloatArray, targets: IntArray, task: Task) -> float:
-    """Expected calibration error: how far the mean score of equally many rows is from how often it is right, on average.
+def reliability(probabilities: FloatArray, targets: Targets, task: Task) -> list[dict[str, float]]:
+    """Rows, mean score and share of right answers in each of 15 equal steps of the score that has any, lowest first.
 
-    In 15 bins of equal size, by the likeliest class's probability; for multi-label over the probabilities of all labels.
+    The score is the likeliest class's probability; for multi-label each (row, label) pair's counts by itself.
     """
     if task is Task.MULTI_LABEL:
-        scores, right = probabilities.ravel(), targets.ravel().astype(np.float64)
+        scores, right = probabilities.ravel(), targets.ravel() == 1
     else:
-        scores, right = probabilities.max(axis=1), (probabilities.argmax(axis=1) == targets).astype(np.float64)
-    order = np.argsort(scores, kind="stable")
-    bins = [part for part in np.array_split(order, CALIBRATION_BINS) if len(part)]
-    return float(sum(len(part) * abs(scores[part].mean() - right[part].mean()) for part in bins) / len(scores))
+        scores, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
+    places = np.minimum((scores * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    return [
+        {
+            "rows": int((places == place).sum()),
+            "score": float(scores[places == place].mean()),
+            "right": float(right[places == place].mean()),
+        }
+        for place in np.unique(places)
+    ]
+
+
+def calibration_error(bins: list[dict[str, float]]) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3): the gap of score and share, by rows."""
+    rows = sum(one["rows"] for one in bins)
+    return sum(one["rows"] * abs(one["score"] - one["right"]) for one in bins) / rows

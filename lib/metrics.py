@@ -19,7 +19,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from lib.calibration import Decision, FloatArray, calibration_error
+from lib.calibration import Decision, FloatArray, calibration_error, reliability
 from lib.errors import UsageError
 from lib.schema import Targets, Task
 from lib.train_config import StoppingSection
@@ -32,8 +32,6 @@ CHOOSING = {
 """Metrics that may choose a checkpoint, the default one first."""
 
 CURVE_POINTS = 101
-
-RELIABILITY_BINS = 10
 
 WORST_ERRORS = 20
 
@@ -96,8 +94,8 @@ def describe(truth: Targets, logits: FloatArray, decision: Decision, labels: Seq
     label order, with [[true negatives, false positives], [false negatives, true positives]]. Where a model abstains,
     `coverage` is the part of the rows that get a label, `answered_accuracy` the accuracy on them; all else is on all rows.
     `average_precision` is the area under a class's precision-recall curve; `precision_recall` is the curve of all classes'
-    probabilities together (micro average), at most `CURVE_POINTS` of its points; `reliability` has for each tenth of the
-    scores how many there are, their mean, and the part of them that is right.
+    probabilities together (micro average), at most `CURVE_POINTS` of its points; `reliability` has for each fifteenth
+    of the scores how many there are, their mean, and the part of them that is right; from it comes `calibration_error`.
     """
     if decision.task is Task.REGRESSION:
         return {"rows": len(truth), **summarize(truth, logits, decision)}
@@ -123,6 +121,7 @@ def describe(truth: Targets, logits: FloatArray, decision: Decision, labels: Seq
         if task is Task.MULTI_LABEL
         else confusion_matrix(truth, answers, labels=classes)
     )
+    bins = reliability(probabilities, truth, task)
     answered = {}
     if task is Task.MULTI_CLASS and decision.thresholds is not None:
         some = decision.answered(logits)
@@ -132,11 +131,11 @@ def describe(truth: Targets, logits: FloatArray, decision: Decision, labels: Seq
         "rows": len(truth),
         **summarize(truth, logits, decision),
         **answered,
-        "calibration_error": calibration_error(probabilities, truth, task),
+        "calibration_error": calibration_error(bins),
         "per_class": per_class,
         "confusion": confusion.tolist(),
         "precision_recall": curve(hot, probabilities),
-        "reliability": reliability(probabilities, truth, task),
+        "reliability": bins,
     }
 
 
@@ -145,22 +144,6 @@ def curve(hot: Targets, probabilities: FloatArray) -> dict[str, list[float]]:
     precision, recall, _ = precision_recall_curve(hot.ravel(), probabilities.ravel())
     places = np.unique(np.linspace(0, len(recall) - 1, CURVE_POINTS).astype(np.int64))
     return {"precision": precision[places].tolist(), "recall": recall[places].tolist()}
-
-
-def reliability(probabilities: FloatArray, truth: Targets, task: Task) -> list[dict[str, float]]:
-    """Rows, mean score and share of right answers of each tenth of the scores; of multi-label of each (row, label) pair."""
-    if task is Task.MULTI_LABEL:
-        scores, right = probabilities.ravel(), truth.ravel() == 1
-    else:
-        scores, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
-    places = np.minimum((scores * RELIABILITY_BINS).astype(np.int64), RELIABILITY_BINS - 1)
-    found = []
-    for place in np.unique(places):
-        inside = places == place
-        found.append(
-            {"rows": int(inside.sum()), "score": float(scores[inside].mean()), "right": float(right[inside].mean())}
-        )
-    return found
 
 
 def worst_errors(

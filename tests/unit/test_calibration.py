@@ -6,11 +6,20 @@ import pyarrow as pa
 import pytest
 import torch
 from scipy.special import expit, softmax
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import f1_score, log_loss, precision_score, recall_score
 from torch.nn import functional
 
 from lib.blocks import summarise
-from lib.calibration import Decision, calibration_error, check_decision, decide, find_temperature, find_thresholds
+from lib.calibration import (
+    Decision,
+    calibration_error,
+    check_decision,
+    decide,
+    find_temperature,
+    find_thresholds,
+    reliability,
+)
 from lib.errors import UsageError
 from lib.metrics import describe
 from lib.schema import Head, PredictionSchema, Task, to_results
@@ -36,9 +45,9 @@ def test_the_temperature_undoes_a_factor(task: Task, factor: float) -> None:
     found = find_temperature(logits * factor, truth, task)
     assert found == pytest.approx(factor, rel=0.03)
     before, after = (Decision(task=task, temperature=one) for one in (1.0, found))
-    assert calibration_error(after.probabilities(logits * factor), truth, task) < 0.015
+    assert calibration_error(reliability(after.probabilities(logits * factor), truth, task)) < 0.015
     if factor != 1:
-        assert calibration_error(before.probabilities(logits * factor), truth, task) > 0.05
+        assert calibration_error(reliability(before.probabilities(logits * factor), truth, task)) > 0.05
         assert after.losses(logits * factor, truth).mean() < before.losses(logits * factor, truth).mean()
     if task is Task.MULTI_CLASS:
         assert (before.answers(logits) == after.answers(logits)).all()
@@ -125,13 +134,28 @@ def test_labels_without_a_row_and_precisions_out_of_reach_have_a_threshold() -> 
     assert find_thresholds(probabilities, np.array([[0, 0], [0, 1]]), 0.9) == pytest.approx((0.5, 0.85))
 
 
-def test_the_calibration_error_of_known_bins() -> None:
-    """15 rows are a bin each."""
-    scores = np.linspace(0.55, 0.9, 15)
-    probabilities = np.stack([scores, 1 - scores], axis=1)
-    right = np.arange(15) % 2
-    expected = np.abs(scores - (right == 0)).mean()
-    assert calibration_error(probabilities, right, Task.MULTI_CLASS) == pytest.approx(expected)
+def test_the_bins_are_those_of_scikit_learn_and_their_gap_is_the_calibration_error() -> None:
+    """scikit-learn bins the probability of the positive class of multi-label pairs; ours are the same, with their rows."""
+    logits, truth = honest(Task.MULTI_LABEL)
+    probabilities = expit(1.5 * logits)
+    bins = reliability(probabilities, truth, Task.MULTI_LABEL)
+    right, score = calibration_curve(truth.ravel(), probabilities.ravel(), n_bins=15)
+    assert [one["right"] for one in bins] == pytest.approx(right)
+    assert [one["score"] for one in bins] == pytest.approx(score)
+    rows = np.histogram(probabilities, bins=np.linspace(0, 1, 16))[0]
+    assert [one["rows"] for one in bins] == list(rows)
+    assert calibration_error(bins) == pytest.approx(np.average(np.abs(right - score), weights=rows))
+
+
+def test_the_score_of_one_label_a_row_is_that_of_the_likeliest() -> None:
+    """Two rows in the bin from 0.6, one of them right, two in the last one, one of them wrong with a score of 1."""
+    probabilities = np.array([[0.62, 0.38], [0.36, 0.64], [0.98, 0.02], [1.0, 0.0]])
+    bins = reliability(probabilities, np.array([0, 0, 0, 1]), Task.MULTI_CLASS)
+    assert [tuple(one.values()) for one in bins] == [
+        (2, pytest.approx(0.63), 0.5),
+        (2, pytest.approx(0.99), 0.5),
+    ]
+    assert calibration_error(bins) == pytest.approx((2 * 0.13 + 2 * 0.49) / 4)
 
 
 def test_scoring_gives_the_labels_that_training_measured() -> None:
