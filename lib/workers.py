@@ -13,13 +13,14 @@ import pyarrow.fs
 import ray.train
 from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.committing import find_committed
 from lib.errors import IncompleteError, TextsweepError, UsageError, at_work
-from lib.failures import RetryPolicy, causes_of
+from lib.failures import RetryPolicy, StartWatch, causes_of
 from lib.fitting import Job
 from lib.pretrain_config import FitConfig
 from lib.rendezvous import OneAddressConfig
@@ -116,7 +117,7 @@ class QuietTrainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         found: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-        return [one for one in found if type(one).__name__ != "PlacementGroupCleanerCallback"]
+        return [StartWatch(), *(one for one in found if type(one).__name__ != "PlacementGroupCleanerCallback")]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         settings["failure_policy"] = RetryPolicy(self.run_config.failure_config)  # type: ignore[arg-type]
@@ -205,7 +206,8 @@ def explain(error: TrainingFailedError, job: Job) -> None:
         if isinstance(cause, TextsweepError):
             with at_work():
                 raise cause from error
-    if any(isinstance(cause, (RayActorError, WorkerCrashedError, OutOfMemoryError)) for cause in causes):
+    deaths = (RayActorError, WorkerCrashedError, OutOfMemoryError, WorkerGroupStartupFailedError)
+    if any(isinstance(cause, deaths) for cause in causes):
         first = " ".join(str(causes[0]).split())[:SHOWN_CHARACTERS]
         raise IncompleteError(
             f"workers died more than {MAX_FAILURES} times: {first}; run the same command again to go on after the last evaluation"

@@ -1,6 +1,7 @@
 """Training on a real Ray against independent oracles: plain torch, plain transformers one row at a time, scikit-learn."""
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -12,7 +13,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lxml.html
@@ -34,6 +37,7 @@ from lib.config import validate
 from lib.errors import IncompleteError, UsageError
 from lib.model import load_classifier
 from lib.predictor import Predictor
+from lib.rendezvous import OneAddressBackend, OneAddressConfig
 from lib.runtime import Cluster, Node, cluster_facts
 from lib.schema import Task
 from lib.storage import open_store
@@ -41,7 +45,7 @@ from lib.train_config import TrainConfig
 from lib.training import train
 from lib.training_report import training_report
 from lib.windows import Windows
-from lib.workers import place_workers
+from lib.workers import place_workers, run_workers
 from tests import fakes
 from tests.killing import killing, train_workers
 from tests.labelled import LABELS, Weights, difference, make_rows
@@ -555,6 +559,67 @@ def test_workers_killed_at_ten_random_moments_give_the_same_weights_to_the_last_
             name: right[name] for name in right if name not in timed
         }
     print(f"{num_workers} workers: killed at {[round(one, 1) for one in killed]} s, {runs['killed']['resumed_after']}")
+
+
+def die_once(marker: str) -> None:
+    """End this process if it is one of Ray's, and the first one to come here."""
+    if Path("/proc/self/cmdline").read_bytes().startswith(b"ray::"):
+        with contextlib.suppress(FileExistsError):
+            Path(marker).touch(exist_ok=False)
+            os._exit(1)
+
+
+class DiesWhereItArrives:
+    """Work whose first worker dies as it takes it over."""
+
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+    def __call__(self) -> None:
+        Path(self.marker).with_suffix(".done").touch()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return arrive, (self.marker,)
+
+
+def arrive(marker: str) -> DiesWhereItArrives:
+    die_once(marker)
+    return DiesWhereItArrives(marker)
+
+
+class DyingBackend(OneAddressBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(die_once, backend_config.marker)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class DyingConfig(OneAddressConfig):
+    """A process group whose first worker dies while it is made."""
+
+    marker: str = ""
+
+    @property
+    def backend_cls(self) -> Any:
+        return DyingBackend
+
+
+@pytest.mark.parametrize("moment", ["the workers find each other", "the work is handed over"])
+def test_a_worker_that_dies_while_it_starts_is_replaced_in_its_own_place(
+    moment: str, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker takes all of the CPUs: a new one has room only if the dead one's was given back."""
+    marker = str(tmp_path / "died")
+    config = SimpleNamespace(resources=SimpleNamespace(num_workers=1, min_workers=None))
+    job: Any = SimpleNamespace(folder=open_store(str(tmp_path / "run")), config=config, cpus_per_worker=4)
+    if moment == "the work is handed over":
+        work: Any = DiesWhereItArrives(marker)
+    else:
+        monkeypatch.setattr("lib.workers.OneAddressConfig", functools.partial(DyingConfig, marker=marker))
+        work = Path(tmp_path / "died.done").touch
+    run_workers(work, job, use_gpu=False)
+    assert Path(marker).exists(), "no worker died"
+    assert Path(marker).with_suffix(".done").exists(), "no worker worked"
 
 
 def test_an_unfinished_run_goes_on_only_as_it_was_started(

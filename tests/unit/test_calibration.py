@@ -151,10 +151,9 @@ def test_the_score_of_one_label_a_row_is_that_of_the_likeliest() -> None:
     """Two rows in the bin from 0.6, one of them right, two in the last one, one of them wrong with a score of 1."""
     probabilities = np.array([[0.62, 0.38], [0.36, 0.64], [0.98, 0.02], [1.0, 0.0]])
     bins = reliability(probabilities, np.array([0, 0, 0, 1]), Task.MULTI_CLASS)
-    assert [tuple(one.values()) for one in bins] == [
-        (2, pytest.approx(0.63), 0.5),
-        (2, pytest.approx(0.99), 0.5),
-    ]
+    assert [one["rows"] for one in bins] == [2, 2]
+    assert [one["score"] for one in bins] == pytest.approx([0.63, 0.99])
+    assert [one["right"] for one in bins] == [0.5, 0.5]
     assert calibration_error(bins) == pytest.approx((2 * 0.13 + 2 * 0.49) / 4)
 
 

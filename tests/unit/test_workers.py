@@ -1,5 +1,6 @@
 """What a person is told when a run's name is taken, and when training workers end for good."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -9,10 +10,10 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.errors import DeniedError, IncompleteError, UsageError
@@ -80,6 +81,22 @@ def test_storage_that_lets_nobody_in_any_more_leaves_a_run_that_can_go_on() -> N
 )
 def test_what_would_be_as_wrong_again_is_not_tried_again(error: Exception, decision: FailureDecision) -> None:
     assert RetryPolicy(FailureConfig(max_failures=3)).make_decision(raised_by_a_worker(error)) is decision
+
+
+@pytest.mark.parametrize("death", [ActorDiedError(), WorkerGroupStartupFailedError("a worker failed to initialize")])
+def test_workers_that_die_while_they_start_count_as_those_that_die_later(death: Exception) -> None:
+    """Ray 2.60 would end the run at once for the first, and try again for ever for the second."""
+    policy, error = RetryPolicy(FailureConfig(max_failures=3)), ControllerError(death)
+    found = [policy.make_decision(one) for one in (error, error, raised_by_a_worker(death), error)]
+    assert found == [*[FailureDecision.RETRY] * 3, FailureDecision.RAISE]
+    with pytest.raises(IncompleteError, match=r"workers died more than 3 times: .*run the same command again"):
+        explain(pickle.loads(pickle.dumps(error)), JOB)
+
+
+def test_what_is_wrong_with_the_controller_is_not_taken_for_a_worker_that_died() -> None:
+    error = ControllerError(ZeroDivisionError("division by zero"))
+    assert RetryPolicy(FailureConfig(max_failures=3)).make_decision(error) is FailureDecision.RAISE
+    explain(error, JOB)
 
 
 def test_ray_train_decides_on_it_without_torch() -> None:
