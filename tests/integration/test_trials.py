@@ -53,14 +53,14 @@ def test_sst2_reaches_89_percent(tmp_path: Path, ray_session: None) -> None:
     assert run_trial("sst2", tmp_path)["accuracy"] >= 0.89
 
 
-def test_banking77_reaches_91_percent(tmp_path: Path, ray_session: None) -> None:
-    assert run_trial("banking77", tmp_path)["accuracy"] >= 0.91
+def test_banking77_reaches_92_percent(tmp_path: Path, ray_session: None) -> None:
+    assert run_trial("banking77", tmp_path)["accuracy"] >= 0.92
 
 
 SPLITS = 5
 
 
-@pytest.mark.parametrize(("name", "least"), [("sms_spam", 0.97), ("sms_spam_frozen", 0.90)])
+@pytest.mark.parametrize(("name", "least"), [("sms_spam", 0.95), ("sms_spam_frozen", 0.95)])
 def test_spam_is_found_over_five_splits(name: str, least: float, tmp_path: Path, ray_session: None) -> None:
     """Without duplicates, so that no test message was seen in training; 70/15/15 by class. The mean F1 of spam."""
     rows = pd.read_parquet(DATA / "sms_spam" / "sms_spam.parquet").drop_duplicates("text")
