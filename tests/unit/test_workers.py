@@ -17,7 +17,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.errors import DeniedError, IncompleteError, UsageError
-from lib.failures import RetryPolicy
+from lib.failures import RetryPolicy, StartWatch
 from lib.storage import open_store
 from lib.workers import claim, explain
 from tests.conftest import REPOSITORY
@@ -91,6 +91,20 @@ def test_workers_that_die_while_they_start_count_as_those_that_die_later(death: 
     assert found == [*[FailureDecision.RETRY] * 3, FailureDecision.RAISE]
     with pytest.raises(IncompleteError, match=r"workers died more than 3 times: .*run the same command again"):
         explain(pickle.loads(pickle.dumps(error)), JOB)
+
+
+@pytest.mark.parametrize("has_work", [False, True])
+def test_only_workers_that_were_being_started_are_given_back(has_work: bool) -> None:
+    """Those that have their work the controller ends itself, and may do so once alone."""
+    ended: list[str] = []
+    group, watch = SimpleNamespace(shutdown=lambda: ended.append("group")), StartWatch()
+    watch.after_worker_group_start(group)
+    if has_work:
+        watch.after_worker_group_training_start(group)
+    policy = RetryPolicy(FailureConfig(max_failures=3))
+    for _ in range(2):
+        policy.make_decision(ControllerError(ActorDiedError()))
+    assert ended == ([] if has_work else ["group"])
 
 
 def test_what_is_wrong_with_the_controller_is_not_taken_for_a_worker_that_died() -> None:
