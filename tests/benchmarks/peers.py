@@ -8,7 +8,8 @@ Every system runs in processes of its own, in turn with the others, on all cores
 * the pattern of Ray Data's documentation, a pipeline inside `map_batches`;
 * a flow as NVIDIA's Curator has it: a tokenizer stage that pads to the maximum, a sort inside each task, a fixed number of rows
   (256 is its default), its stages as actors of Ray, and the same without Ray in one process;
-* ONNX Runtime and OpenVINO over rows sorted by length, where `onnxruntime` and `onnxscript` are installed; they are no part of the project.
+* ONNX Runtime and OpenVINO over rows sorted by length, where `onnxruntime` and `onnxscript` are installed; they are no part of the project;
+* Textsweep's own forward passes, to which nothing is done but that: what `jobs.score` could reach at most.
 
 Tokens are counted once, by the reference tokenizer and without padding. A system's rate is the tokens of a long archive less
 those of a short one, over the difference of their seconds: start-up, which is given beside it, is in neither. Before any
@@ -50,6 +51,8 @@ from tests.benchmarks.material import (
 
 SHARDS, SHORT_ROWS = 12, 48
 BUCKET = "bench"
+OWN_SECONDS = "_seconds"
+"""Of a system that is timed by itself, in its output folder."""
 
 
 @dataclass(frozen=True)
@@ -319,6 +322,26 @@ def textsweep(*settings: str) -> Callable[[str, Path, Path], None]:
     return run
 
 
+def forward_alone(archive: str, model: Path, output: Path) -> None:
+    """What `jobs.score` is measured against: the forward passes of its engine, in one process, over micro-batches that lie ready.
+
+    All texts are tokenized and padded before the clock starts; each micro-batch is computed once, as in a job.
+    """
+    from lib import checkpoint
+    from lib.predictor import Predictor
+    from tests.benchmarks.ladder import Rungs, seconds_of
+
+    predictor = Predictor(checkpoint.load(str(model), MAX_LENGTH), "bf16")
+    texts = [texts_of(shard) for shard in sorted(Path(archive).iterdir())]
+    with tempfile.TemporaryDirectory() as folder:
+        rungs = Rungs(predictor, [text for one in texts for text in one], Path(folder))
+    (output / OWN_SECONDS).write_text(str(seconds_of(rungs.forward)))
+    scores = predictor.probabilities(rungs.tokens.ids, rungs.tokens.offsets)
+    labels = predictor.checkpoint.card.heads[0].labels
+    found = [{"label": labels[row.argmax()], "score": float(row.max())} for row in scores]
+    pq.write_table(pa.Table.from_pylist(found), output / "all.parquet")
+
+
 SYSTEMS = {
     "pipeline, default": System(transformers_pipeline("float32", 1), 0.125),
     "pipeline, batch 32": System(transformers_pipeline("float32", 32), 0.05),
@@ -334,6 +357,7 @@ SYSTEMS = {
     "Textsweep, fp32": System(textsweep("model.precision=fp32")),
     "Textsweep, bf16": System(textsweep("model.precision=bf16")),
     "Textsweep, int8": System(textsweep("model.precision=int8")),
+    "Textsweep, forward alone": System(forward_alone),
     "Textsweep, bf16, S3": System(textsweep("model.precision=bf16"), on_s3=True),
 }
 
@@ -371,7 +395,8 @@ def timed(name: str, archive: str, model: Path, output: Path) -> float:
         if name in OURS:
             raise SystemExit(f"{name} failed: {done.stderr[-2000:]}")
         raise PeerError(done.stderr.strip().splitlines()[-1][:300])
-    return seconds
+    own = output / OWN_SECONDS
+    return float(own.read_text()) if own.exists() else seconds
 
 
 def answers_of(output: Path) -> pd.DataFrame:

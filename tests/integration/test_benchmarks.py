@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,17 @@ def test_a_peer_with_other_answers_is_seen() -> None:
     expected = pd.DataFrame({"label": ["a", "b", "c", "a"], "score": np.array([0.5, 0.6, 0.7, 0.8])})
     found = expected.assign(label=["a", "b", "a", "a"], score=[0.5, 0.65, 0.7, 0.8])
     assert peers.compare(found, expected) == {"labels_equal": 0.75, "largest_difference": pytest.approx(0.05)}
+
+
+def test_the_forward_passes_alone_answer_as_the_pipeline_and_are_timed_without_what_is_around_them(
+    classifier: str, tmp_path: Path
+) -> None:
+    material.make_archive(tmp_path / "archive", [f"message {row}" + " again" * (row % 7) for row in range(24)], 2)
+    found = {}
+    for name, run in {"alone": peers.forward_alone, "pipeline": peers.transformers_pipeline("float32", 1)}.items():
+        peers.make(tmp_path / name)
+        began = time.monotonic()
+        run(str(tmp_path / "archive"), Path(classifier), tmp_path / name)
+        found[name] = (time.monotonic() - began, peers.answers_of(tmp_path / name))
+    assert peers.compare(found["alone"][1], found["pipeline"][1])["largest_difference"] < 2e-2
+    assert 0 < float((tmp_path / "alone" / peers.OWN_SECONDS).read_text()) < found["alone"][0] / 2
