@@ -110,10 +110,12 @@ class Airflow:
         }
         self.command("db", "migrate")
 
-    def command(self, *arguments: str, seconds: float = 900) -> str:
-        """Run one command of Airflow's to its end; what it said."""
+    def command(self, *arguments: str, seconds: float = 900, fails: bool = False) -> str:
+        """Run one command of Airflow's to its end, which is a failure if `fails`; what it said."""
         done = subprocess.run([str(AIRFLOW / "airflow"), *arguments], env=self.environment, capture_output=True, text=True, timeout=seconds)  # fmt: skip
-        assert done.returncode == 0, f"airflow {' '.join(arguments)}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
+        assert bool(done.returncode) == fails, (
+            f"airflow {' '.join(arguments)}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
+        )
         return done.stdout + done.stderr
 
     def __enter__(self) -> "Airflow":

@@ -183,7 +183,7 @@ def test_a_model_is_trained_and_promoted_and_scores_a_night(head: Head, tmp_path
         **{f"textsweep_{name}": path for name, path in paths.items()},
         "textsweep_root": str(REPOSITORY),
         "textsweep_score_options": "--set planning.chunk_mb=2 --set limits.stall_seconds=900",
-        "textsweep_train_options": "--set optim.epochs=1 --set model.max_length=16",
+        "textsweep_train_options": "--set optim.epochs=20 --set optim.learning_rate=3e-3 --set optim.batch_size=8 --set model.max_length=16",
     }
     airflow = Airflow(tmp_path, head, DAGS, variables)
     airflow.command("dags", "test", "textsweep_weekly", "2026-11-21T12:00:00+00:00")
@@ -192,11 +192,23 @@ def test_a_model_is_trained_and_promoted_and_scores_a_night(head: Head, tmp_path
     (trained,) = head.named("train")
     assert (trained["submission_id"], trained["status"]) == ("textsweep_weekly.train.20261121T120000-1", "SUCCEEDED")
     airflow.command("dags", "test", "textsweep_weekly", "2026-11-28T12:00:00+00:00")
-    (first, compared) = head.named("compare")
+    first, compared = head.named("compare")
     assert (first["status"], compared["status"]) == ("SUCCEEDED", "SUCCEEDED")
     assert "jobs.compare" not in first["entrypoint"]
     assert f"--champion '{model}'" in compared["entrypoint"]
     model = tmp_path / "models" / "2026-11-28T120000"
+    assert str(model) in airflow.command("variables", "get", "textsweep_model")
+
+    # A week of wrong labels: the challenger has learned the opposite, and the nights go on with the model that they have.
+    wrong = labelled.set_column(1, "label", pa.array(["yes", "no"] * 30))
+    fakes.write_archive(
+        str(tmp_path / "mislabelled"), {"train/a.parquet": wrong, "test/a.parquet": labelled.slice(0, 20)}
+    )
+    airflow.environment["AIRFLOW_VAR_TEXTSWEEP_LABELLED"] = str(tmp_path / "mislabelled")
+    airflow.command("dags", "test", "textsweep_weekly", "2026-12-05T12:00:00+00:00", fails=True)
+    refused = head.named("compare")[2]
+    assert (refused["status"], refused["driver_exit_code"]) == ("FAILED", 3)
+    assert len(head.named("compare")) == 3, "what was refused is not tried again"
     assert str(model) in airflow.command("variables", "get", "textsweep_model")
 
     # `dags test` of one date is one turn of one run: the second takes the success of the first, as a retry would.
@@ -268,17 +280,58 @@ def test_whatever_is_killed_there_is_one_job_and_its_end_is_seen(head: Head, tmp
 
 @pytest.mark.trial
 @pytest.mark.timeout(3600)
-def test_thirty_nights_are_filled_in_each_once(head: Head, tmp_path: Path) -> None:
-    """A backfill, four nights at a time: a job for each logical date, and no date twice."""
-    airflow = Airflow(tmp_path, head, Path(__file__).parent / "dags", {"trial_folder": str(tmp_path)})
+def test_thirty_nights_are_filled_in_by_the_shipped_dag_and_one_is_cleared_and_no_row_is_there_twice(
+    head: Head, tmp_path: Path
+) -> None:
+    """A backfill, four nights of one archive at a time, with real jobs: one for each logical date. Clearing one asks for one more."""
+    fakes.make_classifier(tmp_path / "model", "bert", ["no", "yes"])
+    rows = {f"{shard:02d}.parquet": 20 + shard for shard in range(10)}
+    shards = {
+        name: pa.table({"text": [f"row {row} of {name}" for row in range(count)]}) for name, count in rows.items()
+    }
+    fakes.write_archive(str(tmp_path / "archive"), shards)
+    paths = {name: str(tmp_path / name) for name in ("archive", "scores", "model")}
+    variables = {
+        **{f"textsweep_{name}": path for name, path in paths.items()},
+        "textsweep_root": str(REPOSITORY),
+        "textsweep_score_options": "--set model.max_length=16 --set limits.stall_seconds=900",
+    }
+    airflow = Airflow(tmp_path, head, DAGS, variables)
     airflow.command("dags", "reserialize")
-    airflow.command("dags", "unpause", "every_night")
-    airflow.command("backfill", "create", "--dag-id", "every_night", "--from-date", "2026-06-01", "--to-date", "2026-07-01", "--max-active-runs", "4")  # fmt: skip
-    june = [f"2026-06-{day:02d}" for day in range(1, 31)]
-    nights = tmp_path / "nights"
+    airflow.command("dags", "unpause", "textsweep_nightly")
+    airflow.command("backfill", "create", "--dag-id", "textsweep_nightly", "--from-date", "2026-06-01", "--to-date", "2026-07-01", "--max-active-runs", "4")  # fmt: skip
+    june = [f"textsweep_nightly.score.202606{day:02d}T010000" for day in range(1, 31)]
+
+    def jobs() -> list[tuple[str, str]]:
+        return [(job["submission_id"], job["status"]) for job in head.named("score") if job["submission_id"][:-2] in june]  # fmt: skip
+
+    def runs() -> dict[str, str]:
+        found = airflow.api("dags/textsweep_nightly/dagRuns?limit=100")["dag_runs"]
+        return {one["logical_date"][:10]: one["state"] for one in found if one["logical_date"].startswith("2026-06")}
+
+    def written() -> dict[Path, tuple[int, bytes]]:
+        objects = (tmp_path / "scores").glob("*/*.parquet")
+        return {one: (one.stat().st_mtime_ns, one.read_bytes()) for one in objects}
+
+    def check_rows() -> None:
+        pointer = json.loads((tmp_path / "scores" / "_published.json").read_text())
+        manifest = pq.read_table(tmp_path / "scores" / pointer["manifest"])
+        assert dict(zip(manifest["shard"].to_pylist(), manifest["rows"].to_pylist(), strict=True)) == rows
+        found = [pq.read_table(one, columns=["shard", "row"]) for one in written()]
+        places = [(row["shard"], row["row"]) for table in found for row in table.to_pylist()]
+        assert sorted(places) == [(name, row) for name, count in rows.items() for row in range(count)]
+
     with airflow:
-        wait_until(lambda: nights.exists() and set(june) <= set(nights.read_text().split()), "30 nights", 2400)
-    assert sorted(night for night in nights.read_text().split() if night in june) == june
-    names = [job["submission_id"] for job in head.named("note")]
-    assert {f"every_night.note.{night.replace('-', '')}T010000-1" for night in june} <= set(names)
-    assert not [name for name in names if not name.endswith("-1")]
+        wait_until(lambda: list(runs().values()) == ["success"] * 30, f"30 nights: {runs()}", 2400)
+        assert sorted(jobs()) == [(f"{name}-1", "SUCCEEDED") for name in june]
+        check_rows()
+        before = written()
+        cleared = {"dry_run": False, "task_ids": ["score"], "only_failed": False, "include_downstream": True}
+        run = next(one for one in airflow.api("dags/textsweep_nightly/dagRuns?limit=100")["dag_runs"] if one["logical_date"].startswith("2026-06-05"))  # fmt: skip
+        airflow.api("dags/textsweep_nightly/clearTaskInstances", "POST", {**cleared, "dag_run_id": run["dag_run_id"]})
+        again = "textsweep_nightly.score.20260605T010000-2"
+        wait_until(lambda: (again, "SUCCEEDED") in jobs(), f"a second job of that night: {jobs()}", 600)
+        wait_until(lambda: runs()["2026-06-05"] == "success", "the cleared night", 600)
+        assert len(jobs()) == 31
+        assert written() == before
+        check_rows()

@@ -26,6 +26,3 @@ with DAG(
     SubmitRayJobOperator(task_id="ended_by_a_person", entrypoint=waits("ended_by_a_person"), **every)
     SubmitRayJobOperator(task_id="over_limit", entrypoint="exit 3", **every)
     SubmitRayJobOperator(task_id="incomplete", entrypoint=f"test -e {FOLDER}/tried || {{ touch {FOLDER}/tried; exit 4; }}", **every)  # fmt: skip
-
-with DAG("every_night", schedule="0 1 * * *", catchup=False, start_date=pendulum.datetime(2026, 1, 1, tz="UTC")):
-    SubmitRayJobOperator(task_id="note", entrypoint=f"echo {{{{ ds }}}} >> {FOLDER}/nights", poll_interval=1, retries=3, retry_delay=timedelta(seconds=5))  # fmt: skip
