@@ -77,7 +77,8 @@ def main(argv: Sequence[str]) -> None:
     if last and not last.has_ended:
         current, news = last.id, f"{last.status} already, nothing was sent{other_code(last, package)}"
     else:
-        current, news = send(server, submission, last, package, arguments.entrypoint_num_cpus)
+        resources = arguments.entrypoint_num_cpus, arguments.entrypoint_num_gpus
+        current, news = send(server, submission, last, package, *resources)
     if arguments.detach:
         say(f"{current}: {news}")
         say(f"{current}: not followed; to follow it: {again}")
@@ -123,6 +124,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
         " and predict some: they compute in the driver, with as many threads",
     )
     add(
+        "--entrypoint-num-gpus",
+        metavar="N",
+        type=float,
+        default=0,
+        help="GPUs that the job's driver takes, on a node that has them free (default: 0). compare and predict compute on one if they"
+        " have it; score and train ask for theirs themselves",
+    )
+    add(
         "--patience",
         metavar="SECONDS",
         type=float,
@@ -155,7 +164,12 @@ def other_code(last: Found, package: packaging.Package) -> str:
 
 
 def send(
-    server: Server, submission: Submission, last: Found | None, package: packaging.Package, num_cpus: float
+    server: Server,
+    submission: Submission,
+    last: Found | None,
+    package: packaging.Package,
+    num_cpus: float,
+    num_gpus: float,
 ) -> tuple[str, str]:
     """Start the next attempt; returns its id, and what is to be said of it."""
     if last:
@@ -165,7 +179,7 @@ def send(
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "project.zip"
         packaging.write_zip(package, archive)
-        started = server.submit(submission, current, archive, num_cpus)
+        started = server.submit(submission, current, archive, num_cpus, num_gpus)
     how = "submitted" if started else "submitted already, by this command or another"
     return current, f"{how}: {submission.entrypoint}"
 

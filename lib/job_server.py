@@ -224,7 +224,9 @@ class Server:
             last, number = found, number + 1
         return last
 
-    def submit(self, submission: Submission, submission_id: str, package: Path, num_cpus: float) -> bool:
+    def submit(
+        self, submission: Submission, submission_id: str, package: Path, num_cpus: float = 0, num_gpus: float = 0
+    ) -> bool:
         """Start an attempt. False if it was there already: ours, whose acknowledgement was lost, or another person's."""
 
         def post() -> bool:
@@ -235,6 +237,7 @@ class Server:
                     runtime_env={"working_dir": str(package), "env_vars": dict(JOB_ENVIRONMENT)},
                     metadata=submission.metadata,
                     entrypoint_num_cpus=num_cpus,
+                    entrypoint_num_gpus=num_gpus,
                 )
             except (AnswerError, RuntimeEnvSetupError) as error:
                 # Ray says that it knows an id with 500 and a traceback, and that its agent is not ready with 500, too. Whatever befell

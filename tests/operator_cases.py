@@ -107,7 +107,7 @@ def case(
         "raised": raised,
         "said": said,
         "asked": Case.asked,
-        "runtime_env": Case.sent.get("runtime_env"),
+        "sent": Case.sent,
         "waited_for": operator.job_at_work,
     }
 
@@ -126,6 +126,9 @@ def main() -> None:
         "ended before": case([good], {f"{name}-1": [ended("FAILED", 4)], f"{name}-2": [good]}),
         "succeeded unseen": case([good], {f"{name}-1": [{**good, "metadata": {"dag_run_turn": "1 2026-11-26"}}]}),
         "cleared": case([good], {f"{name}-1": [{**good, "metadata": {"dag_run_turn": "0 2026-11-26"}}]}),
+        "cleared at work": case(
+            [good], {f"{name}-1": [{**running, "metadata": {"dag_run_turn": "0 2026-11-26"}}, good]}
+        ),
         "another was first": case([running, good], taken=True),
         "usage": case([ended("FAILED", 2)]),
         "over limit": case([ended("FAILED", 3)]),
@@ -140,6 +143,7 @@ def main() -> None:
         "away for a moment": case([running, 503, good]),
         "no token": case([good], token=""),
         "manual": case([good], logical_date=None),
+        "processors": case([good], entrypoint_num_cpus=2, entrypoint_num_gpus=1),
         "named": case([good], submission_id="mine"),
         "environment": case([good], runtime_env={"working_dir": "s3://b/code.zip", "env_vars": {"A": "1"}}),
     }

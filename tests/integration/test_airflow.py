@@ -34,6 +34,7 @@ print(json.dumps({
     "dags": {dag.dag_id: {
         "tasks": {task.task_id: sorted(task.downstream_task_ids) for task in dag.tasks}, "catchup": dag.catchup, "active": dag.max_active_runs,
         "retries": min(task.retries for task in dag.tasks), "factor": min(task.retry_exponential_backoff for task in dag.tasks),
+        "outlets": {task.task_id: [asset.name for asset in task.outlets] for task in dag.tasks},
         "schedule": dag.schedule, "rules": sorted({task.trigger_rule.value for task in dag.tasks}),
         "driver_cpus": {task.task_id: getattr(task, "entrypoint_num_cpus", None) for task in dag.tasks}} for dag in found.dags.values()},
     "modules": sorted({name.split(".")[0] for name in sys.modules}),
@@ -91,6 +92,7 @@ NIGHT = "nightly.score.20261126T010000"
         ("ended before", "", [f"{NIGHT}-3"]),
         ("succeeded unseen", "", []),
         ("cleared", "", [f"{NIGHT}-2"]),
+        ("cleared at work", "", []),
         ("another was first", "", [f"{NIGHT}-1"]),
         ("usage", "AirflowFailException", [f"{NIGHT}-1"]),
         ("over limit", "AirflowFailException", [f"{NIGHT}-1"]),
@@ -114,7 +116,7 @@ def test_what_the_operator_makes_of_a_job(
     """AirflowFailException is not tried again, AirflowException is, as the task's retries say."""
     found = cases[case]
     assert (found["raised"], found["asked"]) == (raised, asked)
-    if case == "under way":
+    if case in ("under way", "cleared at work"):
         assert found["waited_for"] == f"{NIGHT}-1"
     assert {"lost": "its head was lost", "away": "Ray cannot be asked: HTTPStatusError"}.get(case, "") in found["said"]
 
@@ -122,8 +124,17 @@ def test_what_the_operator_makes_of_a_job(
 def test_every_job_has_the_time_that_it_needs_to_stop(cases: dict[str, dict[str, Any]]) -> None:
     """On any cluster, and beside what the task itself wants of its environment."""
     wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS)}
-    assert cases["new"]["runtime_env"] == {"env_vars": wait}
-    assert cases["environment"]["runtime_env"] == {"working_dir": "s3://b/code.zip", "env_vars": {"A": "1", **wait}}
+    assert cases["new"]["sent"]["runtime_env"] == {"env_vars": wait}
+    assert cases["environment"]["sent"]["runtime_env"] == {
+        "working_dir": "s3://b/code.zip",
+        "env_vars": {"A": "1", **wait},
+    }
+
+
+def test_a_command_has_the_processors_that_its_task_asks_for(cases: dict[str, dict[str, Any]]) -> None:
+    names = ("entrypoint_num_cpus", "entrypoint_num_gpus")
+    assert [cases["processors"]["sent"][name] for name in names] == [2, 1]
+    assert not set(names) & set(cases["new"]["sent"])
 
 
 def test_the_dags_are_read_without_the_project_ray_or_torch(tmp_path: Path) -> None:
@@ -138,6 +149,9 @@ def test_the_dags_are_read_without_the_project_ray_or_torch(tmp_path: Path) -> N
         assert dag["retries"] > 0
         assert dag["factor"] > 1, "pauses grow"
     assert (nightly["schedule"], weekly["schedule"]) == ("0 1 * * *", "0 12 * * 6"), "every night, and every Saturday"
+    assert nightly["outlets"] == {"score": [], "publish": ["textsweep_scores"]}, (
+        "whoever waits for scores is started by it"
+    )
     assert nightly["rules"] == weekly["rules"] == ["all_success"], "nothing is promoted or told of after a failure"
     assert weekly["driver_cpus"]["compare"] > 0, "its forward passes are not the head's"
 

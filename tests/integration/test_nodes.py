@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,6 +100,7 @@ def test_a_run_brings_up_a_cluster_that_has_no_node(s3: LoopbackS3, classifier: 
             timeout=400,
         )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "waiting for 0 GPUs and 4 CPUs: the cluster has 1 nodes, 0 CPUs" in done.stdout
+    # Ray's provider takes its own head for one that is missing, and adds and removes another without CPUs all the time.
+    assert re.search(r"waiting for 0 GPUs and 4 CPUs: the cluster has \d nodes, 0 CPUs", done.stdout), done.stdout
     assert read_predictions(output).num_rows == 60
     assert record_of(output, "night")["phases"]["waiting"] > 0

@@ -18,6 +18,7 @@ import pytest
 
 from jobs.demo_corpus import NUM_SHARDS
 from jobs.demo_store import LoopbackS3
+from lib.job_server import STOP_WAIT_SECONDS
 from lib.storage import open_store
 from tests import fakes, heads
 from tests.faults.conftest import make_shards
@@ -296,7 +297,10 @@ def test_three_nodes_of_which_one_is_lost(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The local cluster from start to end: what it prints is run as it stands there; then a node goes, and no row is another."""
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
     with heads.started(tmp_path_factory.mktemp("local")) as head:
+        started_with = json.loads((head.folder / "cluster.json").read_text())["values"]["environment"]
+        assert started_with["RAY_JOB_STOP_WAIT_TIME_S"] == str(STOP_WAIT_SECONDS)
         commands = "\n".join(line[4:] for line in head.said.splitlines() if line.startswith("    "))
         assert [commands.count(word) for word in ("env\n", "demo_corpus", "submit train", "submit score")] == [1] * 4
         kept = {
@@ -321,7 +325,8 @@ def test_three_nodes_of_which_one_is_lost(
         common = ["score", "--config", "jobs/configs/demo_score.toml", "--set", "input.path=s3://demo/archive"]
         common += ["input.key_columns=[]", "model.path=s3://demo/model", "planning.chunk_mb=0.02"]
         common += ["model.precision=fp32", "model.engine=torch"]
-        code, output, errors = head.run(*common, "--set", "output.path=s3://demo/whole", "--run-id", "whole")
+        client = head.submit(*common, "--set", "output.path=s3://demo/whole", "--run-id", "whole")
+        code, output, errors = finish(client, 600)
         assert code == 0, output + errors
         chunks = len(objects("s3://demo/whole"))
         listed = ["publish", "list", "--set", "output.path=s3://demo/whole", "--entrypoint-num-cpus", "1"]
@@ -335,7 +340,7 @@ def test_three_nodes_of_which_one_is_lost(
         heads.run_script("lose", head.folder)
         assert client.poll() is None
         assert len(objects("s3://demo/damaged")) < chunks, "the node must go while there is work"
-        code, output, errors = finish(client, 240)
+        code, output, errors = finish(client, 600)
         assert code == 0, output + errors
         compare("s3://demo/damaged", "s3://demo/whole")
         lives = [record_of(f"s3://demo/{name}", name)["this_run"]["num_actors"] for name in ("whole", "damaged")]

@@ -68,6 +68,9 @@ def test_packages_are_installed_as_make_install_does_it_from_wheels_alone() -> N
         for command in (inside, outside):
             assert command[command.index("-c") + 1] == "constraints.txt"
     assert image[0][-1] == make[0][-1] == "torch"
+    text = DOCKERFILE.read_text()
+    assert text.rindex("RUN pip install") < text.index("COPY lib"), "gigabytes of packages lie below the code"
+    assert text.rindex("RUN pip install") < text.index("COPY jobs")
     # The project's dependencies; with extras of its own where the tests have theirs.
     assert re.fullmatch(r"\.\[.+\]", image[1][-1])
     assert re.fullmatch(r"\.\[test\]", make[1][-1])

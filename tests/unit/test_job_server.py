@@ -16,7 +16,7 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
 from jobs import publish
 from lib.config import parse_only
 from lib.errors import IncompleteError, UsageError
-from lib.job_server import Client, Server, connect
+from lib.job_server import STOP_WAIT_SECONDS, Client, Server, connect
 from lib.packaging import Package
 from lib.submission import plan
 
@@ -29,6 +29,8 @@ class Answers(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers = {"GET /api/version": (200, VERSION)}
+        self.bodies: dict[str, bytes] = {}
+        """what came with each request, the last of its kind"""
 
     @property
     def url(self) -> str:
@@ -41,8 +43,9 @@ class Handler(BaseHTTPRequestHandler):
     server: Answers
 
     def answer(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         asked = f"{self.command} {self.path}"
+        self.server.bodies[asked] = body
         found = [answer for start, answer in self.server.answers.items() if asked.startswith(start)]
         status, text = found[0] if found else (404, "")
         self.send_response(status)
@@ -122,7 +125,19 @@ def test_what_befalls_the_upload_is_no_bug(
     package = Package(tmp_path, ("sent.zip",), 4, None)
     submission = plan("publish", argv, parse_only(publish.main, argv), package)
     with pytest.raises(error, match=f"HTTP {status}: Request Entity Too Large"):
-        reach(server.url).submit(submission, submission.attempt(1), tmp_path / "sent.zip", 0)
+        reach(server.url).submit(submission, submission.attempt(1), tmp_path / "sent.zip")
+
+
+def test_a_driver_has_the_processors_that_were_asked_for_and_the_time_to_stop(server: Answers, tmp_path: Path) -> None:
+    (tmp_path / "sent.zip").write_bytes(b"sent")
+    accepted = json.dumps({"job_id": "x", "submission_id": "x"})
+    server.answers |= {"GET /api/packages/": (200, "{}"), "POST /api/jobs/": (200, accepted)}
+    argv = ["list", "--set", "output.path=s3://b/scores"]
+    submission = plan("publish", argv, parse_only(publish.main, argv), Package(tmp_path, ("sent.zip",), 4, None))
+    assert reach(server.url).submit(submission, "x", tmp_path / "sent.zip", 2, 0.5)
+    sent = json.loads(server.bodies["POST /api/jobs/"])
+    assert (sent["entrypoint_num_cpus"], sent["entrypoint_num_gpus"]) == (2, 0.5)
+    assert sent["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS)}
 
 
 def test_loopback_is_reached_without_a_proxy(server: Answers, monkeypatch: pytest.MonkeyPatch) -> None:

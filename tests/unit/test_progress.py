@@ -1,12 +1,16 @@
 """The progress actor without its process: what it counts, by a clock that only the test moves, and which metrics it keeps."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from lib import progress, telemetry
+from lib import progress, tasks, telemetry
+from lib.blocks import CHUNKS_KEY
+from lib.planning import Chunk
 from lib.telemetry import Kind, Metric
 
 
@@ -77,6 +81,19 @@ def test_blocks_wait_from_their_reading_to_their_actor(board: Board) -> None:
         one.read()
         waiting.append(board.of(telemetry.WAITING)[()])
     assert waiting == [1, 2, 1, 0]
+
+
+def test_a_block_that_was_read_waits_under_the_name_that_its_actor_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = Chunk(shard="a.parquet", identity="0", index=0, count=1, start=0, rows=1, text_bytes=1)
+    table = pa.table({"row": [0]}).replace_schema_metadata({CHUNKS_KEY: json.dumps([asdict(chunk)]).encode()})
+    monkeypatch.setattr(tasks.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(tasks, "get_tokenizer", lambda *_: None)
+    monkeypatch.setattr(tasks.work, "read_block", lambda *_: [table])
+    queued: list[str] = []
+    methods = {"count_read": lambda _: 1, "queue": queued.append, "note": queued.append}
+    said = SimpleNamespace(**{name: SimpleNamespace(remote=one) for name, one in methods.items()})
+    assert tasks.read_counted(None, (chunk,), None, said) == [table]  # type: ignore[arg-type]
+    assert queued == [chunk.name]
 
 
 def test_the_smallest_budget_of_all_actors_is_shown(board: Board) -> None:

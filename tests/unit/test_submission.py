@@ -1,15 +1,17 @@
 """What a command means as a Ray job, where the token comes from, and what an end says."""
 
 import shlex
+import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import lib
 from jobs import compare, publish, submit
 from lib.config import parse_only
-from lib.errors import ExitCode, UsageError
+from lib.errors import ExitCode, StoppedError, UsageError
 from lib.job_log import Log
 from lib.job_server import AnswerError, check_address, find_token
 from lib.packaging import Package
@@ -154,6 +156,34 @@ def test_our_options_are_taken_out_and_the_rest_is_the_jobs() -> None:
     for wrong in ([], ["demo"], ["submit"], ["--stop"], ["score", "--stop", "--logs"]):
         with pytest.raises(UsageError):
             submit.parse(wrong)
+
+
+@pytest.mark.parametrize(
+    ("typed", "signals", "is_stopped"),
+    [
+        ("stop\n", [signal.SIGINT], True),
+        (" S\n", [signal.SIGINT], True),
+        ("leave\n", [signal.SIGINT], False),
+        ("\n", [signal.SIGINT], False),
+        ("", [signal.SIGINT], False),
+        ("yes\n", [signal.SIGINT], False),
+        (None, [signal.SIGINT], False),
+        ("stop\n", [signal.SIGINT, signal.SIGTERM], False),
+    ],
+)
+def test_a_job_is_stopped_only_if_a_person_says_so(
+    typed: str | None, signals: list[signal.Signals], is_stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is a second Ctrl-C, an empty answer the end of input; whom SIGTERM ended is not asked."""
+
+    def readline() -> str:
+        if typed is None:
+            raise StoppedError("stopped")
+        return typed
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=readline))
+    monkeypatch.setattr(submit, "received", signals)
+    assert submit.wants_stop() is is_stopped
 
 
 def test_a_log_that_starts_over_repeats_nothing(capsys: pytest.CaptureFixture[str]) -> None:
