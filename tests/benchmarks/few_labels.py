@@ -7,6 +7,8 @@ set, by the seed that training gets, too. The ways:
 
 * plain: `jobs.train` as it comes; a tenth of the rows, but at least one of each class, chooses the checkpoint;
 * stable: `jobs/configs/train_few_labels.toml`; stable-3e-4: with the rate that was chosen for all rows of Banking77;
+* drop, swap, replace: stable-3e-4 with a tenth of the words of each training row left out, changing places with the next, or replaced by
+  what the masked-language model of `--replacing` says in their place, anew at each step;
 * contrastive: `jobs/configs/train_few_labels_contrastive.toml`; contrastive-5: with 5 pairs of each kind a row in place of 20;
 * frozen: logistic regression on the frozen encoder's features (the mean of its last hidden states), scikit-learn alone.
 
@@ -44,6 +46,7 @@ WAYS: dict[str, tuple[str | None, dict[str, dict[str, Any]]]] = {
     "plain": (None, {}),
     "stable": (STABLE, {}),
     "stable-3e-4": (STABLE, {"optim": {"learning_rate": 3e-4}}),
+    **{way: (STABLE, {"optim": {"learning_rate": 3e-4}, "augment": {way: 0.1}}) for way in ("drop", "swap", "replace")},
     "contrastive-5": ("jobs/configs/train_few_labels_contrastive.toml", {"contrastive": {"iterations": 5}}),
     "contrastive": ("jobs/configs/train_few_labels_contrastive.toml", {}),
 }
@@ -59,7 +62,7 @@ def draw(data: Path, per_class: int, seed: int) -> pd.DataFrame:
     return pd.concat(groups).sort_index()
 
 
-def fine_tune(way: str, rows: Path, data: Path, seed: int, output: str) -> dict[str, float]:
+def fine_tune(way: str, rows: Path, data: Path, seed: int, output: str, replacing: str | None) -> dict[str, float]:
     """One run of `jobs.train`."""
     name, changed = WAYS[way]
     values: dict[str, Any] = read_file(name) if name else {}
@@ -69,6 +72,7 @@ def fine_tune(way: str, rows: Path, data: Path, seed: int, output: str) -> dict[
         "model": {"base": BASE, "max_length": MAX_LENGTH},
         "optim": {"seed": seed},
         "output": {"path": output},
+        **({"augment": {"model": replacing}} if way == "replace" else {}),
     }
     for section, keys in [*changes.items(), *changed.items()]:
         values.setdefault(section, {}).update(keys)
@@ -117,7 +121,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=[*WAYS, "frozen"], default=[*WAYS, "frozen"])
+    parser.add_argument(
+        "--only", nargs="+", choices=[*WAYS, "frozen"], default=[*(way for way in WAYS if way != "replace"), "frozen"]
+    )
+    parser.add_argument("--replacing", metavar="FOLDER", help="of an output of jobs.pretrain, for replace")
     parser.add_argument("--cpus", type=int, default=1, help="of a training worker")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -133,7 +140,9 @@ def main() -> None:
                     drawn = Path(folder) / "rows.parquet"
                     rows.to_parquet(drawn, index=False)
                     found = (
-                        frozen(rows, data) if way == "frozen" else fine_tune(way, drawn, data, seed, f"{folder}/model")
+                        frozen(rows, data)
+                        if way == "frozen"
+                        else fine_tune(way, drawn, data, seed, f"{folder}/model", arguments.replacing)
                     )
                 seconds = round(time.monotonic() - begun, 1)
                 runs.append({"rows_per_class": per_class, "way": way, "seed": seed, **found, "seconds": seconds})
