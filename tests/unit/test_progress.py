@@ -7,8 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 
-from lib import progress, tasks, telemetry
+from lib import blocks, progress, tasks, telemetry
 from lib.blocks import CHUNKS_KEY
 from lib.planning import Chunk
 from lib.telemetry import Kind, Metric
@@ -86,9 +87,9 @@ def test_blocks_wait_from_their_reading_to_their_actor(board: Board) -> None:
 def test_a_block_that_was_read_waits_under_the_name_that_its_actor_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = Chunk(shard="a.parquet", identity="0", index=0, count=1, start=0, rows=1, text_bytes=1)
     table = pa.table({"row": [0]}).replace_schema_metadata({CHUNKS_KEY: json.dumps([asdict(chunk)]).encode()})
-    monkeypatch.setattr(tasks.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
     monkeypatch.setattr(tasks, "get_tokenizer", lambda *_: None)
-    monkeypatch.setattr(tasks.work, "read_block", lambda *_: [table])
+    monkeypatch.setattr(blocks, "read_block", lambda *_: [table])
     queued: list[str] = []
     methods = {"count_read": lambda _: 1, "queue": queued.append, "note": queued.append}
     said = SimpleNamespace(**{name: SimpleNamespace(remote=one) for name, one in methods.items()})
