@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
+from sklearn.utils.class_weight import compute_class_weight
 
 from lib.classifying import ClassifierFit, ClassifierJob, check_duplicates, new_model
 from lib.committing import deciding
@@ -24,7 +25,6 @@ from lib.fitting import Job, join_team
 from lib.loss import Objective
 from lib.mapped import Subset
 from lib.masked_fitting import PretrainFit
-from lib.model import choose_dtype
 from lib.pretrain_config import PretrainConfig
 from lib.pretraining import pretrain
 from lib.runtime import Cluster, Node
@@ -38,6 +38,12 @@ from tests.labelled import LABELS, make_rows, make_set
 
 CLUSTER = Cluster((Node(cpus=1, gpus=0),))
 ROWS, OTHER_ROWS = 64, 24
+
+COUNTS = np.array([make_rows(ROWS, 1)[1].count(label) for label in LABELS])
+BALANCED = tuple(compute_class_weight("balanced", classes=np.array(LABELS), y=np.array(make_rows(ROWS, 1)[1])).tolist())
+GIVEN = np.array([ROWS - COUNTS[0], *COUNTS[1:]])
+"""rows of `several` that have each label"""
+BALANCED_POSITIVE = tuple(((ROWS - GIVEN) / GIVEN).tolist())
 
 
 class AloneFit(ClassifierFit):
@@ -118,13 +124,22 @@ def test_layers_are_frozen(frozen: Any, stay: tuple[str, ...], make_job: Any) ->
         ("label", {"label_smoothing": 0.2}, {"rdrop": 1.5}, {"smoothing": 0.2, "rdrop": 1.5}),
         ("label", {"class_weights": {"fair": 5.0}}, {}, {"class_weights": (1.0, 5.0, 1.0)}),
         ("several", {"positive_weights": {"good": 4.0}}, {}, {"positive_weights": (1.0, 1.0, 4.0)}),
+        ("label", {"class_weights": "balanced"}, {}, {"class_weights": BALANCED}),
+        ("several", {"positive_weights": "balanced"}, {}, {"positive_weights": BALANCED_POSITIVE}),
     ],
-    ids=["focal", "smoothing", "class", "positive"],
+    ids=["focal", "smoothing", "class", "positive", "balanced", "balanced positive"],
 )
 def test_the_loss_is_what_training_makes_small(
-    column: str, loss: dict[str, Any], optim: dict[str, Any], expected: dict[str, Any], make_job: Any, make_fit: Any
+    column: str,
+    loss: dict[str, Any],
+    optim: dict[str, Any],
+    expected: dict[str, Any],
+    rows: Path,
+    make_job: Any,
+    make_fit: Any,
 ) -> None:
-    job = make_job(train={"label_column": column}, loss=loss, optim=optim)
+    sets = {"train": {"label_column": column}, "valid": {"path": f"{rows}/other.parquet"}}
+    job = make_job(**sets, loss=loss, optim=optim)
     task = Task.MULTI_CLASS if column == "label" else Task.MULTI_LABEL
     assert job.tasks[0].objective == Objective(task=task, **expected)
     assert make_fit(job).learner.objective == Objective(task=task, **expected)
@@ -148,13 +163,21 @@ def test_layers_are_computed_again_and_passes_are_compiled(
     assert make_fit(job, AlonePretrainFit).learner.model.base_model.is_gradient_checkpointing == wanted
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "auto"])
+@pytest.mark.parametrize(
+    ("precision", "has_bf16", "expected"),
+    [
+        ("fp32", True, torch.float32),
+        ("bf16", False, torch.bfloat16),
+        ("fp16", True, torch.float16),
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float32),
+    ],
+)
 def test_passes_are_made_in_the_precision_that_was_asked_for(
-    precision: Any, make_job: Any, monkeypatch: pytest.MonkeyPatch
+    precision: Any, has_bf16: bool, expected: torch.dtype, make_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job: ClassifierJob = make_job(model={"precision": precision})
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    expected = named.get(precision) or choose_dtype("auto", torch.device("cpu"))
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bf16)
     worker = {f"get_{name}": lambda: 0 for name in ("world_rank", "local_rank")}
     worker |= {f"get_{name}": lambda: 1 for name in ("world_size", "local_world_size")}
     monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(**worker))
