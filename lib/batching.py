@@ -83,3 +83,14 @@ def pad(
     padded = np.full(mask.shape, fill, dtype=np.int64)
     padded[mask] = ids[(starts[:, None] + columns)[mask]]
     return padded, mask
+
+
+def gather(
+    ids: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], rows: IntArray
+) -> tuple[npt.NDArray[np.integer], IntArray]:
+    """Rows of a flat token array (row i is `ids[offsets[i]:offsets[i + 1]]`) one after the other, and their lengths (B)."""
+    starts = np.asarray(offsets)[rows].astype(np.int64)
+    lengths = np.asarray(offsets)[rows + 1] - starts
+    ends = np.cumsum(lengths)
+    shift = np.repeat(starts - (ends - lengths), lengths)
+    return ids[shift + np.arange(ends[-1])], lengths

@@ -11,7 +11,10 @@ from lib.storage import cache_folder
 SMALLEST, LARGEST = 8_192, 524_288
 
 WORTH = 1.03
-"""A pass of twice the tokens is taken if it does so many times as many in a second: a smaller one is kinder to memory."""
+"""A larger pass is taken if it does so many times as many tokens in a second: a smaller one is kinder to memory."""
+
+TRIES = 2
+"""Sizes in a row that are no faster before no larger one is tried: one alone may have been disturbed."""
 
 
 def best_budget(seconds_of: Callable[[int], float]) -> int:
@@ -19,19 +22,20 @@ def best_budget(seconds_of: Callable[[int], float]) -> int:
 
     After a size at which memory ends one half of the largest that fits is taken: real rows differ in length.
     """
-    best, best_rate = SMALLEST, 0.0
-    budget = SMALLEST
+    rates: dict[int, float] = {}
+    budget, most = SMALLEST, LARGEST
     while budget <= LARGEST:
         try:
-            rate = budget / seconds_of(budget)
+            rates[budget] = budget / seconds_of(budget)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            return max(1, min(best, budget // 4))
-        if rate < best_rate * WORTH:
+            most = max(1, budget // 4)
             break
-        best, best_rate = budget, rate
+        if budget // max(rates, key=lambda one: rates[one]) >= 2**TRIES:
+            break
         budget *= 2
-    return best
+    enough = max(rates.values(), default=0.0) / WORTH
+    return min([most, *(size for size, rate in rates.items() if rate >= enough)])
 
 
 def recall(key: str) -> int | None:

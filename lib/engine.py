@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lib.batching import IntArray
+from lib.errors import say
 from lib.model import logits_of
 from lib.packing import PackedClassifier
 from lib.quantization import GROUP_SIZE, attend_in_bf16, quantize
@@ -25,6 +26,9 @@ from lib.quantization import GROUP_SIZE, attend_in_bf16, quantize
 EngineName = Literal["torch", "packed", "openvino"]
 
 BoolArray = npt.NDArray[np.bool_]
+
+PackedRows = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, int]
+"""Ids and segments (T), offsets (B + 1), the longest row's tokens."""
 
 
 class EngineError(Exception):
@@ -81,31 +85,53 @@ class PackedEngine:
     """PyTorch without padding: see `lib.packing`. In half precision on GPUs, where attention has kernels for it."""
 
     name: EngineName = "packed"
-    token_budget = 65_536
+    token_budget = 131_072
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """Raises `EngineError` if the model's rows cannot be packed."""
         self.device, self.dtype = device, dtype
         with explained("packed", "prepare"):
             self.model = PackedClassifier(model).to(device, dtype)
+        if device.type == "cuda":
+            self._compile()
+
+    def _compile(self) -> None:
+        try:
+            self.model.compile_norms()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            said = " ".join(str(error).split())[:300]
+            say(
+                f"WARNING: PyTorch cannot compile on this node ({said}): scoring goes on, up to a fifth slower; expected were"
+                " triton and a C compiler (apt-get install gcc)"
+            )
 
     def launch(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> torch.Tensor:
         """Begin one forward pass over what is not padding."""
-        return self.forward(self.stage(ids, mask, type_ids))
+        return self.launch_rows(ids[mask], mask.sum(axis=1), None if type_ids is None else type_ids[mask])
 
-    def stage(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> tuple[list[torch.Tensor], int]:
-        """Bring a micro-batch to the GPU: ids, segments and positions (T), offsets (B + 1), and the longest row's tokens."""
-        lengths = mask.sum(axis=1)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        segments = np.zeros(offsets[-1], np.int64) if type_ids is None else type_ids[mask]
-        positions = np.nonzero(mask)[1] + self.model.first_position
-        return [to_device(one, self.device) for one in (ids[mask], segments, positions, offsets)], int(lengths.max())
+    def launch_rows(
+        self, ids: npt.NDArray[np.integer], lengths: IntArray, type_ids: npt.NDArray[np.integer] | None
+    ) -> torch.Tensor:
+        """Begin one forward pass over rows that lie one after the other: ids and segments (T), lengths (B)."""
+        return self.forward(self.stage(ids, lengths, type_ids))
 
-    def forward(self, staged: tuple[list[torch.Tensor], int]) -> torch.Tensor:
+    def stage(
+        self, ids: npt.NDArray[np.integer], lengths: IntArray, type_ids: npt.NDArray[np.integer] | None
+    ) -> PackedRows:
+        """Bring rows to the GPU: ids, segments (T) and offsets (B + 1), and the longest row's tokens."""
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        segments = None if type_ids is None else self._bring(type_ids)
+        return self._bring(ids), segments, self._bring(offsets), int(lengths.max())
+
+    def _bring(self, numbers: npt.NDArray[np.integer]) -> torch.Tensor:
+        return to_device(numbers.astype(np.int32), self.device)
+
+    def forward(self, staged: PackedRows) -> torch.Tensor:
         """Begin to compute what was brought."""
-        tensors, longest = staged
         with torch.inference_mode(), explained("packed", "compute"):
-            logits: torch.Tensor = self.model(*tensors, longest)
+            logits: torch.Tensor = self.model(*staged)
         return logits
 
     def wait(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lib import budget
-from lib.batching import cut_by_tokens, pad
+from lib.batching import cut_by_tokens, gather, pad
 from lib.checkpoint import Checkpoint, tokenizer_of
 from lib.config import EngineChoice, PrecisionChoice, TokenPooling
 from lib.engine import Engine, EngineError, PackedEngine, TorchEngine, openvino_engines
@@ -240,7 +240,10 @@ class Predictor:
         seconds = []
         for _ in range(3):
             begun = time.perf_counter()
-            logits = self.engine.launch(ids, mask, None)
+            if isinstance(self.engine, PackedEngine):
+                logits = self.engine.launch_rows(ids.ravel(), mask.sum(axis=1), None)
+            else:
+                logits = self.engine.launch(ids, mask, None)
             self.engine.wait()
             logits.cpu()
             seconds.append(time.perf_counter() - begun)
@@ -269,9 +272,11 @@ class Predictor:
         type_ids: npt.NDArray[np.integer] | None,
         rows: npt.NDArray[np.int64],
     ) -> torch.Tensor:
+        if isinstance(self.engine, PackedEngine):
+            segments = None if type_ids is None else gather(type_ids, offsets, rows)[0]
+            return self.engine.launch_rows(*gather(ids, offsets, rows), segments)
         padded, mask = pad(ids, offsets, rows, self.checkpoint.facts.pad_token_id)
-        if self.engine.name != "packed":
-            self.padding += mask.size - int(mask.sum())
+        self.padding += mask.size - int(mask.sum())
         segments = None if type_ids is None else pad(type_ids, offsets, rows, 0)[0]
         return self.engine.launch(padded, mask, segments)
 

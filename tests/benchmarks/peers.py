@@ -1,14 +1,16 @@
-"""From Parquet to Parquet on a machine without a GPU: Textsweep beside what a user would otherwise run, on the same texts.
+"""From Parquet to Parquet on this machine: Textsweep beside what a user would otherwise run, on the same texts.
 
     python -m tests.benchmarks.peers [--rows 12000] [--repeats 3] [--only NAME ...] [--json FILE]
 
-Every system runs in processes of its own, in turn with the others, on all cores, at its default and at its better settings:
+Every system runs in processes of its own, in turn with the others, on all cores or on the GPU, at its default and at its better
+settings:
 
 * the `transformers` pipeline over the texts in their order;
 * the pattern of Ray Data's documentation, a pipeline inside `map_batches`;
 * a flow as NVIDIA's Curator has it: a tokenizer stage that pads to the maximum, a sort inside each task, a fixed number of rows
   (256 is its default), its stages as actors of Ray, and the same without Ray in one process;
 * ONNX Runtime and OpenVINO over rows sorted by length, where `onnxruntime` and `onnxscript` are installed; they are no part of the project;
+* on a GPU the pipeline with more rows at a time, too, and in place of the runtimes for processors nothing;
 * Textsweep's own forward passes, to which nothing is done but that: what `jobs.score` could reach at most.
 
 Tokens are counted once, by the reference tokenizer and without padding. A system's rate is the tokens of a long archive less
@@ -35,7 +37,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.demo_store import LoopbackS3
 from lib.storage import open_store
 from tests.benchmarks.material import (
     MAX_LENGTH,
@@ -61,13 +62,30 @@ class System:
 
     run: Callable[[str, Path, Path], None]
     """archive (a folder or a URL), model and output folder"""
-    part: float = 1.0
-    """of the long archive's shards; the rate of a slow system is known from a part"""
+    part: float | None = 1
+    """of the texts in the long archive: the rate of a slow system is known from a part; None: not on processors"""
+    gpu_part: float | None = None
+    """the same on a GPU, over 1: all texts so many times; None: not on a GPU"""
     on_s3: bool = False
     """whether it reads from object storage"""
 
 
 # peers
+
+
+def device() -> str:
+    """Where all systems compute."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def beside_a_model() -> dict[str, Any]:
+    """What an actor of Ray that computes is given: the GPU, or all cores but one and as many threads as there are cores."""
+    if device() == "cuda":
+        return {"num_gpus": 1}
+    cores = os.cpu_count() or 2
+    return {"num_cpus": max(1, cores - 1), "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cores)}}}
 
 
 def save(shard: Path, output: Path, answers: list[Any]) -> None:
@@ -76,11 +94,11 @@ def save(shard: Path, output: Path, answers: list[Any]) -> None:
 
 
 def load_pipeline(model: Path, dtype: str) -> Any:
-    """The text-classification pipeline on the CPU, cutting texts as all others do here."""
+    """The text-classification pipeline, cutting texts as all others do here."""
     import torch
     from transformers import pipeline
 
-    found: Any = pipeline("text-classification", str(model), dtype=getattr(torch, dtype), device="cpu")
+    found: Any = pipeline("text-classification", str(model), dtype=getattr(torch, dtype), device=device())
     found.tokenizer.model_max_length = MAX_LENGTH
     return found
 
@@ -126,9 +144,8 @@ def ray_documentation(dtype: str, batch: int) -> Callable[[str, Path, Path], Non
             PipelineActor,
             fn_constructor_args=(model, dtype, batch),
             batch_size=256,
-            num_cpus=max(1, (os.cpu_count() or 2) - 1),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(os.cpu_count())}},
             compute=ray.data.ActorPoolStrategy(size=1),
+            **beside_a_model(),
         )
         found.write_parquet(str(output))
 
@@ -153,8 +170,9 @@ def score_sorted(classifier: Any, frame: pd.DataFrame, batch: int) -> pd.DataFra
         longest = int(rows["length"].max())
         ids = torch.tensor(np.stack(rows["ids"].to_list()))[:, :longest]
         mask = torch.tensor(np.stack(rows["mask"].to_list()))[:, :longest]
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            scores.append(classifier(input_ids=ids, attention_mask=mask).logits.float().softmax(-1).numpy())
+        ids, mask = ids.to(classifier.device), mask.to(classifier.device)
+        with torch.inference_mode(), torch.autocast(device(), torch.bfloat16):
+            scores.append(classifier(input_ids=ids, attention_mask=mask).logits.float().softmax(-1).cpu().numpy())
     found = np.concatenate(scores)
     frame["label"] = [classifier.config.id2label[index] for index in found.argmax(1)]
     frame["score"] = found.max(1)
@@ -166,7 +184,7 @@ def load_sequence_classifier(model: Path) -> Any:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    return AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+    return AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval().to(device())
 
 
 def curator(batch: int) -> Callable[[str, Path, Path], None]:
@@ -212,7 +230,6 @@ def curator_on_ray(batch: int) -> Callable[[str, Path, Path], None]:
         import ray
 
         start_quiet_ray(ray)
-        cores = os.cpu_count() or 2
         options: dict[str, Any] = {"batch_size": None, "batch_format": "pandas"}
         pool = ray.data.ActorPoolStrategy(size=1)
         found = (  # the actors leave a whole CPU: without one Ray Data would not list the files, and wait for ever
@@ -221,10 +238,9 @@ def curator_on_ray(batch: int) -> Callable[[str, Path, Path], None]:
             .map_batches(
                 SortedActor,
                 fn_constructor_args=(model, batch),
-                num_cpus=0.25,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cores)}},
                 compute=pool,
                 **options,
+                **{**beside_a_model(), "num_cpus": 0.25},
             )
         )
         found.write_parquet(str(output), ray_remote_args={"num_cpus": 0.25})
@@ -343,25 +359,39 @@ def forward_alone(archive: str, model: Path, output: Path) -> None:
 
 
 SYSTEMS = {
-    "pipeline, default": System(transformers_pipeline("float32", 1), 0.125),
-    "pipeline, batch 32": System(transformers_pipeline("float32", 32), 0.05),
+    "pipeline, default": System(transformers_pipeline("float32", 1), 0.125, 0.25),
+    "pipeline, batch 32": System(transformers_pipeline("float32", 32), 0.05, 1),
     "pipeline, bf16": System(transformers_pipeline("bfloat16", 1), 0.125),
-    "Ray documentation, default": System(ray_documentation("float32", 1), 0.125),
+    "pipeline, bf16, batch 256": System(transformers_pipeline("bfloat16", 256), None, 1),
+    "Ray documentation, default": System(ray_documentation("float32", 1), 0.125, 0.25),
     "Ray documentation, bf16": System(ray_documentation("bfloat16", 1), 0.125),
-    "Curator-style, 256 rows": System(curator_on_ray(256), 0.25),
+    "Ray documentation, bf16, batch 256": System(ray_documentation("bfloat16", 256), None, 1),
+    "Curator-style, 256 rows": System(curator_on_ray(256), 0.25, 1),
     "Curator-style, 32 rows": System(curator_on_ray(32), 0.25),
     "Curator-style, 32 rows, no Ray": System(curator(32), 0.25),
+    "Curator-style, 256 rows, no Ray": System(curator(256), None, 1),
     "ONNX Runtime, 16 rows": System(exported(onnx_session, 16), 0.25),
     "OpenVINO, fp32, 8 rows": System(exported(openvino_session("f32"), 8), 0.5),
     "OpenVINO, bf16, 8 rows": System(exported(openvino_session("bf16"), 8), 0.5),
     "Textsweep, fp32": System(textsweep("model.precision=fp32")),
     "Textsweep, bf16": System(textsweep("model.precision=bf16")),
+    "Textsweep, bf16, chunks of 16 MB": System(textsweep("model.precision=bf16", "planning.chunk_mb=16"), None, 300),
     "Textsweep, int8": System(textsweep("model.precision=int8")),
-    "Textsweep, forward alone": System(forward_alone),
+    "Textsweep, forward alone": System(forward_alone, 1, 16),
     "Textsweep, bf16, S3": System(textsweep("model.precision=bf16"), on_s3=True),
 }
 
-OURS = [name for name in SYSTEMS if name.startswith("Textsweep")]
+
+def parts_here() -> dict[str, float]:
+    """Of the systems that run on this machine, what each one is timed on."""
+    is_gpu = device() == "cuda"
+    parts = {name: one.gpu_part if is_gpu else one.part for name, one in SYSTEMS.items()}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def is_ours(name: str) -> bool:
+    """Whether a system is Textsweep."""
+    return name.startswith("Textsweep")
 
 
 # timing
@@ -392,7 +422,7 @@ def timed(name: str, archive: str, model: Path, output: Path) -> float:
     )
     seconds = time.monotonic() - begun
     if done.returncode:
-        if name in OURS:
+        if is_ours(name):
             raise SystemExit(f"{name} failed: {done.stderr[-2000:]}")
         raise PeerError(done.stderr.strip().splitlines()[-1][:300])
     own = output / OWN_SECONDS
@@ -421,10 +451,13 @@ def measure(names: list[str], texts: list[str], repeats: int, model: Path, folde
     """Time every system, in turn; returns its rate, start-up and answers."""
     short = folder / "short"
     make_archive(short, texts[:SHORT_ROWS], 2)
-    archives = {part: folder / f"long-{part}" for part in {SYSTEMS[name].part for name in names}}
+    parts = parts_here()
+    archives = {part: folder / f"long-{part}" for part in {parts[name] for name in names}}
+    tokens = {short: count_tokens(model, texts[:SHORT_ROWS])}
     for part, archive in archives.items():
-        make_archive(archive, texts[: int(len(texts) * part)], max(2, int(SHARDS * part)))
-    tokens = {archive: count_tokens(model, archive) for archive in (short, *archives.values())}
+        some, copies = texts[: int(len(texts) * part)], max(1, int(part))
+        make_archive(archive, some, max(2, int(SHARDS * min(1, part))), copies)
+        tokens[archive] = copies * count_tokens(model, some)
     transformers_pipeline("float32", 1)(str(short), model, make(folder / "expected"))
     expected = answers_of(folder / "expected")
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -434,7 +467,7 @@ def measure(names: list[str], texts: list[str], repeats: int, model: Path, folde
         for repeat in range(repeats):
             for name in names:
                 outputs = [folder / f"{names.index(name)}-{repeat}-{which}" for which in ("short", "long")]
-                both = (short, archives[SYSTEMS[name].part])
+                both = (short, archives[parts[name]])
                 urls = [f"s3://{BUCKET}/{one.name}" if SYSTEMS[name].on_s3 else str(one) for one in both]
                 try:
                     first, second = (timed(name, url, model, output) for url, output in zip(urls, outputs, strict=True))
@@ -447,7 +480,7 @@ def measure(names: list[str], texts: list[str], repeats: int, model: Path, folde
                 print(f"{name}: {first:.1f} s, {second:.1f} s", file=sys.stderr, flush=True)
     found: dict[str, Any] = {}
     for name in (one for one in names if one not in failed):
-        extra = tokens[archives[SYSTEMS[name].part]] - tokens[short]
+        extra = tokens[archives[parts[name]]] - tokens[short]
         rates = [extra / (whole - start) for start, whole in seconds[name]]
         found[name] = {
             "tokens_per_second": round(statistics.median(rates)),
@@ -468,6 +501,8 @@ def measure(names: list[str], texts: list[str], repeats: int, model: Path, folde
 @contextlib.contextmanager
 def served(archives: list[Path]) -> Iterator[None]:
     """Archives in a bucket of an S3 server on loopback, which the processes started meanwhile know of."""
+    from jobs.demo_store import LoopbackS3  # whose packages a machine with a GPU may be without
+
     with tempfile.TemporaryDirectory() as folder, LoopbackS3(Path(folder) / "server.log") as server:
         os.environ.update(server.environment)
         server.bucket(BUCKET)
@@ -511,7 +546,7 @@ def main() -> None:
         name, archive, *paths = arguments.child
         SYSTEMS[name].run(archive, *map(Path, paths))
         return
-    names = arguments.only or list(SYSTEMS)
+    names = arguments.only or list(parts_here())
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         make_model(model, "MiniLM-L6")

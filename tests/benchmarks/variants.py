@@ -1,12 +1,11 @@
 """Ways to make rows without padding faster on a GPU, to be timed beside the engine as it is, each with its own accuracy.
 
-None is part of the engine: no GPU has said yet which of them win. `python -m tests.benchmarks.ladder --no-jobs` times all of
-them on one. Without a GPU the tests compute the same numbers by the same code, but for the kernels and the graphs themselves.
+None is part of the engine. `python -m tests.benchmarks.ladder --no-jobs` times all of them on a GPU. Without one the tests compute
+the same numbers by the same code, but for the kernels and the graphs themselves.
 Letters: T tokens of a pack, B rows, K and N sizes of a matrix product.
 """
 
-import copy
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +14,13 @@ from torch import nn
 from torch.nn.functional import ScalingType, scaled_mm
 
 from lib.batching import IntArray
-from lib.engine import BoolArray, PackedEngine, to_device
+from lib.engine import PackedEngine, PackedRows
+
+LONGEST = (64, 128, 256, 512, 8192)
+"""A recorded pack is computed as if its longest row had the next larger number of tokens, so that few are recorded."""
 
 SHORTEST = 3
 """Tokens of the shortest text that has any: its first token, one more, its last."""
-
-LONGEST = (64, 128, 256, 512, 8192)
-"""A pack is computed as if its longest row had the next larger number of tokens, so that few shapes are met."""
 
 FP8 = torch.float8_e4m3fn
 
@@ -41,7 +40,7 @@ class Float8Linear(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., N)."""
-        values, scale = quantized(states.flatten(0, -2))
+        values, scale = (quantized_compiled if states.is_cuda else quantized)(states.flatten(0, -2))
         found: torch.Tensor = scaled_mm(
             values,
             self.weight.t(),
@@ -69,98 +68,108 @@ def quantized(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (values / scale).to(FP8), scale
 
 
-def to_float8(model: nn.Module) -> nn.Module:
-    """A copy whose encoder computes its matrix products in FP8; embeddings and the head stay as they are."""
-    changed = copy.deepcopy(model)
-    encoder: Any = changed.base_model.encoder  # type: ignore[union-attr]
-    for module in list(encoder.modules()):
+quantized_compiled = torch.compile(quantized, dynamic=True)
+
+
+def to_float8(layers: nn.Module) -> None:
+    """Change packed layers in place to compute their matrix products in FP8; embeddings and the head stay as they are."""
+    for module in list(layers.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, Float8Linear(child))
-    return changed
+    for layer in layers.children():
+        layer.joins_activation = False  # type: ignore[assignment]
 
 
-class ConstantPacks(PackedEngine):
-    """Packs of one size: the same number of tokens and of rows, whatever is in them, and few numbers for the longest row.
+class Graphs(PackedEngine):
+    """A CUDA graph for each length of the longest row, of packs of one size: the same numbers of tokens and of rows, whatever is in them.
 
     What is behind the last real token fills rows behind the last real one; those behind them are empty and begin at the last token.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        dtype: torch.dtype,
-        token_budget: int,
-        compiled: bool = False,
-        graphs: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, token_budget: int) -> None:
         super().__init__(model, device, dtype)
-        self.token_budget = token_budget
         self.tokens, self.rows = token_budget + 8, token_budget // SHORTEST + 1
-        self.graphs: dict[int, tuple[Any, list[torch.Tensor], torch.Tensor]] | None = {} if graphs else None
-        self.run: Any = self.model
-        if compiled:
-            self.run = torch.compile(
-                self.model, dynamic=False, backend="inductor" if device.type == "cuda" else "eager"
-            )
+        self.recorded: dict[int, tuple[Any, list[torch.Tensor], torch.Tensor]] = {}
 
-    def stage(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> tuple[list[torch.Tensor], int, int]:  # type: ignore[override]
-        """Bring a pack to the GPU: ids, segments and positions (T), offsets (B + 1), the longest row, and the real rows."""
-        lengths = mask.sum(axis=1)
+    def stage(
+        self, ids: npt.NDArray[np.integer], lengths: IntArray, type_ids: npt.NDArray[np.integer] | None
+    ) -> PackedRows:
+        """Bring rows to the GPU, filled up to the size of all packs."""
         total = int(lengths.sum())
         longest = next(one for one in LONGEST if one >= lengths.max())
         behind = np.minimum(total + longest * np.arange(self.rows - len(lengths)), self.tokens - 1)
-        offsets = np.concatenate([[0], np.cumsum(lengths)[:-1], behind, [self.tokens]]).astype(np.int32)
-        segments = np.zeros(total, np.int64) if type_ids is None else type_ids[mask]
-        positions = np.nonzero(mask)[1] + self.model.first_position
-        filled = [(ids[mask], 0), (segments, 0), (positions, int(positions[0]))]
-        tensors = [to_device(self._filled(*one), self.device) for one in filled]
-        return [*tensors, to_device(offsets, self.device)], longest, len(lengths)
+        offsets = np.concatenate([[0], np.cumsum(lengths)[:-1], behind, [self.tokens]])
+        segments = np.zeros_like(ids) if type_ids is None else type_ids
+        ids, segments = (np.concatenate([one, np.zeros(self.tokens - total, one.dtype)]) for one in (ids, segments))
+        return self._bring(ids), self._bring(segments), self._bring(offsets), longest
 
-    def _filled(self, values: npt.NDArray[np.int64], fill: int) -> npt.NDArray[np.int64]:
-        return np.concatenate([values, np.full(self.tokens - len(values), fill, np.int64)])
+    def launch_rows(
+        self, ids: npt.NDArray[np.integer], lengths: IntArray, type_ids: npt.NDArray[np.integer] | None
+    ) -> torch.Tensor:
+        """Begin one forward pass; the logits of the real rows."""
+        return self.forward(self.stage(ids, lengths, type_ids))[: len(lengths)]
 
-    def forward(self, staged: tuple[list[torch.Tensor], int, int]) -> torch.Tensor:  # type: ignore[override]
-        """Begin to compute what was brought."""
-        tensors, longest, rows = staged
+    def forward(self, staged: PackedRows) -> torch.Tensor:
+        """Begin to compute what was brought: on a GPU by replaying what was recorded."""
+        if self.device.type != "cuda":
+            return super().forward(staged)
+        longest = staged[3]
         with torch.inference_mode():
-            if self.graphs is None:
-                logits: torch.Tensor = self.run(*tensors, longest)
-                return logits[:rows]
-            if longest not in self.graphs:
-                self.graphs[longest] = self._record(tensors, longest)
-            graph, inputs, found = self.graphs[longest]
-            for place, one in zip(inputs, tensors, strict=True):
-                place.copy_(one)
+            if longest not in self.recorded:
+                self.recorded[longest] = self._record(staged)
+            graph, inputs, found = self.recorded[longest]
+            for place, one in zip(inputs, staged[:3], strict=True):
+                place.copy_(cast(torch.Tensor, one))
             graph.replay()
-            return found[:rows].clone()
+            return found.clone()
 
-    def _record(self, tensors: list[torch.Tensor], longest: int) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+    def _record(self, staged: PackedRows) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
         """Record one forward pass, after three that compile and allocate (PyTorch's notes on CUDA graphs)."""
-        inputs = [one.clone() for one in tensors]
+        longest = staged[3]
+        inputs = [cast(torch.Tensor, one).clone() for one in staged[:3]]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self.run(*inputs, longest)
+                self.model(*inputs, longest)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self.run(*inputs, longest)
+            logits = self.model(*inputs, longest)
         return graph, inputs, logits
 
 
-def variants(model: nn.Module, device: torch.device, dtype: torch.dtype, token_budget: int) -> dict[str, ConstantPacks]:
-    """Engines by name, for a model whose last layer `lib.model.leave_out_the_unread` has changed; graphs on GPUs alone."""
-    is_gpu = device.type == "cuda"
-    found = {
-        "constant packs": ConstantPacks(model, device, dtype, token_budget),
-        "compiled": ConstantPacks(model, device, dtype, token_budget, compiled=True),
-        "fp8": ConstantPacks(to_float8(model), device, dtype, token_budget),
-        "fp8, compiled": ConstantPacks(to_float8(model), device, dtype, token_budget, compiled=True),
+class PlainNorms(PackedEngine):
+    """Without a compiler: the sum of a layer's input and output, and its norm, in two kernels."""
+
+    def _compile(self) -> None:
+        pass
+
+
+class CompiledLayers(PackedEngine):
+    """Whole layers compiled, their activation behind its product."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(model, device, dtype)
+        for layer in self.model.layers:
+            layer.joins_activation = False  # type: ignore[assignment]
+            layer.compile(dynamic=True, backend="inductor" if device.type == "cuda" else "eager")
+
+
+class Float8(PackedEngine):
+    """Matrix products of the layers in FP8."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(model, device, dtype)
+        to_float8(self.model.layers)
+
+
+def variants(model: nn.Module, device: torch.device, dtype: torch.dtype, token_budget: int) -> dict[str, PackedEngine]:
+    """Engines by name, for a model whose last layer `lib.model.leave_out_the_unread` has changed."""
+    return {
+        "plain norms": PlainNorms(model, device, dtype),
+        "compiled layers": CompiledLayers(model, device, dtype),
+        "graphs": Graphs(model, device, dtype, token_budget),
+        "fp8": Float8(model, device, dtype),
     }
-    if is_gpu:
-        found["graphs"] = ConstantPacks(model, device, dtype, token_budget, graphs=True)
-        found["compiled, graphs"] = ConstantPacks(model, device, dtype, token_budget, compiled=True, graphs=True)
-    return found

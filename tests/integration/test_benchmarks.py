@@ -14,10 +14,10 @@ import torch
 from lib.checkpoint import fetch
 from lib.tokenization import load_tokenizer
 from tests.benchmarks import ladder, material, peers
-from tests.benchmarks.variants import ConstantPacks, variants
+from tests.benchmarks.variants import Graphs, variants
 
 
-class Broken(ConstantPacks):
+class Broken(Graphs):
     """As one whose kernels are not there."""
 
     def stage(self, *_: object) -> Any:
@@ -49,15 +49,15 @@ def test_the_ladder_climbs_from_limit_to_parquet(tmp_path: Path, monkeypatch: py
     assert all(rung["tokens_per_second"] > 0 for rung in one["rungs"].values())
     assert one["mean_tokens"] == pytest.approx(material.REGIMES["messages"].mean_tokens, rel=0.25)
     assert one["labels_equal"] >= 0.95
-    assert set(found["engines"]) == {
+    assert set(found["engines"]["MiniLM-L6"]) == {
         *(f"{engine} {dtype}" for engine in ("torch", "openvino") for dtype in ("fp32", "bf16")),
         "openvino int8",
     }
-    for name, engine in found["engines"].items():
+    for name, engine in found["engines"]["MiniLM-L6"].items():
         assert engine["largest_difference"] <= (1e-4 if "fp32" in name else 2e-2)
-    assert set(found["variants"]) == {"packed", "constant packs", "compiled"}
-    assert found["failed_variants"] == {"broken": "RuntimeError: no kernel for this"}
-    assert all(variant["largest_difference"] <= 1e-4 for variant in found["variants"].values())
+    assert set(found["variants"]["MiniLM-L6"]) == {"packed", "plain norms", "compiled layers", "graphs"}
+    assert found["failed_variants"]["MiniLM-L6"] == {"broken": "RuntimeError: no kernel for this"}
+    assert all(variant["largest_difference"] <= 1e-4 for variant in found["variants"]["MiniLM-L6"].values())
 
 
 @pytest.mark.parametrize("name", material.REGIMES)

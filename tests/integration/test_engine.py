@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from lib.config import EngineChoice, Trust
 from lib.engine import EngineError, PackedEngine
 from lib.errors import UsageError
 from lib.model import FIRST_TOKEN_FAMILIES, leave_out_the_unread, load_classifier
+from lib.packing import add_and_norm
 from lib.predictor import Predictor
 from tests import fakes
 from tests.benchmarks.variants import variants
@@ -133,12 +135,40 @@ def test_other_families_are_not_packed(family: str, tmp_path: Path) -> None:
         packed_engine(tmp_path)
 
 
+@pytest.mark.parametrize("compiles", [True, False])
+def test_packed_norms_are_compiled_where_that_is_possible(
+    compiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, by the compiler for processors, or without the C compiler that both need."""
+    fakes.make_classifier(tmp_path, "bert", ("down", "same", "up"))
+    tokens = tokenizer_of(loaded := checkpoint.load(str(tmp_path))).encode(LINES)
+    predictor = Predictor(loaded, "fp32", "torch", token_budget=100)
+    predictor.engine = engine = packed_engine(tmp_path)
+    expected = predictor.probabilities(tokens.ids, tokens.offsets)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    if not compiles:
+        monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    engine._compile()
+    layers: Any = engine.model.layers
+    assert all((layer.norm is not add_and_norm) == compiles for layer in layers)
+    said = capfd.readouterr().err
+    assert said.startswith("WARNING: PyTorch cannot compile") == (not compiles), said
+    assert "a C compiler (apt-get install gcc)" in said or compiles
+    found = predictor.probabilities(tokens.ids, tokens.offsets)
+    assert np.abs(found - expected).max() <= 1e-6
+    if compiles:
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == 1, "one kernel for every number of tokens"
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        *((family, name) for family in PACKED for name in ("constant packs", "fp8")),
-        ("bert", "compiled"),
-        ("bert", "fp8, compiled"),
+        *((family, name) for family in PACKED for name in ("graphs", "fp8")),
+        ("bert", "plain norms"),
+        ("bert", "compiled layers"),
     ],
 )
 def test_what_could_be_faster_on_gpus_scores_the_same(family: str, name: str, tmp_path: Path) -> None:

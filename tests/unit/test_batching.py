@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.batching import MEGABATCH_STEPS, cut_by_tokens, epoch_batches, pad, share_of
+from lib.batching import MEGABATCH_STEPS, cut_by_tokens, epoch_batches, gather, pad, share_of
 
 lengths_of_rows = st.lists(st.integers(0, 300), max_size=200).map(lambda rows: np.array(rows, np.int32))
 
@@ -51,6 +51,8 @@ def test_pad_equals_a_naive_loop(lengths: list[int], data: st.DataObject) -> Non
         return
     rows = data.draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, max_size=10))
     padded, mask = pad(ids, offsets, np.array(rows), fill=9999)
+    together, sizes = gather(ids, offsets, np.array(rows))
+    assert np.array_equal(together, padded[mask]) and np.array_equal(sizes, mask.sum(axis=1))
     width = max(lengths[row] for row in rows)
     for position, row in enumerate(rows):
         tokens = [int(token) for token in ids[offsets[row] : offsets[row + 1]]]
