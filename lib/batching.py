@@ -72,19 +72,6 @@ def share_of(batch: IntArray, rank: int, world_size: int, accumulation_steps: in
     return list(np.array_split(batch[rank::world_size], accumulation_steps))
 
 
-def pad(
-    ids: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], rows: IntArray, fill: int
-) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-    """Gather rows of a flat token array (row i is `ids[offsets[i]:offsets[i + 1]]`) into `(B, L)` ids and mask."""
-    starts = np.asarray(offsets)[rows].astype(np.int64)
-    lengths = np.asarray(offsets)[rows + 1] - starts
-    columns = np.arange(int(lengths.max()))
-    mask = columns < lengths[:, None]
-    padded = np.full(mask.shape, fill, dtype=np.int64)
-    padded[mask] = ids[(starts[:, None] + columns)[mask]]
-    return padded, mask
-
-
 def gather(
     ids: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], rows: IntArray
 ) -> tuple[npt.NDArray[np.integer], IntArray]:
@@ -94,3 +81,18 @@ def gather(
     ends = np.cumsum(lengths)
     shift = np.repeat(starts - (ends - lengths), lengths)
     return ids[shift + np.arange(ends[-1])], lengths
+
+
+def spread(ids: npt.NDArray[np.integer], lengths: IntArray, fill: int) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+    """Rows that lie one after the other, of so many tokens each, as `(B, L)` ids and mask."""
+    mask = np.arange(int(lengths.max())) < lengths[:, None]
+    padded = np.full(mask.shape, fill, dtype=np.int64)
+    padded[mask] = ids
+    return padded, mask
+
+
+def pad(
+    ids: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], rows: IntArray, fill: int
+) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+    """Gather rows of a flat token array (row i is `ids[offsets[i]:offsets[i + 1]]`) into `(B, L)` ids and mask."""
+    return spread(*gather(ids, offsets, rows), fill)

@@ -1,7 +1,7 @@
 """Engines: what turns a padded micro-batch into logits. PyTorch anywhere, OpenVINO on processors, packed rows on GPUs.
 
 PyTorch with a model's own code is the definition of right, and the way back from everything that the others cannot do. An engine
-knows nothing of rows, order or probabilities. Letters: B rows of a micro-batch, L its padded length, C classes.
+knows nothing of order or probabilities. Letters: B rows of a micro-batch, T their tokens, L its padded length, C classes.
 """
 
 import copy
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from lib.batching import IntArray
+from lib.batching import IntArray, spread
 from lib.errors import say
 from lib.model import logits_of
 from lib.packing import PackedClassifier
@@ -26,6 +26,7 @@ from lib.quantization import GROUP_SIZE, attend_in_bf16, quantize
 EngineName = Literal["torch", "packed", "openvino"]
 
 BoolArray = npt.NDArray[np.bool_]
+Numbers = npt.NDArray[np.integer]
 
 PackedRows = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, int]
 """Ids and segments (T), offsets (B + 1), the longest row's tokens."""
@@ -44,8 +45,20 @@ class Engine(Protocol):
     token_budget: int
     """padded tokens of one forward pass, if nobody wants another number; on GPUs the predictor finds a better one"""
 
-    def launch(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> torch.Tensor:
-        """Begin one forward pass over (B, L); the logits (B, C) hold nothing before `wait`."""
+    pads: bool
+    """whether it computes (B, L) of a micro-batch"""
+
+    def launch(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> torch.Tensor:
+        """Begin one forward pass over rows that lie one after the other: ids and segments (T), lengths (B).
+
+        The logits (B, C) hold nothing before `wait`. The same in two steps: `forward(stage(...))`.
+        """
+
+    def stage(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> Any:
+        """Bring rows to where they are computed, in the form in which they are."""
+
+    def forward(self, staged: Any) -> torch.Tensor:
+        """Begin to compute what was brought."""
 
     def wait(self) -> None:
         """Return when all logits are there, or can be asked for like any tensor of a GPU."""
@@ -55,20 +68,22 @@ class TorchEngine:
     """The model's own code, on a GPU or a processor."""
 
     name: EngineName = "torch"
+    pads = True
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, fill: int) -> None:
+        self.device, self.dtype, self.fill = device, dtype, fill
         # On two cores MiniLM-L6 lost speed below 2,048 and gained none above 4,096: all threads share a forward pass.
         self.token_budget = 65_536 if device.type == "cuda" else 4_096
         self.model = copy.deepcopy(model).to(device, dtype)
 
-    def launch(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> torch.Tensor:
+    def launch(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> torch.Tensor:
         """One forward pass: on a GPU begun, on a processor done."""
-        return self.forward(self.stage(ids, mask, type_ids))
+        return self.forward(self.stage(ids, lengths, type_ids))
 
-    def stage(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> list[torch.Tensor]:
+    def stage(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> list[torch.Tensor]:
         """Bring a micro-batch to where it is computed: ids, mask and, if there are any, segments (B, L)."""
-        inputs = [ids, mask.astype(np.int64), *([] if type_ids is None else [type_ids])]
+        padded, mask = spread(ids, lengths, self.fill)
+        inputs = [padded, mask.astype(np.int64), *([] if type_ids is None else [spread(type_ids, lengths, 0)[0]])]
         return [to_device(one, self.device) for one in inputs]
 
     def forward(self, staged: list[torch.Tensor]) -> torch.Tensor:
@@ -85,6 +100,7 @@ class PackedEngine:
     """PyTorch without padding: see `lib.packing`. In half precision on GPUs, where attention has kernels for it."""
 
     name: EngineName = "packed"
+    pads = False
     token_budget = 131_072
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -107,25 +123,17 @@ class PackedEngine:
                 " triton and a C compiler (apt-get install gcc)"
             )
 
-    def launch(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> torch.Tensor:
-        """Begin one forward pass over what is not padding."""
-        return self.launch_rows(ids[mask], mask.sum(axis=1), None if type_ids is None else type_ids[mask])
-
-    def launch_rows(
-        self, ids: npt.NDArray[np.integer], lengths: IntArray, type_ids: npt.NDArray[np.integer] | None
-    ) -> torch.Tensor:
-        """Begin one forward pass over rows that lie one after the other: ids and segments (T), lengths (B)."""
+    def launch(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> torch.Tensor:
+        """Begin one forward pass."""
         return self.forward(self.stage(ids, lengths, type_ids))
 
-    def stage(
-        self, ids: npt.NDArray[np.integer], lengths: IntArray, type_ids: npt.NDArray[np.integer] | None
-    ) -> PackedRows:
+    def stage(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> PackedRows:
         """Bring rows to the GPU: ids, segments (T) and offsets (B + 1), and the longest row's tokens."""
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         segments = None if type_ids is None else self._bring(type_ids)
         return self._bring(ids), segments, self._bring(offsets), int(lengths.max())
 
-    def _bring(self, numbers: npt.NDArray[np.integer]) -> torch.Tensor:
+    def _bring(self, numbers: Numbers) -> torch.Tensor:
         return to_device(numbers.astype(np.int32), self.device)
 
     def forward(self, staged: PackedRows) -> torch.Tensor:
@@ -142,11 +150,14 @@ class OpenVinoEngine:
     """A model's graph, compiled by OpenVINO: each thread has a micro-batch of its own, so that none waits for another one."""
 
     name: EngineName = "openvino"
-    token_budget = 512  # of one thread. MiniLM-L6: 512 and 768 are best (fp32 1.05, bf16 1.07 times as fast as 1,024; 256 no better)
+    pads = True
 
-    def __init__(self, graph: Any, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, graph: Any, dtype: torch.dtype, threads: int, fill: int) -> None:
         openvino = import_openvino()
-        self.dtype = dtype
+        self.dtype, self.fill = dtype, fill
+        # Of one thread. MiniLM-L6: 512 and 768 are best (fp32 1.05, bf16 1.07 times as fast as 1,024; 256 no better), but with AMX
+        # 2,048 (bf16 1.4 times as fast as 512; fp32 and int8 the same).
+        self.token_budget = 2_048 if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 512
         if dtype == torch.int8:
             graph = graph.clone()
             quantize(graph)
@@ -166,13 +177,22 @@ class OpenVinoEngine:
         self.queue = openvino.AsyncInferQueue(compiled, 2 * threads)
         self.queue.set_callback(copy_logits)
 
-    def launch(self, ids: IntArray, mask: BoolArray, type_ids: IntArray | None) -> torch.Tensor:
+    def launch(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> torch.Tensor:
         """Give one forward pass to the next free thread; waits while there is none."""
-        logits = torch.empty(len(ids), self.num_classes)
+        return self.forward(self.stage(ids, lengths, type_ids))
+
+    def stage(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> list[IntArray]:
+        """Make the graph's inputs (B, L)."""
+        padded, mask = spread(ids, lengths, self.fill)
         # Every model that takes segments takes 0 for none.
-        inputs = [ids, mask.astype(np.int64), np.zeros_like(ids) if type_ids is None else type_ids]
+        segments = np.zeros_like(padded) if type_ids is None else spread(type_ids, lengths, 0)[0]
+        return [padded, mask.astype(np.int64), segments][: self.num_inputs]
+
+    def forward(self, staged: list[IntArray]) -> torch.Tensor:
+        """Begin to compute inputs."""
+        logits = torch.empty(len(staged[0]), self.num_classes)
         with explained("openvino", "compute"):
-            self.queue.start_async(inputs[: self.num_inputs], logits)
+            self.queue.start_async(staged, logits)
         return logits
 
     def wait(self) -> None:
@@ -219,18 +239,18 @@ def import_openvino() -> Any:
 
 
 def openvino_engines(
-    model: nn.Module, example: tuple[IntArray, BoolArray], dtypes: tuple[torch.dtype, ...], threads: int
+    model: nn.Module, example: tuple[Numbers, IntArray], dtypes: tuple[torch.dtype, ...], threads: int, fill: int
 ) -> Iterator[OpenVinoEngine]:
-    """Convert a model once and compile it in one precision after the other, each when it is asked for.
+    """Convert a model once, on rows that lie one after the other, and compile it in one precision after the other, when it is asked for.
 
     Raises `EngineError` if OpenVINO is not there, or cannot take the model.
     """
     import_openvino()
     with explained("openvino", "convert"):
-        graph = convert(model, *example)
+        graph = convert(model, *spread(*example, fill))
     for dtype in dtypes:
         with explained("openvino", "compile"):
-            engine = OpenVinoEngine(graph, dtype, threads)
+            engine = OpenVinoEngine(graph, dtype, threads, fill)
         yield engine
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lib import budget
-from lib.batching import cut_by_tokens, gather, pad
+from lib.batching import cut_by_tokens, gather
 from lib.checkpoint import Checkpoint, tokenizer_of
 from lib.config import EngineChoice, PrecisionChoice, TokenPooling
 from lib.engine import Engine, EngineError, PackedEngine, TorchEngine, openvino_engines
@@ -150,10 +150,11 @@ class Predictor:
         self, wanted: EngineChoice, dtypes: tuple[torch.dtype, ...], model: nn.Module, tokens: Tokens
     ) -> Iterator[Engine]:
         """Build the engines that may be used, best first, each when it is asked for."""
+        fill = self.checkpoint.facts.pad_token_id
         if wanted != "torch" and self.device.type == "cpu":
-            example = pad(tokens.ids, tokens.offsets, np.arange(2), self.checkpoint.facts.pad_token_id)
+            example = gather(tokens.ids, tokens.offsets, np.arange(2))
             try:
-                yield from openvino_engines(model, example, dtypes, torch.get_num_threads())
+                yield from openvino_engines(model, example, dtypes, torch.get_num_threads(), fill)
             except EngineError as error:
                 if dtypes == (torch.int8,):
                     raise UsageError(f"model.precision = int8: {error}; or set it to auto") from error
@@ -169,7 +170,7 @@ class Predictor:
                 yield packed
         if wanted != "openvino" and dtypes != (torch.int8,):
             for dtype in dtypes:
-                yield TorchEngine(model, self.device, dtype)
+                yield TorchEngine(model, self.device, dtype, fill)
 
     def probabilities(
         self,
@@ -235,15 +236,12 @@ class Predictor:
     def _seconds_of(self, tokens: int) -> float:
         """Seconds of a forward pass over so many tokens, rows of one length: the better of two, after one untimed."""
         length = min(CALIBRATION_TOKENS, self.checkpoint.card.max_length)
-        mask = np.ones((max(1, tokens // length), length), np.bool_)
-        ids = np.full(mask.shape, self._check_tokens()[0].ids[0], np.int64)
+        lengths = np.full(max(1, tokens // length), length)
+        ids = np.full(lengths.sum(), self._check_tokens()[0].ids[0])
         seconds = []
         for _ in range(3):
             begun = time.perf_counter()
-            if isinstance(self.engine, PackedEngine):
-                logits = self.engine.launch_rows(ids.ravel(), mask.sum(axis=1), None)
-            else:
-                logits = self.engine.launch(ids, mask, None)
+            logits = self.engine.launch(ids, lengths, None)
             self.engine.wait()
             logits.cpu()
             seconds.append(time.perf_counter() - begun)
@@ -272,13 +270,11 @@ class Predictor:
         type_ids: npt.NDArray[np.integer] | None,
         rows: npt.NDArray[np.int64],
     ) -> torch.Tensor:
-        if isinstance(self.engine, PackedEngine):
-            segments = None if type_ids is None else gather(type_ids, offsets, rows)[0]
-            return self.engine.launch_rows(*gather(ids, offsets, rows), segments)
-        padded, mask = pad(ids, offsets, rows, self.checkpoint.facts.pad_token_id)
-        self.padding += mask.size - int(mask.sum())
-        segments = None if type_ids is None else pad(type_ids, offsets, rows, 0)[0]
-        return self.engine.launch(padded, mask, segments)
+        together, lengths = gather(ids, offsets, rows)
+        if self.engine.pads:
+            self.padding += len(lengths) * int(lengths.max()) - len(together)
+        segments = None if type_ids is None else gather(type_ids, offsets, rows)[0]
+        return self.engine.launch(together, lengths, segments)
 
     def _activate(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) to probabilities; vectors behind them (N, C + H) stay as they are."""

@@ -92,6 +92,11 @@ def find_places(config: FitConfig, output: Store, is_fresh: bool) -> Places | No
                 f'tracking.{given[0]} is set, but nothing is tracked; set tracking.to = "mlflow" or "tensorboard"'
             )
         return None
+    for key, tracker in (("uri", "mlflow"), ("experiment", "mlflow"), ("path", "tensorboard")):
+        if key in given and tracker not in wanted.to:
+            raise UsageError(
+                f"tracking.{key} is where {tracker} writes, and tracking.to does not name {tracker}; add it, or leave tracking.{key} out"
+            )
     uri, folder = None, None
     if "mlflow" in wanted.to:
         load_mlflow()

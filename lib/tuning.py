@@ -90,6 +90,10 @@ def check_tuning(config: TrainConfig) -> None:
         raise UsageError(
             'optim.unfreeze_layers with model.freeze_layers = "all": there is no layer to unfreeze; leave one of the two out'
         )
+    if frozen == "all" and config.optim.layer_decay != OptimSection().layer_decay:
+        raise UsageError(
+            'optim.layer_decay with model.freeze_layers = "all": no layer learns whose rate it could lower; leave one of the two out'
+        )
 
 
 def freeze(model: "PreTrainedModel", config: TrainConfig) -> None:

@@ -167,7 +167,11 @@ def run_workers(work: Callable[[], str | None], job: Job, use_gpu: bool) -> None
         ) from error
     failure = getattr(result, "return_value", None)
     if failure:
-        raise UsageError(f"{failure}; lower optim.learning_rate or raise optim.warmup_fraction, under another --run-id")
+        is_fp16 = job.config.model.precision == "fp16"
+        first = "set model.precision to bf16 or fp32, whose numbers do not overflow at 65,504, or " if is_fp16 else ""
+        raise UsageError(
+            f"{failure}; {first}lower optim.learning_rate or raise optim.warmup_fraction, under another --run-id"
+        )
 
 
 def run_to_commit(work: Callable[[], str | None], job: Job, use_gpu: bool) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ import pyarrow.parquet as pq
 import torch
 
 from lib import checkpoint
-from lib.batching import cut_by_tokens, gather, pad
+from lib.batching import cut_by_tokens, gather
 from lib.config import EngineChoice, PrecisionChoice
-from lib.engine import EngineError, PackedEngine, TorchEngine
+from lib.engine import EngineError, PackedEngine
 from lib.model import leave_out_the_unread, load_classifier, logits_of
 from lib.predictor import Predictor
 from lib.reading import check_texts
@@ -58,7 +58,7 @@ from tests.benchmarks.material import (
 from tests.benchmarks.variants import variants
 
 CHECKED_TEXTS = 64
-PROBE_TEXTS, PROBE_TOKENS = 16, 6_000
+PROBE_TEXTS, PROBE_TOKENS = 8, 4_000
 
 Run = Callable[[], object]
 
@@ -112,23 +112,14 @@ class Rungs:
         self.tokens: Tokens = self.tokenizer.encode(self.texts)
         self.num_tokens = int(self.tokens.lengths.sum())
         rows = cut_by_tokens(self.tokens.lengths, predictor.token_budget)
-        fill = predictor.checkpoint.facts.pad_token_id
+        batches = [gather(self.tokens.ids, self.tokens.offsets, one) for one in rows]
+        computed = sum(len(lengths) * int(lengths.max()) for _, lengths in batches)
+        self.padding = 1 - self.num_tokens / computed if predictor.engine.pads else 0.0
         engine = predictor.engine
-        self.passes: list[Run] = []
-        """forward passes whose inputs lie where they are computed, for engines that know of such a place"""
-        self.launches: list[Run] = []
+        self.passes = [functools.partial(engine.forward, engine.stage(*one, None)) for one in batches]
+        """forward passes whose inputs lie where they are computed"""
+        self.launches = [functools.partial(engine.launch, *one, None) for one in batches]
         """and from the host's memory"""
-        self.padding = 0.0
-        if isinstance(engine, PackedEngine):
-            packs = [gather(self.tokens.ids, self.tokens.offsets, one) for one in rows]
-            self.passes = [functools.partial(engine.forward, engine.stage(*one, None)) for one in packs]
-            self.launches = [functools.partial(engine.launch_rows, *one, None) for one in packs]
-        else:
-            batches = [pad(self.tokens.ids, self.tokens.offsets, one, fill) for one in rows]
-            self.padding = 1 - self.num_tokens / sum(mask.size for _, mask in batches)
-            self.launches = [functools.partial(engine.launch, *one, None) for one in batches]
-            if isinstance(engine, TorchEngine):
-                self.passes = [functools.partial(engine.forward, engine.stage(*one, None)) for one in batches]
         pq.write_table(pa.table({"text": self.texts}), folder / "texts.parquet")
         card = predictor.checkpoint.card
         self.schema = PredictionSchema(heads=card.heads, prefix="", probabilities=False, keys=pa.schema([]))
@@ -143,16 +134,14 @@ class Rungs:
 
     def forward(self) -> None:
         """Micro-batches that lie where they are computed."""
-        if not self.passes:
-            return self.launch()
-        for one in self.passes:
-            one()
-        synchronize(self.predictor.device)
-        return None
+        self._compute(self.passes)
 
     def launch(self) -> None:
         """Micro-batches from the host's memory."""
-        for one in self.launches:
+        self._compute(self.launches)
+
+    def _compute(self, passes: Sequence[Run]) -> None:
+        for one in passes:
             one()
         self.predictor.engine.wait()
         synchronize(self.predictor.device)

@@ -104,7 +104,7 @@ class Graphs(PackedEngine):
         ids, segments = (np.concatenate([one, np.zeros(self.tokens - total, one.dtype)]) for one in (ids, segments))
         return self._bring(ids), self._bring(segments), self._bring(offsets), longest
 
-    def launch_rows(
+    def launch(
         self, ids: npt.NDArray[np.integer], lengths: IntArray, type_ids: npt.NDArray[np.integer] | None
     ) -> torch.Tensor:
         """Begin one forward pass; the logits of the real rows."""

@@ -207,13 +207,13 @@ def test_a_model_that_bf16_would_spoil(
 
 def test_an_engine_that_scores_wrongly_is_refused(classifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lib import batching
-    from lib import predictor as module
+    from lib import engine as module
     from lib.errors import UsageError
 
-    def pad_without_mask(*arguments: Any) -> Any:
-        padded, mask = batching.pad(*arguments)
+    def spread_without_mask(*arguments: Any) -> Any:
+        padded, mask = batching.spread(*arguments)
         return padded, np.ones_like(mask)
 
-    monkeypatch.setattr(module, "pad", pad_without_mask)
+    monkeypatch.setattr(module, "spread", spread_without_mask)
     with pytest.raises(UsageError, match="away from plain fp32 transformers"):
         Predictor(checkpoint.load(classifier), "fp32", "torch")

@@ -76,8 +76,8 @@ def test_activations_are_quantized_too(tmp_path: Path, monkeypatch: pytest.Monke
     graph = convert(model, ids, mask)
 
     def logits(dtype: torch.dtype) -> torch.Tensor:
-        one = OpenVinoEngine(graph, dtype, 1)
-        found = one.launch(ids, mask, None)
+        one = OpenVinoEngine(graph, dtype, 1, 0)
+        found = one.launch(ids.ravel(), np.full(len(ids), ids.shape[1]), None)
         one.wait()
         return found
 

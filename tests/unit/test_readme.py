@@ -1,4 +1,4 @@
-"""What README.md says about reading predictions, done as it stands there."""
+"""What README.md says about reading predictions, done as it stands there; and that its tables name every key."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,11 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
+from pydantic import BaseModel
 
+from lib.pretrain_config import PretrainConfig
+from lib.score_config import ScoreConfig
+from lib.train_config import TrainConfig
 from tests.conftest import REPOSITORY
 from tests.integration.test_scoring import read_predictions
 from tests.stand_in import add, run_night
@@ -50,3 +54,13 @@ def test_the_lines_for_duckdb_read_what_is_published(predictions: pa.Table, tmp_
         rows, columns = connection.fetchall(), [column[0] for column in connection.description]
     assert columns == predictions.column_names
     assert sorted(rows) == sorted(tuple(row.values()) for row in predictions.to_pylist())
+
+
+@pytest.mark.parametrize("config", [TrainConfig, PretrainConfig, ScoreConfig])
+def test_every_key_stands_in_a_table(config: type[BaseModel]) -> None:
+    rows = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith("| ")]
+    named = set(re.findall(r"\w+\.\w+", " ".join(part for row in rows for part in row.split("`")[1::2])))
+    sections = {name: field.annotation for name, field in config.model_fields.items()}
+    keys = {f"{name}.{key}" for name, one in sections.items() for key in getattr(one, "model_fields", {})}
+    assert len(keys) > 20
+    assert not keys - named

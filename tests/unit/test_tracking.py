@@ -70,6 +70,9 @@ def test_what_cannot_be_tracked_is_refused_before_any_work(tmp_path: Path, monke
     output = open_store(f"{tmp_path}/topics")
     for tracking, said in (
         ({"uri": "http://host"}, r"tracking.uri is set, but nothing is tracked; set tracking.to"),
+        ({"to": "mlflow", "path": "runs"}, r"tracking.path is where tensorboard writes, .* does not name tensorboard"),
+        ({"to": "tensorboard", "uri": "runs"}, r"tracking.uri is where mlflow writes, .* does not name mlflow"),
+        ({"to": "tensorboard", "experiment": "a"}, r"tracking.experiment is where mlflow writes"),
         ({"to": "mlflow", "uri": "s3://bucket/runs"}, r"MLflow keeps no runs in S3; give a server"),
         (
             {"to": "mlflow", "uri": "http://127.0.0.1:9"},

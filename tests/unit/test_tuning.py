@@ -146,6 +146,10 @@ def test_the_layers_that_get_adapters_can_be_named(bert: Any) -> None:
         ({"lora": {"rank": 8}, "stopping": {"average": 2}}, "stopping.average and lora.rank: the mean of two adapters"),
         ({"lora": {"rank": 8}, "optim": {"unfreeze_layers": 1}}, "optim.unfreeze_layers and lora.rank"),
         ({"model": {"freeze_layers": "all"}, "optim": {"unfreeze_layers": 1}}, "there is no layer to unfreeze"),
+        (
+            {"model": {"freeze_layers": "all"}, "optim": {"layer_decay": 0.9}},
+            "no layer learns whose rate it could lower",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(sections: dict[str, Any], message: str) -> None:
