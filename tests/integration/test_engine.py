@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lib import checkpoint
 from lib.checkpoint import tokenizer_of
-from lib.config import EngineChoice, Trust
+from lib.config import EngineChoice, PrecisionChoice, Trust
 from lib.engine import EngineError, PackedEngine
 from lib.errors import UsageError
 from lib.model import FIRST_TOKEN_FAMILIES, leave_out_the_unread, load_classifier
@@ -243,6 +243,16 @@ def test_a_model_that_openvino_gets_wrong_is_scored_by_torch(
     assert np.array_equal(predictor.probabilities(tokens.ids, tokens.offsets), expected)
     with pytest.raises(UsageError, match=f"{says}.*torch"):
         Predictor(model, "fp32", "openvino")
+
+
+@pytest.mark.parametrize(
+    ("has_amx", "precision", "tokens"), [(True, "bf16", 2_048), (True, "fp32", 512), (False, "bf16", 512)]
+)
+def test_micro_batches_are_larger_where_there_is_amx(
+    has_amx: bool, precision: PrecisionChoice, tokens: int, classifier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert Predictor(checkpoint.load(classifier), precision, "openvino").token_budget == tokens
 
 
 def test_openvino_beside_a_gpu_is_refused(classifier: str, monkeypatch: pytest.MonkeyPatch) -> None:

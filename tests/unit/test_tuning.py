@@ -18,6 +18,7 @@ from lib.mapped import LabelledSet
 from lib.model import logits_of, new_classifier
 from lib.schema import Task
 from lib.train_config import HeadSection, OptimSection, TrainConfig
+from lib.training import check_validation
 from lib.tuning import (
     ADAPTER,
     add_adapters,
@@ -155,6 +156,16 @@ def test_the_layers_that_get_adapters_can_be_named(bert: Any) -> None:
 def test_what_does_not_go_together_is_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_tuning(configure(**sections))
+
+
+def test_a_share_for_validation_beside_rows_of_its_own_is_said_to_be_of_no_use(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = {}
+    for fraction in (0.05, 0.1):
+        check_validation(configure(valid={"path": "x", "fraction": fraction}))
+        said[fraction] = capsys.readouterr().out
+    assert said == {0.05: "valid.fraction = 0.05 is not used: valid.path names the rows\n", 0.1: ""}
 
 
 def test_layers_that_are_not_there_are_named(bert: Any) -> None:
