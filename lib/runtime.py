@@ -88,8 +88,15 @@ def start_ray() -> None:
     """Connect, or start a local cluster behind a token. `address="local"`: a killed driver leaves an address file that lies."""
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
-    else:
+        return
+    try:
         ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # of no type of its own, after 30 s that nothing can change
+            raise
+        raise TimeoutError(
+            f"it did not start within 30 s, as on a machine with too much to do; run again ({error})"
+        ) from error
 
 
 def cluster_facts() -> Cluster:

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 from lib.errors import (
     ExitCode,
@@ -18,6 +20,7 @@ from lib.errors import (
     UsageError,
     nearest,
 )
+from lib.runtime import ray_session
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -92,3 +95,24 @@ def test_the_nearest_name_is_offered_only_if_it_is_near() -> None:
 def test_jobs_of_the_demo_refuse_a_wrong_command_as_all_jobs_do(job: str, argv: list[str]) -> None:
     with pytest.raises(UsageError, match="found"):
         importlib.import_module(f"jobs.{job}").main(argv)
+
+
+@pytest.mark.parametrize(
+    ("said", "raised"), [("The current node timed out during startup. ...", IncompleteError), ("other", OSError)]
+)
+def test_a_machine_too_busy_to_start_ray_is_no_bug(
+    said: str, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(**_: Any) -> None:
+        raise Exception(said) if raised is IncompleteError else raised(said)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    with (
+        pytest.raises(
+            raised, match="it did not start within 30 s.*run again" if raised is IncompleteError else "other"
+        ),
+        ray_session(),
+    ):
+        pass
