@@ -148,9 +148,8 @@ def test_packed_norms_are_compiled_where_that_is_possible(
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    if not compiles:
-        monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    engine._compile()
+    with torch._inductor.config.patch({} if compiles else {"cpp.cxx": ("no-such-compiler",)}):
+        engine._compile()
     layers: Any = engine.model.layers
     assert all((layer.norm is not add_and_norm) == compiles for layer in layers)
     said = capfd.readouterr().err

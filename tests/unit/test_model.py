@@ -31,7 +31,7 @@ def test_the_last_layer_computes_only_what_is_read_where_that_is_known(family: s
         leave_out_the_unread(model)
         found = logits_of(model, IDS, MASK, None)
         hidden = model.base_model(IDS, attention_mask=MASK)[0]  # type: ignore[operator]
-    assert (found - expected).abs().max() <= 2e-6
+    assert (found - expected).abs().max() <= 5e-6
     assert hidden.shape[1] == (1 if family in FIRST_TOKEN_FAMILIES else 15)
 
 
