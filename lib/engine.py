@@ -1,4 +1,4 @@
-"""Engines: what turns a padded micro-batch into logits. PyTorch anywhere, OpenVINO on processors, packed rows on GPUs.
+"""Engines: what turns the rows of a micro-batch into logits. PyTorch anywhere, OpenVINO on processors, packed rows on GPUs.
 
 PyTorch with a model's own code is the definition of right, and the way back from everything that the others cannot do. An engine
 knows nothing of order or probabilities. Letters: B rows of a micro-batch, T their tokens, L its padded length, C classes.
@@ -48,17 +48,11 @@ class Engine(Protocol):
     pads: bool
     """whether it computes (B, L) of a micro-batch"""
 
-    def launch(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> torch.Tensor:
-        """Begin one forward pass over rows that lie one after the other: ids and segments (T), lengths (B).
-
-        The logits (B, C) hold nothing before `wait`. The same in two steps: `forward(stage(...))`.
-        """
-
     def stage(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> Any:
-        """Bring rows to where they are computed, in the form in which they are."""
+        """Bring rows that lie one after the other, ids and segments (T) and lengths (B), to where they are computed."""
 
     def forward(self, staged: Any) -> torch.Tensor:
-        """Begin to compute what was brought."""
+        """Begin one forward pass over what was brought; the logits (B, C) hold nothing before `wait`."""
 
     def wait(self) -> None:
         """Return when all logits are there, or can be asked for like any tensor of a GPU."""
@@ -76,10 +70,6 @@ class TorchEngine:
         self.token_budget = 65_536 if device.type == "cuda" else 4_096
         self.model = copy.deepcopy(model).to(device, dtype)
 
-    def launch(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> torch.Tensor:
-        """One forward pass: on a GPU begun, on a processor done."""
-        return self.forward(self.stage(ids, lengths, type_ids))
-
     def stage(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> list[torch.Tensor]:
         """Bring a micro-batch to where it is computed: ids, mask and, if there are any, segments (B, L)."""
         padded, mask = spread(ids, lengths, self.fill)
@@ -87,7 +77,7 @@ class TorchEngine:
         return [to_device(one, self.device) for one in inputs]
 
     def forward(self, staged: list[torch.Tensor]) -> torch.Tensor:
-        """Compute what was brought."""
+        """One forward pass: on a GPU begun, on a processor done."""
         ids, mask, *segments = staged
         with torch.inference_mode():
             return logits_of(self.model, ids, mask, segments[0] if segments else None)
@@ -123,10 +113,6 @@ class PackedEngine:
                 " triton and a C compiler (apt-get install gcc)"
             )
 
-    def launch(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> torch.Tensor:
-        """Begin one forward pass."""
-        return self.forward(self.stage(ids, lengths, type_ids))
-
     def stage(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> PackedRows:
         """Bring rows to the GPU: ids, segments (T) and offsets (B + 1), and the longest row's tokens."""
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -156,7 +142,7 @@ class OpenVinoEngine:
         openvino = import_openvino()
         self.dtype, self.fill = dtype, fill
         # Of one thread. MiniLM-L6: 512 and 768 are best (fp32 1.05, bf16 1.07 times as fast as 1,024; 256 no better), but with AMX
-        # 2,048 (bf16 1.4 times as fast as 512; fp32 and int8 the same).
+        # 2,048 (bf16 1.2 to 1.5 times as fast as with 512; fp32 and int8 the same).
         self.token_budget = 2_048 if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else 512
         if dtype == torch.int8:
             graph = graph.clone()
@@ -177,10 +163,6 @@ class OpenVinoEngine:
         self.queue = openvino.AsyncInferQueue(compiled, 2 * threads)
         self.queue.set_callback(copy_logits)
 
-    def launch(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> torch.Tensor:
-        """Give one forward pass to the next free thread; waits while there is none."""
-        return self.forward(self.stage(ids, lengths, type_ids))
-
     def stage(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> list[IntArray]:
         """Make the graph's inputs (B, L)."""
         padded, mask = spread(ids, lengths, self.fill)
@@ -189,7 +171,7 @@ class OpenVinoEngine:
         return [padded, mask.astype(np.int64), segments][: self.num_inputs]
 
     def forward(self, staged: list[IntArray]) -> torch.Tensor:
-        """Begin to compute inputs."""
+        """Give one forward pass to the next free thread; waits while there is none."""
         logits = torch.empty(len(staged[0]), self.num_classes)
         with explained("openvino", "compute"):
             self.queue.start_async(staged, logits)
@@ -241,7 +223,7 @@ def import_openvino() -> Any:
 def openvino_engines(
     model: nn.Module, example: tuple[Numbers, IntArray], dtypes: tuple[torch.dtype, ...], threads: int, fill: int
 ) -> Iterator[OpenVinoEngine]:
-    """Convert a model once, on rows that lie one after the other, and compile it in one precision after the other, when it is asked for.
+    """Convert a model once, on an example of rows, and compile it in one precision after the other, each when it is asked for.
 
     Raises `EngineError` if OpenVINO is not there, or cannot take the model.
     """

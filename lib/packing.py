@@ -64,10 +64,10 @@ class PackedClassifier(nn.Module):
         """
         norm: AddAndNorm = torch.compile(add_and_norm, dynamic=True)
         last: Any = self.layers[-1].outer_norm
-        # Two tensors: what is compiled for one tensor given twice is of no use for two.
-        states = torch.ones(2, 128, *last.weight.shape, device=last.weight.device, dtype=last.weight.dtype)
         with torch.inference_mode():
-            norm(states[0].clone(), states[1].clone(), last.weight, last.bias, last.eps)
+            # Two tensors, made here: what is compiled for one that is given twice, or for one of training, is of no use in a pass.
+            found, states = (last.weight.new_ones(128, len(last.weight)) for _ in range(2))
+            norm(found, states, last.weight, last.bias, last.eps)
         for layer in self.layers:
             layer.norm = norm  # type: ignore[assignment]
 
@@ -109,17 +109,17 @@ class PackedLayer(nn.Module):
             query_offsets, longest_query = torch.arange(len(offsets), device=offsets.device, dtype=offsets.dtype), 1
         query, key, value = parts
         mixed = attend(query, key, value, (query_offsets, offsets), (longest_query, longest), self.scaling)
-        states = self._end(self.attended(mixed.flatten(-2)), states, self.attended_norm)
-        return self._end(self.outer(self._widen(states)), states, self.outer_norm)
+        states = self._add_and_norm(self.attended(mixed.flatten(-2)), states, self.attended_norm)
+        return self._add_and_norm(self.outer(self._expand(states)), states, self.outer_norm)
 
-    def _widen(self, states: torch.Tensor) -> torch.Tensor:
+    def _expand(self, states: torch.Tensor) -> torch.Tensor:
         """(T, H) to (T, I)."""
         if self.joins_activation and states.is_cuda:
             return torch._addmm_activation(self.inner.bias, states, self.inner.weight.t(), use_gelu=True)
         found: torch.Tensor = self.activation(self.inner(states))
         return found
 
-    def _end(self, found: torch.Tensor, states: torch.Tensor, norm: Any) -> torch.Tensor:
+    def _add_and_norm(self, found: torch.Tensor, states: torch.Tensor, norm: Any) -> torch.Tensor:
         return self.norm(found, states, norm.weight, norm.bias, norm.eps)
 
 

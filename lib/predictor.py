@@ -241,7 +241,7 @@ class Predictor:
         seconds = []
         for _ in range(3):
             begun = time.perf_counter()
-            logits = self.engine.launch(ids, lengths, None)
+            logits = self.engine.forward(self.engine.stage(ids, lengths, None))
             self.engine.wait()
             logits.cpu()
             seconds.append(time.perf_counter() - begun)
@@ -274,7 +274,7 @@ class Predictor:
         if self.engine.pads:
             self.padding += len(lengths) * int(lengths.max()) - len(together)
         segments = None if type_ids is None else gather(type_ids, offsets, rows)[0]
-        return self.engine.launch(together, lengths, segments)
+        return self.engine.forward(self.engine.stage(together, lengths, segments))
 
     def _activate(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) to probabilities; vectors behind them (N, C + H) stay as they are."""

@@ -207,7 +207,7 @@ def check_base(base: str, model: TrainModelSection | PretrainModelSection) -> tu
 
 
 def check_validation(config: TrainConfig) -> None:
-    """Raise `UsageError` if rows that were not learned from are needed, but none are set aside; say so if none are."""
+    """Raise `UsageError` if rows that were not learned from are needed, but none are set aside; say so if none are, or if a share is of no use."""
     if config.valid.path is not None and config.valid.fraction != ValidSection().fraction:
         print(f"valid.fraction = {config.valid.fraction} is not used: valid.path names the rows", flush=True)
     if config.valid.path is not None or config.valid.fraction:

@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,13 @@ class Rungs:
         self.tokens: Tokens = self.tokenizer.encode(self.texts)
         self.num_tokens = int(self.tokens.lengths.sum())
         rows = cut_by_tokens(self.tokens.lengths, predictor.token_budget)
+        engine = predictor.engine
         batches = [gather(self.tokens.ids, self.tokens.offsets, one) for one in rows]
         computed = sum(len(lengths) * int(lengths.max()) for _, lengths in batches)
-        self.padding = 1 - self.num_tokens / computed if predictor.engine.pads else 0.0
-        engine = predictor.engine
-        self.passes = [functools.partial(engine.forward, engine.stage(*one, None)) for one in batches]
-        """forward passes whose inputs lie where they are computed"""
-        self.launches = [functools.partial(engine.launch, *one, None) for one in batches]
-        """and from the host's memory"""
+        self.padding = 1 - self.num_tokens / computed if engine.pads else 0.0
+        self.batches = [functools.partial(engine.stage, *one, None) for one in batches]
+        """ways to bring each micro-batch to where it is computed"""
+        self.staged = [bring() for bring in self.batches]
         pq.write_table(pa.table({"text": self.texts}), folder / "texts.parquet")
         card = predictor.checkpoint.card
         self.schema = PredictionSchema(heads=card.heads, prefix="", probabilities=False, keys=pa.schema([]))
@@ -134,16 +133,17 @@ class Rungs:
 
     def forward(self) -> None:
         """Micro-batches that lie where they are computed."""
-        self._compute(self.passes)
+        self._compute(self.staged)
 
     def launch(self) -> None:
         """Micro-batches from the host's memory."""
-        self._compute(self.launches)
+        self._compute(bring() for bring in self.batches)
 
-    def _compute(self, passes: Sequence[Run]) -> None:
-        for one in passes:
-            one()
-        self.predictor.engine.wait()
+    def _compute(self, staged: Iterable[Any]) -> None:
+        engine = self.predictor.engine
+        for one in staged:
+            engine.forward(one)
+        engine.wait()
         synchronize(self.predictor.device)
 
     def batch(self) -> None:
@@ -260,10 +260,7 @@ def compare_variants(
     classifier = load_classifier(loaded.folder, loaded.trust)
     leave_out_the_unread(classifier)
     packed = PackedEngine(classifier, plain.device, plain.engine.dtype)
-    built = {
-        "packed": packed,
-        **variants(classifier, plain.device, plain.engine.dtype, plain.token_budget),
-    }
+    built = {"packed": packed, **variants(classifier, plain.device, plain.engine.dtype, plain.token_budget)}
     if not is_gpu:
         del built["fp8"]
     texts = make_texts(enough(plain, regime, seconds) if is_gpu else PROBE_TEXTS, REGIMES[regime])

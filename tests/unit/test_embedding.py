@@ -114,9 +114,8 @@ def test_windows_vectors_are_pooled_as_their_scores_are(tmp_path: Path) -> None:
     predictor = Predictor(replace(loaded, card=card), "fp32", "torch", vector=Vector("mean"))
     tokens = checkpoint.tokenizer_of(predictor.checkpoint).encode(LINES[:1])
     assert len(tokens.ids) == 32
-    halves = [
-        predictor.engine.launch(part, np.array([16]), None) for part in tokens.ids.astype(np.int64).reshape(2, 16)
-    ]
+    engine = predictor.engine
+    halves = [engine.forward(engine.stage(part, np.array([16]), None)) for part in tokens.ids.reshape(2, 16)]
     expected = torch.cat(halves).mean(0)[3:].numpy()
     assert predictor.predict(tokens.ids, tokens.offsets)[0, 3:] == pytest.approx(expected, abs=1e-5)
 

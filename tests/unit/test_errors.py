@@ -97,22 +97,20 @@ def test_jobs_of_the_demo_refuse_a_wrong_command_as_all_jobs_do(job: str, argv: 
         importlib.import_module(f"jobs.{job}").main(argv)
 
 
-@pytest.mark.parametrize(
-    ("said", "raised"), [("The current node timed out during startup. ...", IncompleteError), ("other", OSError)]
-)
-def test_a_machine_too_busy_to_start_ray_is_no_bug(
-    said: str, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def start_of_ray_fails(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(**_: Any) -> None:
-        raise Exception(said) if raised is IncompleteError else raised(said)
+        raise error
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", start)
-    with (
-        pytest.raises(
-            raised, match="it did not start within 30 s.*run again" if raised is IncompleteError else "other"
-        ),
-        ray_session(),
-    ):
+    with ray_session():
         pass
+
+
+def test_a_machine_too_busy_to_start_ray_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what Ray 2.60 raises, which has no type of its own."""
+    with pytest.raises(IncompleteError, match=r"it did not start within 30 s.*run again"):
+        start_of_ray_fails(Exception("The current node timed out during startup. This could"), monkeypatch)
+    with pytest.raises(OSError, match="another"):
+        start_of_ray_fails(OSError("another"), monkeypatch)

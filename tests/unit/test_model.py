@@ -25,13 +25,13 @@ MASK = (torch.arange(15) < torch.tensor([15, 9, 2, 15])[:, None]).long()
 @pytest.mark.parametrize("family", fakes.FAMILIES)
 def test_the_last_layer_computes_only_what_is_read_where_that_is_known(family: str, tmp_path: Path) -> None:
     fakes.make_classifier(tmp_path, family, ("down", "same", "up"))
-    model = load_classifier(str(tmp_path))
+    model = load_classifier(str(tmp_path)).double()  # in fp32 processors differ by 2e-6
     with torch.inference_mode():
         expected = logits_of(model, IDS, MASK, None)
         leave_out_the_unread(model)
         found = logits_of(model, IDS, MASK, None)
         hidden = model.base_model(IDS, attention_mask=MASK)[0]  # type: ignore[operator]
-    assert (found - expected).abs().max() <= 5e-6
+    assert (found - expected).abs().max() <= 1e-12
     assert hidden.shape[1] == (1 if family in FIRST_TOKEN_FAMILIES else 15)
 
 

@@ -77,7 +77,7 @@ def test_activations_are_quantized_too(tmp_path: Path, monkeypatch: pytest.Monke
 
     def logits(dtype: torch.dtype) -> torch.Tensor:
         one = OpenVinoEngine(graph, dtype, 1, 0)
-        found = one.launch(ids.ravel(), np.full(len(ids), ids.shape[1]), None)
+        found = one.forward(one.stage(ids.ravel(), np.full(len(ids), ids.shape[1]), None))
         one.wait()
         return found
 
