@@ -121,8 +121,9 @@ def test_packed_rows_score_as_if_each_were_alone(family: str, pairs: bool, tmp_p
     seconds = [*texts[1:], texts[0]] if pairs else None
     tokens = tokenizer_of(model).encode(texts, seconds)
     predictor = Predictor(model, "fp32", "torch", token_budget=2_000)
-    predictor.engine = packed_engine(tmp_path)
+    predictor.engine, computed_for_nothing = packed_engine(tmp_path), predictor.padding
     found = predictor.probabilities(tokens.ids, tokens.offsets, tokens.type_ids)
+    assert predictor.padding == computed_for_nothing
     expected = logits_singly(tmp_path, texts, seconds).softmax(-1).numpy()
     assert len(set(tokens.lengths)) > 3, "rows of different lengths must meet"
     assert np.abs(found - expected).max() <= 1e-6

@@ -48,6 +48,14 @@ def limit_memory(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, most: in
     return tried
 
 
+def test_what_is_computed_for_nothing_is_counted(
+    predictor: Predictor, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, computed = predictor.padding, limit_memory(predictor, monkeypatch, most=10_000)
+    predictor.probabilities(tokens.ids, tokens.offsets)
+    assert predictor.padding - before == sum(computed) - len(tokens.ids) > 0
+
+
 def test_memory_that_runs_out_halves_the_budget_for_good_and_costs_no_row(
     predictor: Predictor, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
