@@ -538,7 +538,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=12_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="*", choices=SYSTEMS, default=None, metavar="NAME", help=", ".join(SYSTEMS))
+    parser.add_argument("--only", nargs="*", choices=parts_here(), metavar="NAME", help=", ".join(parts_here()))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

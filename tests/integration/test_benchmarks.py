@@ -86,3 +86,17 @@ def test_the_forward_passes_alone_answer_as_the_pipeline_and_are_timed_without_w
         found[name] = (time.monotonic() - began, peers.answers_of(tmp_path / name))
     assert peers.compare(found["alone"][1], found["pipeline"][1])["largest_difference"] < 2e-2
     assert 0 < float((tmp_path / "alone" / peers.OWN_SECONDS).read_text()) < found["alone"][0] / 2
+
+
+@pytest.mark.parametrize(
+    ("device", "absent"), [("cuda", "OpenVINO, bf16, 8 rows"), ("cpu", "pipeline, bf16, batch 256")]
+)
+def test_a_system_that_is_not_for_this_hardware_is_refused_by_name(
+    device: str, absent: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers, "device", lambda: device)
+    monkeypatch.setattr(sys, "argv", ["peers", "--only", absent])
+    with pytest.raises(SystemExit):
+        peers.main()
+    assert f"invalid choice: '{absent}'" in capsys.readouterr().err
+    assert {"pipeline, default", "Textsweep, forward alone"} < set(peers.parts_here())
