@@ -55,7 +55,7 @@ faults: install  ## everything that can go wrong, SEEDS times each (default 1), 
 	@SEEDS=$(or $(SEEDS),1) FIRST_SEED=$(or $(FIRST_SEED),0) FAULTS_LOG=faults.jsonl $(BIN)/python -m pytest -m trial tests/faults
 
 bench: install  ## how fast it is on this machine, beside what else one could run; written to bench.json
-	@$(BIN)/python -m tests.benchmarks.ladder --seconds 1 --rows 3000 --peers --json bench.json
+	@$(BIN)/python -m tests.benchmarks.ladder --seconds 1 --rows 2000 --peers --json bench.json
 
 # Airflow in an environment of its own: its packages and ours could not agree.
 airflow-test: install  ## run the DAGs in a real Airflow on a real Ray head: .venv-airflow, some 20 minutes

@@ -197,9 +197,8 @@ def enough(predictor: Predictor, name: str, seconds: float) -> int:
     return max(PROBE_TEXTS, least, int(PROBE_TEXTS * seconds / seconds_of(run)))
 
 
-def climb(model: Path, shape: str, regime: str, repeats: int, seconds: float, folder: Path) -> dict[str, Any]:
-    """The rungs of one process for one model and regime, with the default engine and precision."""
-    predictor = Predictor(checkpoint.load(str(model), MAX_LENGTH))
+def climb(predictor: Predictor, shape: str, regime: str, repeats: int, seconds: float, folder: Path) -> dict[str, Any]:
+    """The rungs of one process for one model and regime."""
     texts = make_texts(enough(predictor, regime, seconds), REGIMES[regime])
     rungs = Rungs(predictor, texts, folder)
     check = distance(predictor, rungs.tokenizer.encode(rungs.texts.slice(0, CHECKED_TEXTS)))
@@ -339,8 +338,9 @@ def main() -> None:
         folder = Path(scratch)
         for shape in arguments.models:
             make_model(folder / shape, shape)
+            predictor = Predictor(checkpoint.load(str(folder / shape), MAX_LENGTH))
             for regime in arguments.regimes:
-                rungs = climb(folder / shape, shape, regime, arguments.repeats, arguments.seconds, folder)
+                rungs = climb(predictor, shape, regime, arguments.repeats, arguments.seconds, folder)
                 found["ladder"].append(rungs)
                 show_rungs(rungs)
         found["engines"], found["variants"], found["failed_variants"] = {}, {}, {}

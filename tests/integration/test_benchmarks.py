@@ -88,6 +88,24 @@ def test_the_forward_passes_alone_answer_as_the_pipeline_and_are_timed_without_w
     assert 0 < float((tmp_path / "alone" / peers.OWN_SECONDS).read_text()) < found["alone"][0] / 2
 
 
+def test_a_system_that_took_no_longer_for_more_texts_has_no_rate(
+    classifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = iter([2.0, 1.9])
+
+    def timed(name: str, archive: str, model: Path, output: Path) -> float:
+        peers.SYSTEMS[name].run(archive, model, peers.make(output))
+        return next(seconds)
+
+    monkeypatch.setattr(peers, "timed", timed)
+    texts = [f"message {row}" for row in range(64)]
+    found = peers.measure(["pipeline, default"], texts, 1, Path(classifier), tmp_path)
+    assert found["systems"] == {}
+    assert "took no longer ([(2.0, 1.9)] s)" in found["failed"]["pipeline, default"]
+    peers.show(found)
+    assert capsys.readouterr().out.startswith("64 texts")
+
+
 @pytest.mark.parametrize(
     ("device", "absent"), [("cuda", "OpenVINO, bf16, 8 rows"), ("cpu", "pipeline, bf16, batch 256")]
 )
