@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from lib import pipeline, scoring
+from lib import conclusion, pipeline, scoring
 from lib.config import parse_command
 from lib.cost import Meter
 from lib.course import FINISHING
@@ -56,18 +56,20 @@ def score(config: ScoreConfig, run_id: str) -> None:
             meter = Meter(config.forecast, config.limits.budget, run.begun, cluster)
             run.start()
             selected = run.selection.rows if run.selection else None
-            with at_work():
-                line = ProgressLine(meter=meter)
-                outcome = pipeline.score(run.job, run.unfinished, layout, config.limits, line, selected, meter, run_id)
-                outcome.course.waited = cluster.waited
+            line = ProgressLine(meter=meter)
+            outcome = Outcome()
+            outcome.course.waited = cluster.waited
+            with conclusion.reported(run, outcome, where, meter), at_work():
+                pipeline.score(run.job, run.unfinished, layout, config.limits, line, selected, meter, run_id, outcome)
     else:
         outcome.course.begin(FINISHING)
         run.start()
 
     # Every planned row is accounted for, or the run is no success.
+    with conclusion.reported(run, outcome, where, meter), at_work():
+        manifest = conclusion.reconcile(run, outcome)
     with at_work():
-        manifest = scoring.reconcile(run, outcome)
-        scoring.conclude(run, outcome, manifest, where, meter)
+        conclusion.conclude(run, outcome, manifest, where, meter)
 
 
 if __name__ == "__main__":

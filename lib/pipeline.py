@@ -181,15 +181,16 @@ def score(
     selected: Selected | None = None,
     meter: Meter | None = None,
     run_id: str | None = None,
+    outcome: Outcome | None = None,
 ) -> Outcome:
     """Score all chunks of unfinished shards (columns path, identity), wave by wave; returns what came of it.
 
-    With `selected`, only those rows of each shard. With a `meter` whose budget is spent before the work is done, what is in
+    Whoever wants to know what came of a run that ends with an error gives its `outcome`. With `selected`, only those rows of each shard. With a `meter` whose budget is spent before the work is done, what is in
     flight is dropped, and the outcome says so.
 
     Raises `IncompleteError` when the cluster or the storage fails for good; whatever was finished by then stays finished.
     """
-    run = start(job, layout, limits, show, meter, run_id)
+    run = start(job, layout, limits, show, meter, run_id, outcome)
     blocks = bundle(with_rows(run, plan_chunks(run, shards, selected)), job.chunk_bytes)
     try:
         while wave := list(islice(blocks, MAX_WAVE_BLOCKS)):
@@ -210,6 +211,7 @@ def start(
     show: Show,
     meter: Meter | None = None,
     run_id: str | None = None,
+    outcome: Outcome | None = None,
 ) -> Running:
     """What every task of a run shares, brought to the cluster."""
     tokenizer = load_tokenizer(
@@ -221,7 +223,7 @@ def start(
         limits=limits,
         tokenizer=share_tokenizer(tokenizer),
         progress=start_progress(job.version),
-        outcome=Outcome(),
+        outcome=outcome or Outcome(),
         show=show,
         meter=meter,
         run_id=run_id,

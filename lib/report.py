@@ -93,7 +93,7 @@ class RunFacts:
     """what the run held of the cluster; nothing if it needed none"""
     outcome: Outcome
     totals: dict[str, int]
-    """of the manifest: shards, objects, rows, errors, bytes"""
+    """of the manifest: shards, objects, rows, errors, bytes; nothing of a run that came to none"""
     cluster: str
     heads: tuple[Head, ...]
     seconds_planning: float

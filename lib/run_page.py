@@ -242,8 +242,8 @@ PAGE = """<!doctype html>
 <div class="tile"><b>{{ duration(record.seconds) }}</b><span>start to end</span></div>
 <div class="tile"><b>{{ "{:,}".format(run.tokens_per_second) }}</b><span>tokens/s, start-up included</span></div>
 {% if record.cost.cost is not none %}<div class="tile"><b>{{ "{:,.2f}".format(record.cost.cost) }}</b><span>cost{% if record.cost.budget %}, of a budget of {{ "{:,g}".format(record.cost.budget) }}{% endif %}</span></div>
-{% endif %}<div class="tile"><b>{{ "{:,}".format(record.published_total.rows) }}</b><span>rows in the manifest, {{ "{:,}".format(record.published_total.shards) }} shards</span></div>
-</div>
+{% endif %}{% if record.published_total %}<div class="tile"><b>{{ "{:,}".format(record.published_total.rows) }}</b><span>rows in the manifest, {{ "{:,}".format(record.published_total.shards) }} shards</span></div>
+{% endif %}</div>
 {% if course %}<h2>Throughput</h2>{{ course | safe }}
 <p class="note">Above rows of finished micro-batches, below actors that had a block. A tail begins when not every actor has one any more.</p>
 <table><tr><th>stage</th><th>from</th><th>took</th></tr>

@@ -83,7 +83,7 @@ def predictions(schema: PredictionSchema, chunk: Chunk, bad_rows: int) -> pa.Tab
 def publish_run(
     output: Store, version: str, run: str, planned_at: datetime, manifest: pa.Table, *, single_writer: bool = False
 ) -> bool:
-    """What `scoring.conclude` does with a run that succeeded."""
+    """What `conclusion.conclude` does with a run that succeeded."""
     folder = output.at(f"{version}/_runs/{run}")
     name = publishing.write_manifest(folder, manifest)
     moved = publishing.publish(output, version, run, planned_at, name, single_writer=single_writer)

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lib import blocks, scoring
+from lib import blocks, conclusion, scoring
 from lib.config import validate
 from lib.outcome import Outcome
 from lib.planning import Chunk, chunks_of
@@ -54,7 +54,7 @@ def predictions(run: Run, chunk: Chunk) -> pa.Table:
 
 def conclude(run: Run, outcome: Outcome) -> None:
     """The end of a run. Raises what keeps it from being published."""
-    scoring.conclude(run, outcome, scoring.reconcile(run, outcome), "no cluster")
+    conclusion.conclude(run, outcome, conclusion.reconcile(run, outcome), "no cluster")
 
 
 def run_night(folder: Path, model: str, run_id: str, **sections: Any) -> None:

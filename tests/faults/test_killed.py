@@ -18,6 +18,7 @@ import pytest
 from jobs.demo_store import LoopbackS3
 from lib.planning import parse_objects
 from lib.storage import open_store
+from lib.versions import list_runs
 from tests import fakes
 from tests.conftest import REPOSITORY
 from tests.faults.harness import check_nothing_lost, check_unpublished
@@ -125,6 +126,7 @@ def test_stopped_then_killed_in_the_middle_and_run_again(
     assert interrupt(signal.SIGTERM, command(archive, classifier, output, "stopped"), output, log) == 5, log.read_text()
     assert "run the same command again" in log.read_text()
     check_unpublished(output, "stopped")
+    assert [(one.run, one.state) for one in list_runs(open_store(output))] == [("stopped", "stopped")]
     stopped = contents(output)
     log = tmp_path / "killed.log"
     assert interrupt(signal.SIGKILL, command(archive, classifier, output, "killed"), output, log) == -signal.SIGKILL

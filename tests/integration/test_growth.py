@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.demo_store import LoopbackS3
-from lib import pipeline, scoring
+from lib import conclusion, pipeline
 from lib.errors import IncompleteError, OverLimitError, UsageError
 from lib.outcome import Outcome
 from lib.storage import Store, open_store
@@ -142,14 +142,14 @@ def test_a_shard_that_is_back_while_stale_objects_are_removed_keeps_its_own(
     run_score(archive, classifier, output, run_id="first")
     gone = Path(archive, "two.parquet")
     hidden = gone.rename(tmp_path / "two.parquet")
-    reconcile = scoring.reconcile
+    reconcile = conclusion.reconcile
 
     def reconcile_and_bring_back(*arguments: Any) -> pa.Table:
         manifest = reconcile(*arguments)
         hidden.rename(gone)
         return manifest
 
-    monkeypatch.setattr(scoring, "reconcile", reconcile_and_bring_back)
+    monkeypatch.setattr(conclusion, "reconcile", reconcile_and_bring_back)
     run_score(archive, classifier, output, KEEP_NOTHING, 'input.deleted="remove"', run_id="second")
     assert gone.exists(), "the shard came back during the run"
     assert shards_seen(output) == {"one.parquet": 20}

@@ -3,8 +3,10 @@
 import io
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,15 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 import time_machine
 
-from lib import pipeline, report, scoring
-from lib.errors import BudgetError, IncompleteError, OverLimitError
+from lib import conclusion, pipeline, report
+from lib.errors import BudgetError, IncompleteError, OverLimitError, StoppedError
 from lib.history import COUNTS_KEY
 from lib.outcome import Outcome
 from lib.planning import find_stale
 from lib.publishing import write_table
 from lib.scoring import Run
 from lib.storage import Store, open_store
-from lib.versions import read_json, roll_back
+from lib.versions import list_runs, read_json, roll_back
 from tests import fakes
 from tests.stand_in import add, conclude, prepared, published, run_night, score
 
@@ -232,7 +234,7 @@ def test_nothing_is_removed_once_readers_were_moved_to_another_run(
     run = prepared(tmp_path, classifier, "y", **removes_at_once(tmp_path))
     old = add_stranger(run, "b.parquet", 1)
     before = set(run.job.output.list()["path"].to_pylist())
-    monkeypatch.setattr(scoring, "find_stale", find_and_move)
+    monkeypatch.setattr(conclusion, "find_stale", find_and_move)
     conclude(run, score(run))
     assert published(tmp_path) == "x"
     assert old in before <= set(run.job.output.list()["path"].to_pylist())
@@ -273,3 +275,85 @@ def test_a_run_has_its_record_though_earlier_ones_cannot_be_read(
     run = prepared(tmp_path, classifier, "x").job.output.at("_runs/x")
     assert {"run.json", "config.json", "report.html"} <= set(run.list()["path"].to_pylist())
     assert "WARNING: the report shows no earlier runs, they cannot be read: storage failed" in capsys.readouterr().err
+
+
+# runs that are broken off
+
+
+def break_off(folder: Path, model: str, run_id: str, error: BaseException) -> Run:
+    """A run whose first shard is scored when it ends."""
+    run = prepared(folder, model, run_id)
+    outcome = Outcome()
+    with pytest.raises(type(error)) as raised, conclusion.reported(run, outcome, "no cluster", None):
+        done = score(replace(run, unfinished=run.unfinished.slice(0, 1)))
+        vars(outcome).update(vars(done))
+        raise error
+    assert raised.value is error
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "state", "message"),
+    [
+        (StoppedError("stopped by SIGTERM"), 5, "stopped", "stopped by SIGTERM"),
+        (IncompleteError("the storage is gone"), 4, "incomplete", "the storage is gone"),
+        (RuntimeError("a bug"), 1, "failed", "RuntimeError: a bug"),
+    ],
+)
+def test_a_run_that_is_broken_off_has_a_report(
+    error: BaseException, code: int, state: str, message: str, tmp_path: Path, classifier: str
+) -> None:
+    add(tmp_path, "a.parquet", *mixed(30))
+    add(tmp_path, "b.parquet", *mixed(60))
+    run = break_off(tmp_path, classifier, "x", error)
+    record = read_json(run.job.output.at("_runs/x"), "run.json")
+    assert (record["exit_code"], record["message"], record["published"]) == (code, message, False)
+    assert record["this_run"]["rows"] == record["this_run"]["labels"]["up"] * 3 == 30
+    assert record["drift"]["why_none"] == "the run did not come to its end"
+    page = (run.job.output.read("_runs/x/report.html") or b"").decode()
+    assert message in page
+    assert "rows in the manifest" not in page
+    (listed,) = list_runs(run.output)
+    assert (listed.run, listed.state, listed.message, listed.rows) == ("x", state, message, None)
+    assert published(tmp_path) is None
+
+
+def test_the_report_of_a_success_stays_when_its_command_is_broken_off(tmp_path: Path, classifier: str) -> None:
+    """Readers still see what it published, and an orchestrator asks its run.json."""
+    add(tmp_path, "a.parquet", *mixed(30))
+    run_night(tmp_path, classifier, "x")
+    add(tmp_path, "b.parquet", *mixed(60))
+    run = break_off(tmp_path, classifier, "x", StoppedError("stopped"))
+    assert read_json(run.job.output.at("_runs/x"), "run.json")["exit_code"] == 0
+    assert published(tmp_path) == "x"
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_storage_without_room_for_a_report_is_told_and_does_not_hold_the_driver(
+    answers: bool,
+    tmp_path: Path,
+    classifier: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    never = threading.Event()
+
+    def fail(store: Store, name: str, data: bytes) -> None:
+        if name != "run.json":
+            return replace_object(store, name, data)
+        if not answers:
+            never.wait(30)
+        raise OSError("no space left")
+
+    replace_object = Store.replace
+    add(tmp_path, "a.parquet", *mixed(30))
+    monkeypatch.setattr(Store, "replace", fail)
+    monkeypatch.setattr(conclusion, "REPORT_SECONDS", 30.0 if answers else 0.2)
+    began = time.monotonic()
+    break_off(tmp_path, classifier, "x", StoppedError("stopped"))
+    took = time.monotonic() - began
+    never.set()
+    said = capsys.readouterr().err
+    assert "WARNING: the run has no report: " in said
+    assert ("no space left" if answers else "has not taken it in 0.2 s") in said
+    assert took < 20

@@ -99,7 +99,7 @@ ORDER = (
         "history",
         "drift",
     ),
-    *("watch", "tasks", "actors", "suspects", "pipeline", "run_page", "report", "scoring", "survey"),
+    *("watch", "tasks", "actors", "suspects", "pipeline", "run_page", "report", "scoring", "conclusion", "survey"),
     # jobs on another machine's cluster
     *("packaging", "submission", "job_log", "job_server"),
 )
