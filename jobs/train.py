@@ -40,11 +40,10 @@ def main(argv: Sequence[str]) -> None:
     with ray_session(command.config.resources) as cluster:
         print(f"cluster: {cluster}", flush=True)
         result = train(command.config, command.run_id, cluster)
-    best = result["best"]
-    print(
-        f"\nbest of {len(result['history'])} evaluations: step {best['step']}, in {result['seconds']:.0f} s of training"
-    )
-    print_metrics(f"validation ({result['rows']['valid']} rows)", best)
+    best, is_last = result["best"], command.config.stopping.keep == "last"
+    which = "last step" if is_last else f"best of {len(result['history'])} evaluations: step"
+    print(f"\n{which} {best['step']}, in {result['seconds']:.0f} s of training")
+    print_metrics(f"validation ({result['rows']['valid']} rows)", result.get("valid", best))
     for name, found in result.get("tasks", {"": result}).items():
         if name:
             print_metrics(f"\n{name}: validation ({found['rows']['valid']} rows)", found["valid"])

@@ -32,7 +32,13 @@ from lib.tuning import add_adapters, compile_passes, freeze, recompute_layers
 SUSPECTS_NAME = "label_noise.json"
 
 MAX_KNOWN = 0.001
-"""The part of a set that may be known from training if duplicates are refused."""
+"""The part of a set that may be known from training, or of the test rows from validation, if duplicates are refused."""
+
+TEACHERS = {
+    "train": ("training", "and may be known by heart"),
+    "valid": ("validation", "by which the checkpoint is chosen"),
+}
+"""Sets that later ones should share no text with, what they are called, and what comes of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +100,11 @@ def open_sets(job: ClassifierJob, task: TaskJob) -> dict[str, Subset]:
     elif "valid" not in sets:
         train = mapped["train"]
         parts = split_rows(train.targets, job.config.valid.fraction, job.config.optim.seed)
+        if not len(parts[1]):
+            raise UsageError(
+                f"valid.fraction = {job.config.valid.fraction}: of {len(train):,} rows none can be set aside, for no label has two; give"
+                ' more rows or a valid.path, or set valid.fraction = 0 with stopping.keep = "last"'
+            )
         sets["train"], sets["valid"] = (Subset(train, part) for part in parts)
     return sets
 
@@ -114,35 +125,44 @@ def mix_sets(several: Sequence[dict[str, Subset]]) -> dict[str, Subset]:
 
 def check_duplicates(
     sets: dict[str, Subset], config: TrainConfig, rank: int
-) -> tuple[dict[str, Subset], dict[str, int]]:
-    """Count the rows of other sets that are known from training, and do what `data.duplicates` says; the sets, and the counts.
+) -> tuple[dict[str, Subset], dict[str, dict[str, int]]]:
+    """Count rows whose text a set before theirs has taught, and do what `data.duplicates` says.
 
-    Raises `UsageError` if they are to be refused.
+    Returns the sets, and what was counted: of the rows known from "train" those of each other set, of the rows known from "valid"
+    those of "test". Raises `UsageError` if they are to be refused, or if leaving them out would leave nothing.
     """
-    known = known_rows({name: one for name, one in sets.items() if name == "train" or one is not sets["train"]})
-    shown = ", ".join(f"{count:,} of {len(sets[name]):,} {name} rows" for name, count in known.items() if count)
-    if config.data.duplicates == "refuse":
-        for name, count in known.items():
-            if count > MAX_KNOWN * len(sets[name]):
+    known: dict[str, dict[str, int]] = {}
+    is_one = sets["valid"] is sets["train"]
+    for teacher, (what, use) in TEACHERS.items():
+        if is_one and teacher == "valid":
+            known[teacher] = known["train"]
+            continue
+        others = {
+            name: one for name, one in sets.items() if name not in ("train", teacher) and one is not sets["train"]
+        }
+        known[teacher] = known_rows(sets[teacher], others)
+        shown = ", ".join(
+            f"{count:,} of {len(sets[name]):,} {name} rows" for name, count in known[teacher].items() if count
+        )
+        if not shown:
+            continue
+        shown += f" have the text of a {what} row"
+        if config.data.duplicates == "refuse":
+            if any(count > MAX_KNOWN * len(others[name]) for name, count in known[teacher].items()):
                 raise UsageError(
-                    f'data.duplicates = "refuse": {shown} have the text of a training row, expected at most {MAX_KNOWN:.1%};'
-                    ' remove them, or set data.duplicates = "drop" to leave them out of training'
+                    f'data.duplicates = "refuse": {shown}, expected at most {MAX_KNOWN:.1%}; remove them, or set'
+                    f' data.duplicates = "drop" to leave them out of {what}'
                 )
-    before = len(sets["train"])
-    if config.data.duplicates == "drop":
-        without = without_known(
-            {name: one for name, one in sets.items() if name == "train" or one is not sets["train"]}
-        )
-        sets = {name: without.get(name, without["train"]) for name in sets}
-    if shown and rank == 0:
-        left_out = before - len(sets["train"])
-        what = f": {left_out:,} of those are left out" if left_out else ", and may be known by heart (data.duplicates)"
-        say(f"{'' if left_out else 'WARNING: '}{shown} have the text of a training row{what}")
-    chosen_by = 0 if sets["valid"] is sets["train"] else known_rows(sets, "valid").get("test", 0)
-    if chosen_by and rank == 0:
-        say(
-            f"WARNING: {chosen_by:,} of {len(sets['test']):,} test rows have the text of a validation row, by which the checkpoint is chosen"
-        )
+        elif config.data.duplicates == "drop":
+            left = without_known(sets[teacher], others)
+            if not len(left):
+                raise UsageError(f'data.duplicates = "drop": {shown}, and no {what} row is left without them')
+            if rank == 0:
+                say(f"{shown}: {len(sets[teacher]) - len(left):,} {what} rows are left out")
+            sets = sets | dict.fromkeys(("train", "valid") if is_one else (teacher,), left)
+            continue
+        if rank == 0:
+            say(f"WARNING: {shown}, {use} (data.duplicates)")
     return sets, known
 
 
@@ -170,6 +190,7 @@ class ClassifierFit(Fit):
         self.sets_of = [sets for sets, _ in checked]
         """each task's own rows"""
         self.known = [known for _, known in checked]
+        """of each task, by the set that they are known from, how many rows of each other set"""
         sets, optim = mix_sets(self.sets_of), job.config.optim
         steps_per_epoch = math.ceil(len(sets["train"]) / optim.batch_size)
         model: Any = new_model(job)

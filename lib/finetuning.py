@@ -13,7 +13,7 @@ from lib.classifying import ClassifierFit, ClassifierJob, add_texts, name_rows
 from lib.committing import METRICS_NAME
 from lib.errors import UsageError, say
 from lib.fitting import run_worker
-from lib.mapped import Subset, known_rows
+from lib.mapped import Subset
 from lib.metrics import brief, describe, worst_errors
 from lib.model import load_classifier
 from lib.model_card import model_card
@@ -106,8 +106,8 @@ def task_metrics(
     return {
         "rows": {name: len(one) for name, one in sets.items()},
         "dropped": index.dropped,
-        "known_from_training": fit.known[number],
-        "known_from_validation": known_rows(sets, "valid"),
+        "known_from_training": fit.known[number]["train"],
+        "known_from_validation": fit.known[number]["valid"],
         "labels": list(index.labels),
         "temperature": decision.temperature,
         "thresholds": decision.thresholds,

@@ -206,8 +206,7 @@ def tokenize_block(
         shards.append(shard)
         batches.append(pa.RecordBatch.from_pydict({name: one for name, one in arrays.items() if one is not None}))
         if source.task is not Task.REGRESSION:
-            flat = labels.flatten() if source.task is Task.MULTI_LABEL else labels
-            counts.update({one["values"]: one["counts"] for one in pc.value_counts(flat).to_pylist()})
+            counts.update(count_labels(labels))
     name = f"{source.name}-{item['number']:05d}.arrow"
     if batches:
         write_batches(folder, name, batches, shards)
@@ -222,6 +221,14 @@ def tokenize_block(
         "sampled": sampled,
         "longer": longer.tolist(),
     }
+
+
+def count_labels(labels: pa.Array) -> dict[str, int]:
+    """In how many rows each label stands; twice in one is once."""
+    if pa.types.is_large_list(labels.type) or pa.types.is_list(labels.type):
+        pairs = pa.table([pc.list_parent_indices(labels), labels.flatten()], names=["row", "label"])
+        labels = pairs.group_by(["row", "label"]).aggregate([])["label"]
+    return {one["values"]: one["counts"] for one in pc.value_counts(labels).to_pylist()}
 
 
 def usable_rows(

@@ -209,17 +209,15 @@ class Subset(Selection):
         return self.data.targets[self.chosen]
 
 
-def known_rows(sets: Mapping[str, Subset], among: str = "train") -> dict[str, int]:
-    """How many rows of each other set, the training set left out, have a text of the set `among`."""
-    texts = sets[among].hashes
-    return {name: int(np.isin(one.hashes, texts).sum()) for name, one in sets.items() if name not in ("train", among)}
+def known_rows(learned: Subset, others: Mapping[str, Subset]) -> dict[str, int]:
+    """How many rows of each other set have a text of the one that is learned from."""
+    return {name: int(np.isin(one.hashes, learned.hashes).sum()) for name, one in others.items()}
 
 
-def without_known(sets: Mapping[str, Subset]) -> dict[str, Subset]:
-    """The sets without the training rows whose text is in another set."""
-    train = sets["train"]
-    others = np.concatenate([one.hashes for name, one in sets.items() if name != "train"])
-    return {**sets, "train": Subset(train.data, train.chosen[~np.isin(train.hashes, others)])}
+def without_known(learned: Subset, others: Mapping[str, Subset]) -> Subset:
+    """The rows of a set whose text is in none of the others."""
+    hashes = np.concatenate([one.hashes for one in others.values()])
+    return Subset(learned.data, learned.chosen[~np.isin(learned.hashes, hashes)])
 
 
 def encode_labels(column: pa.Array, labels: Sequence[str], task: Task) -> Targets:
@@ -238,7 +236,8 @@ def encode_labels(column: pa.Array, labels: Sequence[str], task: Task) -> Target
 def split_rows(targets: Targets, fraction: float, seed: int) -> tuple[IntArray, IntArray]:
     """Split rows into training and validation rows, the same for the same seed: by class, at random for multi-label and regression.
 
-    Every class keeps at least one training row. Both are sorted.
+    Every class keeps at least one training row. Where all classes are too small for their share of a row, as many of them as there
+    should be validation rows in all, one at least, give one. Both are sorted.
     """
     chance = np.random.default_rng([seed, len(targets)])
     groups = (
@@ -247,6 +246,10 @@ def split_rows(targets: Targets, fraction: float, seed: int) -> tuple[IntArray, 
         else [np.arange(len(targets))]
     )
     taken = [chance.permutation(group)[: min(round(len(group) * fraction), len(group) - 1)] for group in groups]
+    if not any(map(len, taken)):
+        groups = [group for group in groups if len(group) > 1]
+        chosen = chance.permutation(len(groups))[: max(1, round(len(targets) * fraction))]
+        taken = [chance.permutation(groups[index])[:1] for index in chosen] or taken
     valid = np.sort(np.concatenate(taken))
     return np.setdiff1d(np.arange(len(targets)), valid), valid
 

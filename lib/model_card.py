@@ -67,8 +67,9 @@ def model_card(card: Card, metrics: dict[str, Any]) -> str:
     tested = metrics["test"]
     valid = card.trained["config"]["valid"]
     is_apart = valid["path"] is not None or valid["fraction"] > 0
-    name = "validation, which chose the weights" if is_apart else "the training rows themselves: none were set aside"
-    results = [(name, metrics["rows"]["valid"], metrics["best"])]
+    chose = ", which chose the weights" if card.trained["config"]["stopping"]["keep"] == "best" else ""
+    name = f"validation{chose}" if is_apart else "the training rows themselves: none were set aside"
+    results = [(name, metrics["rows"]["valid"], metrics["valid"])]
     if tested is not None:
         results.append(("test", metrics["rows"]["test"], tested))
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -81,6 +82,6 @@ def model_card(card: Card, metrics: dict[str, Any]) -> str:
         per_class=sorted((tested or {}).get("per_class", []), key=lambda one: -one["support"])[:SHOWN_LABELS],
         results=results,
         rows=metrics["rows"],
-        shown=[name for name in SHOWN if name in metrics["best"]],
+        shown=[name for name in SHOWN if name in metrics["valid"]],
         trained=card.trained,
     )

@@ -85,7 +85,8 @@ class DataSection(Section):
     """What is checked before anything is learned."""
 
     duplicates: Literal["keep", "drop", "refuse"] = "keep"
-    """training rows whose text is in another set, too: kept with a warning, left out, or refused where they are over 0.1% of that set"""
+    """rows of training whose text is in validation or test, and of validation in test: kept with a warning, left out, or refused where
+    they are over 0.1% of that set"""
     label_noise: bool = False
     """list training rows whose label looks wrong in the report, for one label a row; costs a forward pass over the training rows"""
 
@@ -108,7 +109,7 @@ class TrainModelSection(Section):
     precision: TrainPrecisionChoice = "auto"
     """of the forward and backward pass, the weights stay in fp32; fp16, with loss scaling, is for GPUs without bf16; auto: bf16 or fp32"""
     dropout: float | None = Field(default=None, ge=0, lt=1)
-    """of encoder and head; default: as the base has it"""
+    """of the encoder and the family's own head (another one has head.dropout); default: as the base has it"""
     freeze_layers: Annotated[int, Field(ge=0)] | Literal["all"] | None = None
     """keep the embeddings and so many of the lowest layers as they are; all: learn the head alone; default: everything learns"""
     gradient_checkpointing: bool = False

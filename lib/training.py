@@ -167,6 +167,10 @@ def check_tasks(config: TrainConfig, tasks: Sequence[Task]) -> str:
     if len(tasks) == 1:
         return choose_metric(config.stopping.metric, tasks[0])
     names = ", ".join(config.tasks.named)
+    if "train" in config.tasks.named:
+        raise UsageError(
+            "tasks.train: its loss would be called as that of training, train_loss; give the task another name"
+        )
     if config.data.label_noise:
         raise UsageError(
             f"data.label_noise with tasks ({names}): it looks at one labelled set; train on each alone to look at it"
@@ -219,8 +223,9 @@ def check_validation(config: TrainConfig) -> None:
     }
     for key, is_set in needs.items():
         if is_set:
+            place = "each task its valid" if config.tasks.named else "valid.path"
             raise UsageError(
-                f"valid.fraction = 0 with {key}: it would be chosen by the rows that were learned from; give valid.path or a"
+                f"valid.fraction = 0 with {key}: it would be chosen by the rows that were learned from; give {place} or a"
                 ' valid.fraction, or set stopping.keep = "last" and leave decision.* out'
             )
     print("valid.fraction = 0: all rows are learned from, and what is called validation are these rows", flush=True)
@@ -228,7 +233,8 @@ def check_validation(config: TrainConfig) -> None:
 
 def check_long_texts(config: TrainConfig) -> None:
     """Raise `UsageError` if what becomes of long texts does not go together."""
-    model, is_pair = config.model, not isinstance(config.train.text_column, str)
+    model, sets = config.model, [config.train, *config.tasks.named.values()]
+    is_pair = any(not isinstance(one.text_column, str) for one in sets)
     if model.truncation == "head_tail" and is_pair:
         raise UsageError(
             "model.truncation = head_tail with two text columns: which of the two would lose its middle? Use head or tail"

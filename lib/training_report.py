@@ -145,7 +145,7 @@ PAGE = """<!doctype html>
 <style>{{ style | safe }}</style></head><body>
 <h1>Textsweep training {{ metrics.run_id }}</h1>
 <p>{% if card.task == "regression" %}The number {{ card.labels[0] }}{% else %}{{ card.labels | length }} labels, {{ card.task | replace("_", "-") }}{% endif %};
-fine-tuned from <code>{{ trained.config.model.base }}</code>. {% if trained.config.valid.path is none and not trained.config.valid.fraction %}No rows were set aside: what is called validation are the training rows{% else %}Chosen by {{ metrics.metric | replace("_", " ") }} on the validation rows{% endif %}{% if metrics.averaged_steps %}, averaged over steps {{ metrics.averaged_steps | join(", ") }}{% endif %}.</p>
+fine-tuned from <code>{{ trained.config.model.base }}</code>. {% if trained.config.valid.path is none and not trained.config.valid.fraction %}No rows were set aside: what is called validation are the training rows{% elif trained.config.stopping.keep == "last" %}The weights of the last step: by the validation rows none were chosen{% else %}Chosen by {{ metrics.metric | replace("_", " ") }} on the validation rows{% endif %}{% if metrics.averaged_steps %}, averaged over steps {{ metrics.averaged_steps | join(", ") }}{% endif %}.</p>
 <div class="tiles">
 {% for name in shown %}<div class="tile"><b>{{ "%.4f" | format(found[name]) }}</b><span>{{ name | replace("_", " ") }}, {{ evaluated }} rows</span></div>
 {% endfor %}{% if found.calibration_error is defined %}<div class="tile"><b>{{ "%.4f" | format(found.calibration_error) }}</b><span>calibration error</span></div>

@@ -67,7 +67,13 @@ def check_tuning(config: TrainConfig) -> None:
     if rank is not None and config.stopping.average > 1:
         raise UsageError(
             "stopping.average and lora.rank: the mean of two adapters' factors is not the mean of what they add to the weights; leave"
-            " one of the two out, or set optim.ema_decay"
+            " one of the two out"
+        )
+    has_dropout = config.model.dropout != 0 or config.lora.dropout or (config.head.is_own and config.head.dropout)
+    if config.optim.rdrop and not has_dropout:
+        raise UsageError(
+            "optim.rdrop with model.dropout = 0: both passes of a row are the same, and there is nothing to pull together; leave one of"
+            " the two out"
         )
     if rank is None:
         given = [name for name in ("alpha", "dropout", "target_modules") if getattr(config.lora, name)]
@@ -104,7 +110,7 @@ def freeze(model: "PreTrainedModel", config: TrainConfig) -> None:
     layers = num_layers(model)
     if frozen != "all" and frozen > layers:
         raise UsageError(
-            f'model.freeze_layers = {frozen}, but model.base has {layers} layers; give at most that, or "all"'
+            f'model.freeze_layers = {frozen}, but {layers} layers of model.base are read; give at most that, or "all"'
         )
     deepest = 0 if frozen == "all" else layers - frozen
     for name, one in model.named_parameters():

@@ -26,6 +26,7 @@ from lib.pretrain_config import FitConfig
 from lib.rendezvous import OneAddressConfig
 from lib.runtime import Cluster
 from lib.storage import Store, explained
+from lib.train_config import TrainConfig
 
 RUNS_FOLDER = "_train"
 
@@ -204,8 +205,8 @@ def explain(error: TrainingFailedError, job: Job) -> None:
         if isinstance(cause, GpuOutOfMemoryError):
             raise UsageError(
                 f"a worker ran out of GPU memory with {job.config.optim.batch_size} rows a step on"
-                f" {'' if least is None else f'{least} to '}{most} workers and model.max_length = {job.max_length}; raise"
-                " optim.accumulation_steps (the result is the same), under another --run-id"
+                f" {'' if least is None else f'{least} to '}{most} workers and model.max_length = {job.max_length};"
+                f" {less_memory(job)}, under another --run-id"
             ) from error
         if isinstance(cause, TextsweepError):
             with at_work():
@@ -216,6 +217,13 @@ def explain(error: TrainingFailedError, job: Job) -> None:
         raise IncompleteError(
             f"workers died more than {MAX_FAILURES} times: {first}; run the same command again to go on after the last evaluation"
         ) from error
+
+
+def less_memory(job: Job) -> str:
+    """What makes a training's steps need less memory."""
+    if isinstance(job.config, TrainConfig) and job.config.contrastive.iterations is not None:
+        return "lower contrastive.batch_size or model.max_length"
+    return "raise optim.accumulation_steps (the result is the same)"
 
 
 def remove_run(folder: Store) -> None:

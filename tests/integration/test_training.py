@@ -769,10 +769,11 @@ def workers_started() -> int:
 def test_rows_that_are_known_from_training_are_counted_dropped_or_refused(
     data: dict[str, str], base: str, ray_session: None, tmp_path: Path
 ) -> None:
-    """Two thirds of the validation rows are training rows here."""
+    """Two thirds of the validation rows are training rows here, and two of the others test rows."""
     texts, labels = make_rows(TRAIN_ROWS, 1)
     mixed, answers = make_rows(10, 6)
-    table = pa.table({"text": [*texts[:20], *mixed], "label": [*labels[:20], *answers]})
+    known, truth = make_rows(TEST_ROWS, 3)
+    table = pa.table({"text": [*texts[:20], *known[:2], *mixed[2:]], "label": [*labels[:20], *truth[:2], *answers[2:]]})
     fakes.write_archive(str(tmp_path), {"mixed.parquet": table})
     places = data | {"valid": f"{tmp_path}/mixed.parquet"}
 
@@ -784,7 +785,8 @@ def test_rows_that_are_known_from_training_are_counted_dropped_or_refused(
 
     found = run("drop")
     assert found["known_from_training"] == {"valid": 20, "test": 0}
-    assert found["rows"] == {"train": TRAIN_ROWS - 20, "valid": 30, "test": TEST_ROWS}
+    assert found["known_from_validation"] == {"test": 2}
+    assert found["rows"] == {"train": TRAIN_ROWS - 20, "valid": 28, "test": TEST_ROWS}
     before = workers_started()
     with pytest.raises(UsageError, match=r"20 of 30 valid rows have the text of a training row, expected at most 0.1%"):
         run("refuse")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -209,28 +210,84 @@ def test_training_rows_are_changed_at_each_step(make_job: Any, make_fit: Any) ->
     assert fit.learner.seen_at(data, 0).read(every)[1].sum() < 0.9 * data.read(every)[1].sum()
 
 
-@pytest.mark.parametrize("known", [1, 2])
-def test_duplicates_are_refused_above_one_row_of_a_thousand(
-    known: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of the test rows three more are known from the validation rows: they are said, and count for nothing else."""
+@pytest.fixture
+def numbered(tmp_path: Path) -> dict[str, Subset]:
+    """Sets without a text that is in two of them."""
     sets = {}
     for number, (name, count) in enumerate((("train", 50), ("valid", 1000), ("test", 1000))):
         data = make_set(tmp_path / f"{name}.arrow", [LABELS[row % 3] for row in range(count)])
         data.hashes = np.arange(count, dtype=np.uint64) + np.uint64(10_000 * number)
         sets[name] = Subset(data, np.arange(count))
-    sets["valid"].data.hashes[:known] = sets["train"].hashes[:known]
-    sets["test"].data.hashes[-3:] = sets["valid"].hashes[-3:]
-    values = {"train": {"path": "t"}, "model": {"base": "b"}, "output": {"path": "o"}, "data": {"duplicates": "refuse"}}
-    config = validate(TrainConfig, values)
+    return sets
+
+
+def repeat(sets: dict[str, Subset], count: int, source: str, target: str) -> None:
+    """Give the last rows of one set the texts of the first rows of another."""
+    sets[target].data.hashes[-count:] = sets[source].data.hashes[:count]
+
+
+def what_duplicates_do(what: str) -> TrainConfig:
+    """A configuration with `data.duplicates`."""
+    values = {"train": {"path": "t"}, "model": {"base": "b"}, "output": {"path": "o"}, "data": {"duplicates": what}}
+    return validate(TrainConfig, values)
+
+
+@pytest.mark.parametrize("known", [1, 2])
+@pytest.mark.parametrize(
+    ("source", "target", "what"), [("train", "valid", "training"), ("valid", "test", "validation")]
+)
+def test_duplicates_are_refused_above_one_row_of_a_thousand(
+    source: str,
+    target: str,
+    what: str,
+    known: int,
+    numbered: dict[str, Subset],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    repeat(numbered, known, source, target)
+    shown = rf"{known} of 1,000 {target} rows have the text of a {what} row"
     if known > 1:
-        with pytest.raises(
-            UsageError, match=r"2 of 1,000 valid rows have the text of a training row, expected at most 0\.1%"
-        ):
-            check_duplicates(sets, config, 0)
+        with pytest.raises(UsageError, match=rf"{shown}, expected at most 0\.1%.*to leave them out of {what}"):
+            check_duplicates(numbered, what_duplicates_do("refuse"), 0)
         return
-    assert check_duplicates(sets, config, 0) == (sets, {"valid": 1, "test": 0})
-    assert "3 of 1,000 test rows have the text of a validation row" in capsys.readouterr().err
+    nothing = {"train": {"valid": 0, "test": 0}, "valid": {"test": 0}}
+    counted = nothing | {source: nothing[source] | {target: known}}
+    assert check_duplicates(numbered, what_duplicates_do("refuse"), 0) == (numbered, counted)
+    assert f"WARNING: {shown}, " in capsys.readouterr().err
+
+
+def test_duplicates_are_left_out_of_the_set_that_teaches(
+    numbered: dict[str, Subset], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A text that is in all three stays in the last one."""
+    repeat(numbered, 3, "train", "valid")
+    repeat(numbered, 2, "train", "test")
+    numbered["valid"].data.hashes[0] = numbered["test"].data.hashes[0]
+    left, known = check_duplicates(numbered, what_duplicates_do("drop"), 0)
+    assert known == {"train": {"valid": 3, "test": 2}, "valid": {"test": 3}}
+    np.testing.assert_array_equal(left["train"].chosen, np.arange(3, 50))
+    np.testing.assert_array_equal(left["valid"].chosen, [*range(1, 997), 999])
+    assert left["test"] is numbered["test"]
+    said = capsys.readouterr().err
+    assert "a training row: 3 training rows are left out" in said
+    assert "a validation row: 3 validation rows are left out" in said
+    assert "WARNING" not in said
+
+
+def test_rows_that_teach_twice_are_left_out_twice(numbered: dict[str, Subset]) -> None:
+    """With `valid.fraction = 0` the training rows are the validation rows."""
+    sets = numbered | {"valid": numbered["train"]}
+    repeat(sets, 2, "train", "test")
+    left, known = check_duplicates(sets, what_duplicates_do("drop"), 0)
+    assert known == {"train": {"test": 2}, "valid": {"test": 2}}
+    assert left["valid"] is left["train"]
+    assert len(left["train"]) == 48
+
+
+def test_leaving_out_every_row_is_refused(numbered: dict[str, Subset]) -> None:
+    repeat(numbered, 50, "train", "test")
+    with pytest.raises(UsageError, match=r"50 of 1,000 test rows .* no training row is left without them"):
+        check_duplicates(numbered, what_duplicates_do("drop"), 0)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +298,7 @@ def test_duplicates_are_refused_above_one_row_of_a_thousand(
         (TrainConfig, {"loss": {"focal_gamma": 3.0}}, "focal_gamma .* is of the focal loss"),
         (TrainConfig, {"stopping": {"keep": "last", "patience": 4}}, "patience .* nothing stops before the last step"),
         (PretrainConfig, {"stopping": {"keep": "last", "patience": 4}}, "patience .* nothing stops before the last"),
+        (TrainConfig, {"optim": {"rdrop": 1.0}, "model": {"dropout": 0.0}}, "both passes of a row are the same"),
     ],
 )
 def test_what_is_set_and_would_change_nothing_is_refused(
@@ -249,6 +307,79 @@ def test_what_is_set_and_would_change_nothing_is_refused(
     """Also where it is the default: who writes it down expects something of it."""
     with pytest.raises(UsageError, match=message):
         make_job(schema, **sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"truncation": "head_tail"}}, "head_tail with two text columns"),
+        ({"model": {"window_stride": 4}}, "window_stride with two text columns"),
+        ({"valid": {"fraction": 0}}, "give each task its valid or a valid.fraction"),
+    ],
+)
+def test_what_no_task_can_have_is_refused(
+    sections: dict[str, Any], message: str, rows: Path, tmp_path: Path, make_job: Any
+) -> None:
+    """One task has pairs, the other single texts."""
+    table = pa.table({"text": ["a b"] * 4, "second": ["c d"] * 4, "label": ["bad", "good"] * 2})
+    fakes.write_archive(str(tmp_path), {"pairs.parquet": table})
+    pairs = {"path": f"{tmp_path}/pairs.parquet", "text_column": ["text", "second"]}
+    with pytest.raises(UsageError, match=message):
+        make_job(train={"path": None}, tasks={"one": {"path": f"{rows}/train.parquet"}, "two": pairs}, **sections)
+
+
+def test_no_task_is_called_as_the_training_is(rows: Path, make_job: Any) -> None:
+    tasks = {name: {"path": f"{rows}/train.parquet"} for name in ("train", "tone")}
+    with pytest.raises(UsageError, match=r"^tasks.train: .*give the task another name"):
+        make_job(train={"path": None}, tasks=tasks)
+
+
+@pytest.mark.parametrize("of_each", [5, 2, 1])
+def test_a_few_rows_of_each_label_leave_some_to_validate(
+    of_each: int, tmp_path: Path, make_job: Any, make_fit: Any
+) -> None:
+    """A tenth of five is no row."""
+    labels = [label for label in LABELS for _ in range(of_each)]
+    fakes.write_archive(
+        str(tmp_path),
+        {"few.parquet": pa.table({"text": [f"text {row}" for row in range(len(labels))], "label": labels})},
+    )
+    job = make_job(train={"path": f"{tmp_path}/few.parquet"})
+    if of_each == 1:
+        with pytest.raises(UsageError, match="of 3 rows none can be set aside, for no label has two"):
+            make_fit(job)
+        return
+    sets = make_fit(job).sets
+    assert len(sets["valid"]) == round(0.1 * len(labels))
+    assert len(sets["train"]) + len(sets["valid"]) == len(labels)
+
+
+def test_a_label_that_a_row_has_twice_is_one(rows: Path, tmp_path: Path, make_job: Any) -> None:
+    table = pq.read_table(f"{rows}/train.parquet")
+    twice = pa.array([[*row, *row] for row in table["several"].to_pylist()])
+    fakes.write_archive(str(tmp_path), {"twice.parquet": table.set_column(2, "several", twice)})
+    sets = {"path": f"{tmp_path}/twice.parquet", "label_column": "several"}
+    assert make_job(train=sets, loss={"positive_weights": "balanced"}).objective.positive_weights == BALANCED_POSITIVE
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_card_says_what_chose_the_weights_and_how_good_the_decision_is(
+    keep: str, tmp_path: Path, make_job: Any, make_fit: Any
+) -> None:
+    """Thresholds are part of the decision, for the validation rows as for the test rows."""
+    optim, decision = {"epochs": 2, "learning_rate": 1e-3}, {"thresholds": "f1"}
+    fit = make_fit(make_job(train={"label_column": "several"}, optim=optim, stopping={"keep": keep}, decision=decision))
+    fit.run()
+    conclude(fit)
+    folder = tmp_path / "checkpoint"
+    card, page = ((folder / name).read_text() for name in ("README.md", "report.html"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["valid"]["macro_f1"] != metrics["best"]["macro_f1"]
+    row = next(line for line in card.splitlines() if line.startswith("| validation"))
+    assert f"{metrics['valid']['macro_f1']:.4f}" in row
+    assert ("which chose the weights" in row) == (keep == "best")
+    assert ("Chosen by macro f1 on the validation rows" in page) == (keep == "best")
+    assert ("The weights of the last step: by the validation rows none were chosen" in page) == (keep == "last")
 
 
 def test_few_labels_are_learned_from_all_rows_and_the_last_weights_kept(

@@ -67,6 +67,7 @@ def test_a_split_parts_the_rows_by_class(classes: list[int], fraction: float, se
     for one in set(classes):
         count = classes.count(one)
         assert abs(int((targets[valid] == one).sum()) - count * fraction) <= 1
+    assert len(valid) or max(map(classes.count, classes)) == 1
     again = split_rows(targets, fraction, seed)
     assert train.tolist() == again[0].tolist()
 

@@ -170,7 +170,7 @@ def test_a_share_for_validation_beside_rows_of_its_own_is_said_to_be_of_no_use(
 
 def test_layers_that_are_not_there_are_named(bert: Any) -> None:
     with pytest.raises(
-        UsageError, match=r'freeze_layers = 3, but model.base has 2 layers; give at most that, or "all"'
+        UsageError, match=r'freeze_layers = 3, but 2 layers of model.base are read; give at most that, or "all"'
     ):
         freeze(bert, configure(model={"freeze_layers": 3}))
     with pytest.raises(

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
@@ -16,9 +16,11 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
+from lib.config import validate
 from lib.errors import DeniedError, IncompleteError, UsageError
 from lib.failures import RetryPolicy, StartWatch
 from lib.storage import open_store
+from lib.train_config import TrainConfig
 from lib.workers import claim, explain
 from tests.conftest import REPOSITORY
 
@@ -52,6 +54,17 @@ def test_a_gpu_that_is_too_small_is_a_matter_of_the_configuration() -> None:
         match=r"out of GPU memory with 32 rows a step on 2 to 4 workers .*max_length = 64; raise optim.accum",
     ):
         explain(raised_by_a_worker(GpuOutOfMemoryError("CUDA out of memory")), JOB)
+
+
+def test_pairs_that_are_too_many_for_a_gpu_are_not_said_to_be_accumulated() -> None:
+    """Contrastive tuning refuses [optim]."""
+    values: dict[str, Any] = {"train": {"path": "t"}, "model": {"base": "b"}, "output": {"path": "o"}}
+    config = validate(TrainConfig, values | {"contrastive": {"iterations": 5}})
+    with pytest.raises(UsageError, match=r"max_length = 64; lower contrastive.batch_size or model.max_length, under"):
+        explain(
+            raised_by_a_worker(GpuOutOfMemoryError("no memory")),
+            cast(Any, SimpleNamespace(max_length=64, config=config)),
+        )
 
 
 def test_what_a_worker_says_to_the_user_is_said() -> None:
