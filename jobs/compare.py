@@ -3,10 +3,10 @@
 Reads   two checkpoints (or Hugging Face folders) with the same labels, and test.path: labelled Parquet that neither has learned from,
         the same every week.
 Writes  both metrics, their difference with its interval, and the verdict to standard output; the same as JSON to --json FILE,
-        with digests of both models and of the test rows (test_digest: of another week's verdict it is the same if the rows are).
+        with digests of both models and of the test rows. --test-digest with that of the first week refuses any other rows.
 
     python -m jobs.compare --champion s3://bucket/models/topics/7 --challenger s3://bucket/models/topics/8 \\
-                           --set test.path=s3://bucket/labelled/frozen --json verdict.json
+                           --set test.path=s3://bucket/labelled/frozen --test-digest 3f9a61c2d07b --json verdict.json
 
 Accepted is a challenger of which a loss of gate.margin or more is ruled out (paired bootstrap over the rows), and that does not have
 significantly more rows wrong (McNemar's exact test). No evidence is no acceptance: a test set that is too small to tell refuses, and
@@ -16,6 +16,7 @@ Exit codes: 0 accepted; 3 not accepted; 2 the command, the configuration or the 
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -35,6 +36,13 @@ def main(argv: Sequence[str]) -> None:
     extra.add_argument("--champion", metavar="URL", required=True, help="the checkpoint in use")
     extra.add_argument("--challenger", metavar="URL", required=True, help="the one that may take its place")
     extra.add_argument("--json", metavar="FILE", help="write the verdict here, for an orchestrator")
+    extra.add_argument(
+        "--test-digest",
+        metavar="HEX",
+        type=digest_of,
+        default="",
+        help="of the rows at test.path, or its beginning: others are refused",
+    )
     command = parse_command(CompareConfig, argv, prog="jobs.compare", description=__doc__ or "", extra=extra)
     arguments, config = command.arguments, command.config
 
@@ -47,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
     test = config.test
     source = find_test_set(test.path, test.text_column, test.label_column)
     found = answers_of(models, source, test.path, f"the labels of {arguments.champion}")
+    refuse_other_rows(test.path, found.digest, arguments.test_digest)
     champion, challenger = (one.argmax(axis=1) for one in found.probabilities)
     verdict = gate.judge(found.truth, champion, challenger, len(found.labels), **config.gate.model_dump())
 
@@ -70,6 +79,22 @@ def main(argv: Sequence[str]) -> None:
     if not verdict.accepted:
         raise OverLimitError(f"not accepted: {verdict.reason()}")
     print(f"accepted: {verdict.reason()}")
+
+
+def digest_of(text: str) -> str:
+    """Check the form of --test-digest."""
+    if not re.fullmatch(r"[0-9a-f]{12,64}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 12 to 64 hex digits, as an earlier verdict shows them")
+    return text
+
+
+def refuse_other_rows(path: str, digest: str, expected: str) -> None:
+    """Raise `UsageError` if the test rows are not those that were asked for: verdicts on other rows say nothing beside each other."""
+    if not digest.startswith(expected):
+        raise UsageError(
+            f"test.path {path}: the digest of its rows is {digest}, expected {expected} (--test-digest): rows were added, changed or"
+            " left out since; bring the old ones back, or give the new digest and compare with earlier weeks no more"
+        )
 
 
 def load(name: str, url: str) -> Checkpoint:

@@ -294,10 +294,13 @@ def test_whatever_is_killed_there_is_one_job_and_its_end_is_seen(head: Head, tmp
 
 @pytest.mark.trial
 @pytest.mark.timeout(3600)
-def test_thirty_nights_are_filled_in_by_the_shipped_dag_and_one_is_cleared_and_no_row_is_there_twice(
+def test_thirty_nights_are_filled_in_by_the_shipped_dag_one_killed_and_one_cleared_and_no_row_is_there_twice(
     head: Head, tmp_path: Path
 ) -> None:
-    """A backfill, four nights of one archive at a time, with real jobs: one for each logical date. Clearing one asks for one more."""
+    """A backfill, four nights of one archive at a time, with real jobs: one for each logical date. Clearing one asks for one more.
+
+    One of the first four dies when there are predictions: Airflow tries it again.
+    """
     fakes.make_classifier(tmp_path / "model", "bert", ["no", "yes"])
     rows = {f"{shard:02d}.parquet": 20 + shard for shard in range(10)}
     shards = {
@@ -335,17 +338,34 @@ def test_thirty_nights_are_filled_in_by_the_shipped_dag_and_one_is_cleared_and_n
         places = [(row["shard"], row["row"]) for table in found for row in table.to_pylist()]
         assert sorted(places) == [(name, row) for name, count in rows.items() for row in range(count)]
 
+    def at_work() -> psutil.Process | None:
+        """The driver of a night."""
+        for one in psutil.process_iter(["cmdline"]):
+            words = one.info["cmdline"] or []
+            if words[1:3] == ["-m", "jobs.score"] and f"output.path={paths['scores']}" in words:
+                return one
+        return None
+
     with airflow:
+        wait_until(lambda: bool(written() and at_work()), "a night with predictions", 900)
+        driver = at_work()
+        assert driver is not None
+        date = driver.cmdline()[driver.cmdline().index("--run-id") + 1].replace("-", "")
+        driver.kill()
+        kept = written()
         wait_until(lambda: list(runs().values()) == ["success"] * 30, "30 nights", 2400)
-        assert sorted(jobs()) == [(f"{name}-1", "SUCCEEDED") for name in june]
+        killed = f"textsweep_nightly.score.{date}"
+        ends = {f"{name}-1": "SUCCEEDED" for name in june} | {f"{killed}-1": "FAILED", f"{killed}-2": "SUCCEEDED"}
+        assert dict(jobs()) == ends
+        assert kept.items() <= written().items()
         check_rows()
         before = written()
         cleared = {"dry_run": False, "task_ids": ["score"], "only_failed": False, "include_downstream": True}
-        run = next(one for one in airflow.api("dags/textsweep_nightly/dagRuns?limit=100")["dag_runs"] if one["logical_date"].startswith("2026-06-05"))  # fmt: skip
+        run = next(one for one in airflow.api("dags/textsweep_nightly/dagRuns?limit=100")["dag_runs"] if one["logical_date"].startswith("2026-06-25"))  # fmt: skip
         airflow.api("dags/textsweep_nightly/clearTaskInstances", "POST", {**cleared, "dag_run_id": run["dag_run_id"]})
-        again = "textsweep_nightly.score.20260605T010000-2"
+        again = "textsweep_nightly.score.20260625T010000-2"
         wait_until(lambda: (again, "SUCCEEDED") in jobs(), "a second job of that night", 600)
-        wait_until(lambda: runs()["2026-06-05"] == "success", "the cleared night", 600)
-        assert len(jobs()) == 31
+        wait_until(lambda: runs()["2026-06-25"] == "success", "the cleared night", 600)
+        assert len(jobs()) == 32
         assert written() == before
         check_rows()

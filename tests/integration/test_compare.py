@@ -77,6 +77,13 @@ def test_a_verdict_says_which_rows_it_is_from(classifier: str, tmp_path: Path) -
             run(classifier, classifier, str(tmp_path / name), "--json", str(tmp_path / "verdict.json"))
         digests[name] = json.loads((tmp_path / "verdict.json").read_text())["test_digest"]
     assert digests["first"] == digests["moved"] != digests["mended"]
+    asked = ("--test-digest", digests["first"][:12])
+    with pytest.raises(OverLimitError):  # a verdict
+        run(classifier, classifier, str(tmp_path / "moved"), *asked)
+    with pytest.raises(UsageError, match=rf"digest of its rows is {digests['mended']}, expected {asked[1]} \(--test"):
+        run(classifier, classifier, str(tmp_path / "mended"), *asked)
+    with pytest.raises(SystemExit):
+        run(classifier, classifier, str(tmp_path / "moved"), "--test-digest", "first")
 
 
 def test_another_model_is_refused_with_exit_code_3(classifier: str, frozen: str, tmp_path: Path) -> None:

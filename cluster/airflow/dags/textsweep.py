@@ -10,7 +10,8 @@ Nothing of the project is imported: the jobs are commands on the cluster. What t
     textsweep_models     checkpoints go to a folder of their run here
     textsweep_root       where the project is on the cluster's nodes; default /opt/textsweep, as in the images
     textsweep_score_options, textsweep_train_options, textsweep_compare_options
-                         further arguments, for example --set resources.num_workers=4; default none
+                         further arguments, for example --set resources.num_workers=4; default none. With --test-digest the
+                         weekly comparison refuses a test set that has changed
 """
 
 import json
