@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from lib.config import Command, Section, parse_command
+from lib.job_server import STOP_WAIT_SECONDS
 from lib.score_config import ScoreConfig
 from lib.train_config import TrainConfig
 
@@ -287,9 +288,8 @@ def test_a_ray_cluster_is_closed_and_lets_its_jobs_end(folder: str) -> None:
             pod = group["template"]["spec"]
             (container,) = pod["containers"]
             environment = {item["name"]: item["value"] for item in container["env"]}
-            # A job has 30 s to stop (lib.errors); Ray would kill it after 3.
-            wait = float(environment["RAY_JOB_STOP_WAIT_TIME_S"])
-            assert 30 < wait < pod["terminationGracePeriodSeconds"]
+            assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == str(STOP_WAIT_SECONDS)
+            assert pod["terminationGracePeriodSeconds"] > STOP_WAIT_SECONDS
             for probe in ("readinessProbe", "livenessProbe"):
                 assert container[probe]["httpGet"] == {"path": "/api/healthz", "port": 52365}
         for group in spec["workerGroupSpecs"]:
