@@ -22,7 +22,7 @@ from lib.storage import open_store
 from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
 from lib.training import absolute, check_base
-from lib.workers import RUNS_FOLDER, check_folder, claim, place_workers, run_to_commit
+from lib.workers import RUNS_FOLDER, check_folder, claimed, place_workers, run_to_commit
 
 
 def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
@@ -45,9 +45,9 @@ def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str,
     sets = find_corpus(config)
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
     tracking = find_places(config, output, is_fresh=folder.info("run.json") is None)
-    claim(folder, deciding(config), run_id)
     begun = time.monotonic()
-    index = prepare_corpus(config, sets, base, max_length, folder.at("data"))
+    with claimed(folder, deciding(config), run_id):
+        index = prepare_corpus(config, sets, base, max_length, folder.at("data"))
     print_corpus(index, sets, max_length, time.monotonic() - begun)
     job = PretrainJob(
         config=config,

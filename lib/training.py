@@ -30,7 +30,7 @@ from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
 from lib.train_config import LabelledSection, TestSection, TrainConfig, TrainModelSection, TrainSection, ValidSection
 from lib.tuning import check_tuning
-from lib.workers import RUNS_FOLDER, check_folder, claim, place_workers, run_to_commit
+from lib.workers import RUNS_FOLDER, check_folder, claimed, place_workers, run_to_commit
 
 
 def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None = None) -> dict[str, Any]:
@@ -54,11 +54,11 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None
     metric = check_tasks(config, [sources[0].task for _, sources in several.values()])
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
     tracking = find_places(config, output, is_fresh=folder.info("run.json") is None)
-    claim(folder, deciding(config), run_id)
-    tasks = tuple(
-        prepare_task(name, one, sources, base, max_length, data or folder.at("data"))
-        for name, (one, sources) in several.items()
-    )
+    with claimed(folder, deciding(config), run_id):
+        tasks = tuple(
+            prepare_task(name, one, sources, base, max_length, data or folder.at("data"))
+            for name, (one, sources) in several.items()
+        )
     job = ClassifierJob(
         config=config,
         run_id=run_id,

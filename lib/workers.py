@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,26 @@ def check_folder(output: Store, cluster: Cluster) -> None:
         print(f"output.path {output.url} is a local path: all {len(cluster.nodes)} nodes must see it there", flush=True)
 
 
-def claim(folder: Store, mine: dict[str, Any], run_id: str) -> None:
+@contextlib.contextmanager
+def claimed(folder: Store, mine: dict[str, Any], run_id: str) -> Iterator[None]:
     """Start this run, whose configuration decides `mine`, or go on with it.
 
-    Raises `UsageError` if an unfinished run of this name has another configuration.
+    A mistake that is found inside, before anything is learned, gives the name back to whom mends it. Raises `UsageError` if an
+    unfinished run of this name has another configuration.
     """
+    is_new = claim(folder, mine, run_id)
+    try:
+        yield
+    except UsageError:
+        if is_new:
+            remove_run(folder)
+        raise
+
+
+def claim(folder: Store, mine: dict[str, Any], run_id: str) -> bool:
+    """Whether this run is a new one, and no unfinished one. Raises `UsageError` if that has another configuration."""
     if folder.create("run.json", json.dumps(mine).encode()):
-        return
+        return True
     ours, theirs = flat(mine), flat(json.loads(folder.read("run.json") or b"{}"))
     if theirs != ours:
         differing = [
@@ -103,6 +116,7 @@ def claim(folder: Store, mine: dict[str, Any], run_id: str) -> None:
             " another --run-id, or the old configuration to go on"
         )
     print(f"going on with run {run_id}", flush=True)
+    return False
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:

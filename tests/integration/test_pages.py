@@ -130,6 +130,7 @@ def training_page() -> str:
         "config": {
             "model": {"base": "s3://bucket/" + "long/" * 30},
             "valid": {"path": None, "fraction": 0.1},
+            "stopping": {"keep": "best"},
             "output": {"report_text": True},
         },
     }

@@ -334,6 +334,20 @@ def test_no_task_is_called_as_the_training_is(rows: Path, make_job: Any) -> None
         make_job(train={"path": None}, tasks=tasks)
 
 
+def test_a_mistake_that_is_found_before_anything_is_learned_leaves_the_name_free(make_job: Any, tmp_path: Path) -> None:
+    """The one below is found when the rows have been tokenized. A run that was there before is not touched."""
+    values: dict[str, Any] = {"class_weights": {"god": 2.0}}
+    with pytest.raises(UsageError, match="'god' is none of the 3 labels, did you mean 'good'"):
+        make_job(loss=values)
+    assert not list((tmp_path / "checkpoint").rglob("*")), "neither its name nor its texts"
+    job = make_job(loss={"class_weights": {"good": 2.0}})
+    before = sorted(str(one) for one in (tmp_path / "checkpoint").rglob("*"))
+    assert before
+    with pytest.raises(UsageError, match="was started with another configuration"):
+        train(validate(TrainConfig, job.config.model_dump(exclude_unset=True) | {"loss": values}), "night-1", CLUSTER)
+    assert sorted(str(one) for one in (tmp_path / "checkpoint").rglob("*")) == before
+
+
 @pytest.mark.parametrize("of_each", [5, 2, 1])
 def test_a_few_rows_of_each_label_leave_some_to_validate(
     of_each: int, tmp_path: Path, make_job: Any, make_fit: Any
