@@ -154,15 +154,22 @@ def makespan(seconds: npt.NDArray[np.float64], actors: int) -> float:
     return max(free)
 
 
-def scoring_seconds(block_tokens: npt.NDArray[np.float64], actors: int, actor_speed: float, starting: float) -> float:
+def scoring_seconds(
+    block_tokens: npt.NDArray[np.float64],
+    actors: int,
+    actor_speed: float,
+    starting: float,
+    wave_blocks: int = MAX_WAVE_BLOCKS,
+    driver_seconds: float = BLOCK_SECONDS,
+) -> float:
     """Seconds from the first block's beginning to the last one's end: waves, each with its tail, and new actors for each but the first.
 
-    A wave takes at least what the driver needs for its blocks.
+    A wave takes at least what the driver needs for its blocks, so long for each.
     """
     total = 0.0
-    for start in range(0, len(block_tokens), MAX_WAVE_BLOCKS):
-        wave = block_tokens[start : start + MAX_WAVE_BLOCKS]
-        total += max(makespan(wave / actor_speed, actors), BLOCK_SECONDS * len(wave)) + (starting if start else 0.0)
+    for start in range(0, len(block_tokens), wave_blocks):
+        wave = block_tokens[start : start + wave_blocks]
+        total += max(makespan(wave / actor_speed, actors), driver_seconds * len(wave)) + (starting if start else 0.0)
     return total
 
 
