@@ -12,7 +12,8 @@ from lib import checkpoint, publishing
 from lib.archive import Columns, find_root, list_shards, refuse_output_inside, resolve_columns
 from lib.atomicity import check_output
 from lib.blocks import ScoreJob
-from lib.errors import UsageError
+from lib.checkpoint import Card
+from lib.errors import UsageError, say
 from lib.history import Baseline, find_baseline
 from lib.planning import (
     names_exactly,
@@ -128,6 +129,10 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         archive, listing["path"].slice(0, 20).to_pylist(), config.input.text_column, config.input.key_columns
     )
     model = loading.result()
+    if len(columns.text) == 1 and was_trained_on_pairs(model.card):
+        say(
+            "WARNING: model.path was trained on pairs of texts, and input.text_column names one column; expected two, as in training"
+        )
     if len(columns.text) > 1 and (model.card.windows is not None or model.card.truncation == "head_tail"):
         trained = "on windows" if model.card.windows is not None else "to keep the head and the tail"
         raise UsageError(f"input.text_column names two columns, but model.path was trained {trained} of single texts")
@@ -187,3 +192,10 @@ def prepare(config: ScoreConfig, run_id: str) -> Run:
         baseline=find_baseline(output.at(version), config.drift.baseline, last),
         selection=selection,
     )
+
+
+def was_trained_on_pairs(card: Card) -> bool:
+    """Whether every labelled set behind a checkpoint had two text columns."""
+    config = card.trained.get("config", {})
+    sets = [one for one in config.get("tasks", {}).values() if one] or [config.get("train", {})]
+    return all(isinstance(one.get("text_column"), list) for one in sets)

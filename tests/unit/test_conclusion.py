@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 import time_machine
 
-from lib import conclusion, pipeline, report
+from lib import checkpoint, conclusion, pipeline, report
 from lib.errors import BudgetError, IncompleteError, OverLimitError, StoppedError
 from lib.history import COUNTS_KEY
 from lib.outcome import Outcome
 from lib.planning import find_stale
 from lib.publishing import write_table
+from lib.schema import Task
 from lib.scoring import Run
 from lib.storage import Store, open_store
 from lib.versions import list_runs, read_json, roll_back
@@ -275,6 +276,39 @@ def test_a_run_has_its_record_though_earlier_ones_cannot_be_read(
     run = prepared(tmp_path, classifier, "x").job.output.at("_runs/x")
     assert {"run.json", "config.json", "report.html"} <= set(run.list()["path"].to_pylist())
     assert "WARNING: the report shows no earlier runs, they cannot be read: storage failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "warns"),
+    [
+        ({"train": {"text_column": ["a", "b"]}, "tasks": {}}, True),
+        ({"train": {"text_column": "a"}, "tasks": {}}, False),
+        ({"train": {"text_column": "text"}, "tasks": {"one": {"text_column": ["a", "b"]}}}, True),
+        (
+            {
+                "train": {"text_column": "text"},
+                "tasks": {"one": {"text_column": ["a", "b"]}, "two": {"text_column": "a"}},
+            },
+            False,
+        ),
+        ({}, False),
+    ],
+)
+def test_single_texts_for_a_checkpoint_of_pairs_are_told(
+    config: dict[str, Any], warns: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakes.make_classifier(tmp_path / "model", "bert", ("down", "same", "up"))
+    files = {
+        name: checkpoint.digest_of(tmp_path / "model" / name)
+        for name in checkpoint.deciding_files(str(tmp_path / "model"))
+    }
+    card = checkpoint.Card(
+        labels=("down", "same", "up"), task=Task.MULTI_CLASS, max_length=16, files=files, trained={"config": config}
+    )
+    (tmp_path / "model" / checkpoint.CARD_NAME).write_text(card.model_dump_json())
+    add(tmp_path, "a.parquet", "down")
+    prepared(tmp_path, str(tmp_path / "model"), "x")
+    assert ("WARNING: model.path was trained on pairs of texts" in capsys.readouterr().err) == warns
 
 
 # runs that are broken off
