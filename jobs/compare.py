@@ -40,7 +40,6 @@ def main(argv: Sequence[str]) -> None:
         "--test-digest",
         metavar="HEX",
         type=digest_of,
-        default="",
         help="of the rows at test.path, or its beginning: others are refused",
     )
     command = parse_command(CompareConfig, argv, prog="jobs.compare", description=__doc__ or "", extra=extra)
@@ -55,7 +54,8 @@ def main(argv: Sequence[str]) -> None:
     test = config.test
     source = find_test_set(test.path, test.text_column, test.label_column)
     found = answers_of(models, source, test.path, f"the labels of {arguments.champion}")
-    refuse_other_rows(test.path, found.digest, arguments.test_digest)
+    if arguments.test_digest is not None:
+        refuse_other_rows(test.path, found.digest, arguments.test_digest)
     champion, challenger = (one.argmax(axis=1) for one in found.probabilities)
     verdict = gate.judge(found.truth, champion, challenger, len(found.labels), **config.gate.model_dump())
 
