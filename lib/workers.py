@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
+import ray
 import ray.train
 from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.train.torch import TorchTrainer
@@ -19,7 +20,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.committing import find_committed
-from lib.errors import IncompleteError, TextsweepError, UsageError, at_work
+from lib.errors import IncompleteError, TextsweepError, UsageError, at_work, say
 from lib.failures import RetryPolicy, StartWatch, causes_of
 from lib.fitting import Job
 from lib.pretrain_config import FitConfig
@@ -29,6 +30,10 @@ from lib.storage import Store, explained
 from lib.train_config import TrainConfig
 
 RUNS_FOLDER = "_train"
+
+STATES_FOLDER = "checkpoints"
+STATES_NAME = f"{STATES_FOLDER}/checkpoint_manager_snapshot.json"
+"""Ray Train's list of the states that it keeps of a run."""
 
 MAX_FAILURES = 3
 """Restarts of the workers in one execution of the job."""
@@ -147,6 +152,7 @@ def run_workers(work: Callable[[], str | None], job: Job, use_gpu: bool) -> None
     """
     for name, value in RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
+    forget_unreadable_states(job.folder)
     where: dict[str, Any] = {"storage_path": job.folder.root}
     if not job.folder.is_local:
         where["storage_filesystem"] = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(job.folder.fs))
@@ -162,7 +168,7 @@ def run_workers(work: Callable[[], str | None], job: Job, use_gpu: bool) -> None
             resources_per_worker={"CPU": job.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            name="checkpoints",
+            name=STATES_FOLDER,
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
@@ -187,6 +193,26 @@ def run_workers(work: Callable[[], str | None], job: Job, use_gpu: bool) -> None
         raise UsageError(
             f"{failure}; {first}lower optim.learning_rate or raise optim.warmup_fraction, under another --run-id"
         )
+
+
+def forget_unreadable_states(folder: Store) -> None:
+    """Remove Ray Train's list of training states if a kill cut it off, or another version of Ray wrote it.
+
+    Ray 2.60 writes it in place and ends every attempt that cannot read it (`CheckpointManagerInitializationError`).
+    """
+    raw = folder.read(STATES_NAME)
+    if raw is None:
+        return
+    try:
+        writer = json.loads(raw)["ray_version"]
+    except (ValueError, KeyError, TypeError):
+        why = "was cut off while it was written"
+    else:
+        if writer == ray.__version__:
+            return
+        why = f"is of Ray {writer}, this is {ray.__version__}"
+    say(f"WARNING: {folder.url}/{STATES_NAME} {why}: which states there are cannot be told, and training begins anew")
+    folder.delete(STATES_NAME)
 
 
 def run_to_commit(work: Callable[[], str | None], job: Job, use_gpu: bool) -> dict[str, Any]:

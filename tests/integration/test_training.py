@@ -33,6 +33,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from jobs.demo_store import LoopbackS3
 from jobs.train import main
 from lib import checkpoint
+from lib.committing import deciding
 from lib.config import validate
 from lib.errors import IncompleteError, UsageError
 from lib.model import load_classifier
@@ -45,7 +46,7 @@ from lib.train_config import TrainConfig
 from lib.training import train
 from lib.training_report import training_report
 from lib.windows import Windows
-from lib.workers import place_workers, run_workers
+from lib.workers import RUNS_FOLDER, STATES_NAME, claim, place_workers, run_workers
 from tests import fakes
 from tests.killing import killing, train_workers
 from tests.labelled import LABELS, Weights, difference, make_rows
@@ -791,6 +792,18 @@ def test_rows_that_are_known_from_training_are_counted_dropped_or_refused(
     with pytest.raises(UsageError, match=r"20 of 30 valid rows have the text of a training row, expected at most 0.1%"):
         run("refuse")
     assert workers_started() - before == 1, "it would be refused again"
+
+
+def test_a_run_whose_list_of_states_was_cut_off_begins_anew(
+    data: dict[str, str], base: str, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a driver leaves it that is killed while Ray Train writes it."""
+    config = configure(data, base, str(tmp_path / "out"), optim={"epochs": 1})
+    folder = open_store(f"{tmp_path}/out/{RUNS_FOLDER}/night-1")
+    claim(folder, deciding(config), "night-1")
+    folder.replace(STATES_NAME, b'{"ray_version": "2.60.0", "checkpoint_results": [{"checkpoint_dir')
+    assert train(config, "night-1", cluster_facts())["history"]
+    assert "was cut off while it was written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

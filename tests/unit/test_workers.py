@@ -1,5 +1,6 @@
 """What a person is told when a run's name is taken, and when training workers end for good."""
 
+import json
 import pickle
 import re
 import subprocess
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -21,7 +23,7 @@ from lib.errors import DeniedError, IncompleteError, UsageError
 from lib.failures import RetryPolicy, StartWatch
 from lib.storage import open_store
 from lib.train_config import TrainConfig
-from lib.workers import claim, explain
+from lib.workers import STATES_NAME, claim, explain, forget_unreadable_states
 from tests.conftest import REPOSITORY
 
 JOB: Any = SimpleNamespace(
@@ -130,6 +132,30 @@ def test_ray_train_decides_on_it_without_torch() -> None:
     script = "import sys, lib.failures; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=REPOSITORY, text=True)
     assert done.stdout == "False False\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, None),
+        (json.dumps({"ray_version": ray.__version__}).encode(), None),
+        (json.dumps({"ray_version": "2.9.0"}).encode(), f"is of Ray 2.9.0, this is {ray.__version__}"),
+        (json.dumps({"ray_version": ray.__version__, "results": [1, 2]}).encode()[:-9], "was cut off"),
+        (b"", "was cut off"),
+    ],
+    ids=["none", "whole", "other Ray", "cut off", "empty"],
+)
+def test_a_list_of_states_that_cannot_be_read_is_forgotten(
+    content: bytes | None, said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = open_store(str(tmp_path))
+    if content is not None:
+        folder.replace(STATES_NAME, content)
+    forget_unreadable_states(folder)
+    found = capsys.readouterr().err
+    assert folder.read(STATES_NAME) == (content if said is None else None)
+    assert said is None or (f"{said}" in found and "training begins anew" in found)
+    assert bool(found) == (said is not None)
 
 
 def test_a_name_is_claimed_by_one_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
