@@ -50,7 +50,7 @@ told = SimpleNamespace(extra=None)
 publish.__globals__["Variable"] = SimpleNamespace(get=lambda name: sys.argv[1])
 publish.__globals__["get_current_context"] = lambda: {"outlet_events": {publish.__globals__["scores"]: told}}
 try:
-    publish()
+    publish(sys.argv[2])
     raised = ""
 except Exception as error:
     raised = f"{type(error).__name__}: {error}"
@@ -156,17 +156,20 @@ def test_the_dags_are_read_without_the_project_ray_or_torch(tmp_path: Path) -> N
     assert weekly["driver_cpus"]["compare"] > 0, "its forward passes are not the head's"
 
 
-@pytest.mark.parametrize("exit_code", [0, 3])
-def test_whoever_waits_for_a_night_is_told_of_it_unless_its_report_says_that_it_failed(
-    exit_code: int, tmp_path: Path
+@pytest.mark.parametrize("failed", [None, "night", "tonight"])
+def test_whoever_waits_for_a_night_is_told_of_it_unless_a_report_says_that_it_failed(
+    failed: str | None, tmp_path: Path
 ) -> None:
+    """Its own, or that of the night that readers see: one without anything new has none."""
     store = open_store(str(tmp_path / "scores"))
     publish_run(store, OLD, "night", night(1), write_objects(store, OLD, {"a.parquet": 2}))
-    record_run(store, OLD, "night", night(1), exit_code, "not as it should be", {"rows": 100})
-    found = in_airflow(tmp_path, "-c", GATE, store.url)
-    if exit_code:
+    record_run(store, OLD, "night", night(1), 3 if failed == "night" else 0, "not as it should be", {"rows": 100})
+    if failed == "tonight":
+        record_run(store, OLD, "tonight", night(2), 3, "not as it should be", {"rows": 200})
+    found = in_airflow(tmp_path, "-c", GATE, store.url, "tonight")
+    if failed:
         assert found == {
-            "raised": f"AirflowFailException: {store.url}: the published run night says of itself: not as it should be",
+            "raised": f"AirflowFailException: {store.url}: run {failed} says of itself: not as it should be",
             "told": None,
         }
     else:

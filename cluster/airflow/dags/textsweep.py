@@ -57,20 +57,25 @@ with DAG(
     )
 
     @task(outlets=[scores])
-    def publish() -> dict:
-        """Look at what readers see by now, and tell whoever waits for it. A night without anything new shows the last one again."""
+    def publish(run: str) -> dict:
+        """Look at the reports of this night and of what readers see by now, and tell whoever waits for it.
+
+        A night without anything new has no report, and shows the last one again.
+        """
         root = Variable.get("textsweep_scores")
         pointer = read(f"{root}/_published.json")
-        report = read(f"{root}/{pointer['version']}/_runs/{pointer['run']}/run.json")
-        if report["exit_code"] != 0:
-            raise AirflowFailException(
-                f"{root}: the published run {pointer['run']} says of itself: {report['message']}"
-            )
+        for name in dict.fromkeys([run, pointer["run"]]):
+            path = f"{root}/{pointer['version']}/_runs/{name}/run.json"
+            if name != pointer["run"] and not ObjectStoragePath(path).exists():
+                continue
+            report = read(path)
+            if report["exit_code"] != 0:
+                raise AirflowFailException(f"{root}: run {name} says of itself: {report['message']}")
         found = {"manifest": f"{root}/{pointer['manifest']}", "run": pointer["run"], **report["published_total"]}
         get_current_context()["outlet_events"][scores].extra = found
         return found
 
-    score >> publish()
+    score >> publish(RUN_ID)
 
 
 with DAG(
