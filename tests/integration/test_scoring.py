@@ -38,6 +38,7 @@ from lib.schema import Head, Task
 from lib.score_config import ScoreConfig, ScoreResources
 from lib.scoring import Run, prepare
 from lib.storage import Store, open_store
+from lib.versions import list_runs
 from lib.watch import Running, Watch
 from lib.windows import Windows
 from tests import fakes
@@ -504,8 +505,10 @@ def test_a_model_without_its_head_ends_the_run_as_a_mistake_and_leaves_no_object
     save_file({name: one for name, one in load_file(weights).items() if name != "classifier.weight"}, weights)
     with pytest.raises(UsageError, match=r"1 weights are missing or have another shape \(classifier\.weight\)"):
         run_score(small_archive, str(tmp_path / "model"), str(tmp_path / "scores"))
-    written = open_store(str(tmp_path / "scores")).list()["path"].to_pylist()
-    assert [path.rpartition("/")[2] for path in written] == ["_archive.json"]
+    store = open_store(str(tmp_path / "scores"))
+    written = [path.partition("/")[2] for path in store.list()["path"].to_pylist()]
+    assert sorted(path for path in written if not path.startswith("_runs/")) == ["_archive.json"]
+    assert [(one.state, one.exit_code) for one in list_runs(store)] == [("failed", 2)]
 
 
 def test_a_bug_in_a_task_keeps_its_traceback(small_archive: str, classifier: str, tmp_path: Path) -> None:

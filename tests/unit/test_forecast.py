@@ -40,9 +40,8 @@ def test_the_tail_is_the_last_block_that_begins() -> None:
     assert makespan(np.array([]), 4) == 0
 
 
-def test_waves_have_a_tail_each_and_new_actors_for_each_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecasts, "MAX_WAVE_BLOCKS", 3)
-    assert scoring_seconds(np.full(6, 100.0), 2, 10.0, 7.0) == 20 + 7 + 20
+def test_waves_have_a_tail_each_and_new_actors_for_each_but_the_first() -> None:
+    assert scoring_seconds(np.full(6, 100.0), 2, 10.0, 7.0, wave_blocks=3) == 20 + 7 + 20
 
 
 def test_the_driver_limits_what_many_actors_can_do() -> None:
