@@ -23,6 +23,9 @@ NOTHING = Resources()
 WAIT_POLL_SECONDS = 1.0
 WAIT_LINE_SECONDS = 30.0
 
+SINGLE_NODE_SHARE = 0.625
+"""Of a small node's CPUs, for actors: of two what is left runs three tasks."""
+
 READERS_PER_CPU_ACTOR = 2
 """More would only wait for the actor, and take from it what starting them costs: 3.4 s of processor time and 265 MB each."""
 
@@ -183,8 +186,10 @@ def plan_layout(cluster: Cluster, wanted: ScoreResources, most_threads: int | No
     nodes = [node for node in cluster.nodes if node.cpus]
     actors = wanted.num_actors or len(nodes)
     per_node = math.ceil(actors / len(nodes))
-    # Beside other nodes each keeps room for as many actors again: a lost node's come here, and must not take every CPU either.
-    share = max(smallest - 1, smallest / 2) / per_node / (1 if len(nodes) == 1 else 2)
+    # Beside other nodes each keeps room for as many actors again: a lost node's come here, and must not take every CPU either. On a
+    # single node actors take more than half: those of two runs that took half each left no CPU to read with, and both waited for ever.
+    share = max(smallest - 1, SINGLE_NODE_SHARE * smallest) if len(nodes) == 1 else max(smallest - 1, smallest / 2) / 2
+    share /= per_node
     if share < TASK_CPUS_WITHOUT_GPU:
         most = int(share * per_node / TASK_CPUS_WITHOUT_GPU) * len(nodes)
         raise UsageError(

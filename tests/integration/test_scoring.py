@@ -725,6 +725,14 @@ def test_a_layout_always_leaves_cpus_to_read_and_write(nodes: tuple[Node, ...]) 
     assert layout.actor_cpus != layout.task_cpus
 
 
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 16])
+def test_actors_of_two_runs_never_hold_all_of_a_single_node(cpus: int) -> None:
+    """Each would wait for a CPU to read with, which the other has."""
+    layout = plan_layout(Cluster((Node(cpus, 0),)), ScoreResources())
+    fit = int(cpus / layout.actor_cpus)
+    assert cpus - fit * layout.actor_cpus >= layout.task_cpus
+
+
 @pytest.mark.parametrize("cpus", [1, 2, 4, 16])
 @pytest.mark.parametrize("count", [2, 3, 8])
 @pytest.mark.parametrize("per_node", [None, 1, 2])
