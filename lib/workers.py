@@ -267,7 +267,7 @@ def less_memory(job: Job) -> str:
 
 
 def remove_run(folder: Store) -> None:
-    """Remove tokenized data and training states of a committed run."""
+    """Remove tokenized data and training states of a run that has committed, or will not begin."""
     with contextlib.suppress(FileNotFoundError), explained(folder.url, "remove"):
         folder.fs.rm(folder.root, recursive=True)
     if folder.is_local:

@@ -23,7 +23,7 @@ from lib.errors import DeniedError, IncompleteError, UsageError
 from lib.failures import RetryPolicy, StartWatch
 from lib.storage import open_store
 from lib.train_config import TrainConfig
-from lib.workers import STATES_NAME, claim, explain, forget_unreadable_states
+from lib.workers import STATES_NAME, claim, claimed, explain, forget_unreadable_states
 from tests.conftest import REPOSITORY
 
 JOB: Any = SimpleNamespace(
@@ -156,6 +156,17 @@ def test_a_list_of_states_that_cannot_be_read_is_forgotten(
     assert folder.read(STATES_NAME) == (content if said is None else None)
     assert said is None or (f"{said}" in found and "training begins anew" in found)
     assert bool(found) == (said is not None)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_mistake_gives_back_the_name_of_a_new_run_alone(is_new: bool, tmp_path: Path) -> None:
+    """What an unfinished run has learned is still worth something."""
+    folder, mine = open_store(str(tmp_path)), {"optim": {"epochs": 4}}
+    if not is_new:
+        claim(folder, mine, "night-1")
+    with pytest.raises(UsageError, match="a mistake"), claimed(folder, mine, "night-1"):
+        raise UsageError("a mistake")
+    assert (folder.info("run.json") is None) == is_new
 
 
 def test_a_name_is_claimed_by_one_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
