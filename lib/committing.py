@@ -13,6 +13,10 @@ from lib.storage import Store
 
 METRICS_NAME = "metrics.json"
 
+DECIDES_NOTHING: dict[str, Any] = {"resources": True, "tracking": True, "search": {"concurrent"}}
+
+SHOWN_DIFFERENCES = 8
+
 PACKAGES = ("torch", "transformers", "ray")
 
 
@@ -25,7 +29,7 @@ def find_committed(output: Store, config: FitConfig, run_id: str) -> dict[str, A
         return None
     raw = output.read(CARD_NAME)
     trained = Card.model_validate_json(raw).trained if raw else {}
-    if trained.get("run_id") != run_id or trained.get("config") != deciding(config):
+    if trained.get("run_id") != run_id or differences(config, trained.get("config", {})):
         same = trained.get("run_id") == run_id
         raise UsageError(
             f"output.path {output.url}: holds the checkpoint of run {trained.get('run_id', 'unknown')!r}"
@@ -35,10 +39,43 @@ def find_committed(output: Store, config: FitConfig, run_id: str) -> dict[str, A
     return json.loads(output.read(METRICS_NAME) or b"{}")
 
 
-def deciding(config: Section) -> dict[str, Any]:
+def deciding(config: Section, only_chosen: bool = False) -> dict[str, Any]:
     """The configuration as plain JSON, without credentials, and what decides no result: a run may go on with other workers."""
-    found: dict[str, Any] = json.loads(masked(config.model_dump_json(exclude={"resources", "tracking"})))
+    found: dict[str, Any] = json.loads(
+        masked(config.model_dump_json(exclude=DECIDES_NOTHING, exclude_defaults=only_chosen))
+    )
     return found
+
+
+def differences(config: Section, theirs: dict[str, Any]) -> list[str]:
+    """In which keys a configuration is not the one that a run was started with, and how.
+
+    A key that came after that run, with a newer version, is no difference at its default: a night is not lost to an upgrade.
+    """
+    ours, before = flat(without_news(deciding(config), theirs, deciding(config, only_chosen=True))), flat(theirs)
+    found = [
+        f"{key} {f'= {ours[key]!r}' if key in ours else 'is not set'}, it was {repr(before[key]) if key in before else 'not set'}"
+        for key in ours | before
+        if (key in ours, ours.get(key)) != (key in before, before.get(key))
+    ]
+    more = len(found) - SHOWN_DIFFERENCES
+    return found if more <= 0 else [*found[:SHOWN_DIFFERENCES], f"and {more} more"]
+
+
+def without_news(mine: dict[str, Any], theirs: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """`mine` without the keys that `theirs` does not know and nobody has chosen."""
+    return {
+        key: without_news(value, theirs[key], chosen.get(key, {}))
+        if isinstance(value, dict) and isinstance(theirs.get(key), dict)
+        else value
+        for key, value in mine.items()
+        if key in theirs or key in chosen
+    }
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of a configuration by section.key."""
+    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
 
 
 def provenance(config: Section, run_id: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from lib.checkpoint import fetch
-from lib.committing import deciding, find_committed
+from lib.committing import find_committed
 from lib.corpus import CorpusIndex, find_corpus, prepare_corpus
 from lib.errors import UsageError
 from lib.language_model import check_family
@@ -46,7 +46,7 @@ def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str,
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
     tracking = find_places(config, output, is_fresh=folder.info("run.json") is None)
     begun = time.monotonic()
-    with claimed(folder, deciding(config), run_id):
+    with claimed(folder, config, run_id):
         index = prepare_corpus(config, sets, base, max_length, folder.at("data"))
     print_corpus(index, sets, max_length, time.monotonic() - begun)
     job = PretrainJob(

@@ -13,7 +13,7 @@ from typing import Any
 
 from lib.checkpoint import COMMIT_NAME
 from lib.classifying import ClassifierJob, TaskJob
-from lib.committing import deciding
+from lib.committing import deciding, differences
 from lib.errors import UsageError
 from lib.halving import clear_copies, percents_of, read_records, run_trials
 from lib.labelled import LabelledIndex, LabelledSource
@@ -84,7 +84,7 @@ def search(config: SearchConfig, run_id: str, cluster: Cluster) -> dict[str, Any
     sources, trials = check_trials(config, best_output)
     check_folder(output, cluster)
     folder = output.at(f"{SEARCHES_FOLDER}/{run_id}")
-    claim(folder, deciding_search(config), run_id)
+    claim(folder, config, run_id)
     known = read_records(folder)
     tracking = find_places(config, best_output, is_fresh=not known)
     plan = TrialPlan(
@@ -123,19 +123,12 @@ def find_finished(output: Store, config: SearchConfig, run_id: str) -> dict[str,
             )
         return None
     found: dict[str, Any] = json.loads(raw)
-    if found["run_id"] != run_id or found["config"] != deciding_search(config):
+    if found["run_id"] != run_id or differences(config, found["config"]):
         same = found["run_id"] == run_id
         raise UsageError(
             f"output.path {output.url}: holds the search of run {found['run_id']!r}{' with another configuration' if same else ''},"
             f" this is run {run_id!r}; a finished search is never changed: give this one another output.path"
         )
-    return found
-
-
-def deciding_search(config: SearchConfig) -> dict[str, Any]:
-    """The configuration as plain JSON without what decides no result: a search may go on with other workers and fewer at a time."""
-    found = deciding(config)
-    del found["search"]["concurrent"]
     return found
 
 
@@ -294,7 +287,7 @@ def judge(config: SearchConfig, run_id: str, trials: Sequence[Planned], records:
             best = one
     return {
         "run_id": run_id,
-        "config": deciding_search(config),
+        "config": deciding(config),
         "metric": metric,
         "best": {"trial": best.number, "point": best.point, "value": best.value, "trained": None},
         "seconds": round(sum(one.seconds for one in ordered), 3),

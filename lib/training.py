@@ -13,7 +13,7 @@ from lib.augmentation import check_augment, check_augmenter
 from lib.calibration import check_decision
 from lib.checkpoint import fetch
 from lib.classifying import ClassifierJob, TaskJob
-from lib.committing import deciding, find_committed
+from lib.committing import find_committed
 from lib.contrastive import check_contrastive, check_contrastive_task
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config
@@ -54,7 +54,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None
     metric = check_tasks(config, [sources[0].task for _, sources in several.values()])
     folder = output.at(f"{RUNS_FOLDER}/{run_id}")
     tracking = find_places(config, output, is_fresh=folder.info("run.json") is None)
-    with claimed(folder, deciding(config), run_id):
+    with claimed(folder, config, run_id):
         tasks = tuple(
             prepare_task(name, one, sources, base, max_length, data or folder.at("data"))
             for name, (one, sources) in several.items()

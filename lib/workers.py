@@ -19,7 +19,8 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
-from lib.committing import find_committed
+from lib.committing import deciding, differences, find_committed
+from lib.config import Section
 from lib.errors import IncompleteError, TextsweepError, UsageError, at_work, say
 from lib.failures import RetryPolicy, StartWatch, causes_of
 from lib.fitting import Job
@@ -90,13 +91,13 @@ def check_folder(output: Store, cluster: Cluster) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Store, mine: dict[str, Any], run_id: str) -> Iterator[None]:
-    """Start this run, whose configuration decides `mine`, or go on with it.
+def claimed(folder: Store, config: Section, run_id: str) -> Iterator[None]:
+    """Start this run, or go on with it.
 
     A mistake that is found inside, before anything is learned, gives the name back to whom mends it. Raises `UsageError` if an
     unfinished run of this name has another configuration.
     """
-    is_new = claim(folder, mine, run_id)
+    is_new = claim(folder, config, run_id)
     try:
         yield
     except UsageError:
@@ -105,28 +106,18 @@ def claimed(folder: Store, mine: dict[str, Any], run_id: str) -> Iterator[None]:
         raise
 
 
-def claim(folder: Store, mine: dict[str, Any], run_id: str) -> bool:
+def claim(folder: Store, config: Section, run_id: str) -> bool:
     """Whether this run is a new one, and no unfinished one. Raises `UsageError` if that has another configuration."""
-    if folder.create("run.json", json.dumps(mine).encode()):
+    if folder.create("run.json", json.dumps(deciding(config)).encode()):
         return True
-    ours, theirs = flat(mine), flat(json.loads(folder.read("run.json") or b"{}"))
-    if theirs != ours:
-        differing = [
-            f"{key} {f'= {ours[key]!r}' if key in ours else 'is not set'}, it was {repr(theirs[key]) if key in theirs else 'not set'}"
-            for key in ours | theirs
-            if (key in ours, ours.get(key)) != (key in theirs, theirs.get(key))
-        ]
+    found = differences(config, json.loads(folder.read("run.json") or b"{}"))
+    if found:
         raise UsageError(
-            f"{folder.url}: run {run_id!r} was started with another configuration ({'; '.join(differing)}); give this one"
+            f"{folder.url}: run {run_id!r} was started with another configuration ({'; '.join(found)}); give this one"
             " another --run-id, or the old configuration to go on"
         )
     print(f"going on with run {run_id}", flush=True)
     return False
-
-
-def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """The values of a configuration by section.key."""
-    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
 
 
 class QuietTrainer(TorchTrainer):

@@ -33,7 +33,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from jobs.demo_store import LoopbackS3
 from jobs.train import main
 from lib import checkpoint
-from lib.committing import deciding
 from lib.config import validate
 from lib.errors import IncompleteError, UsageError
 from lib.model import load_classifier
@@ -800,7 +799,7 @@ def test_a_run_whose_list_of_states_was_cut_off_begins_anew(
     """As a driver leaves it that is killed while Ray Train writes it."""
     config = configure(data, base, str(tmp_path / "out"), optim={"epochs": 1})
     folder = open_store(f"{tmp_path}/out/{RUNS_FOLDER}/night-1")
-    claim(folder, deciding(config), "night-1")
+    claim(folder, config, "night-1")
     folder.replace(STATES_NAME, b'{"ray_version": "2.60.0", "checkpoint_results": [{"checkpoint_dir')
     assert train(config, "night-1", cluster_facts())["history"]
     assert "was cut off while it was written" in capsys.readouterr().err

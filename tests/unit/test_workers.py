@@ -18,9 +18,11 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
+from lib.committing import deciding
 from lib.config import validate
 from lib.errors import DeniedError, IncompleteError, UsageError
 from lib.failures import RetryPolicy, StartWatch
+from lib.pretrain_config import PretrainConfig
 from lib.storage import open_store
 from lib.train_config import TrainConfig
 from lib.workers import STATES_NAME, claim, claimed, explain, forget_unreadable_states
@@ -158,10 +160,18 @@ def test_a_list_of_states_that_cannot_be_read_is_forgotten(
     assert bool(found) == (said is not None)
 
 
+def configured(schema: type[Any] = TrainConfig, **sections: dict[str, Any]) -> Any:
+    """A configuration that nothing but its run's name is asked of."""
+    paths = {"train": {"path": "a"}, "model": {"base": "b"}, "output": {"path": "c"}}
+    if schema is TrainConfig:
+        paths["valid"] = {"path": "d"}
+    return validate(schema, paths | sections)
+
+
 @pytest.mark.parametrize("is_new", [True, False])
 def test_a_mistake_gives_back_the_name_of_a_new_run_alone(is_new: bool, tmp_path: Path) -> None:
     """What an unfinished run has learned is still worth something."""
-    folder, mine = open_store(str(tmp_path)), {"optim": {"epochs": 4}}
+    folder, mine = open_store(str(tmp_path)), configured()
     if not is_new:
         claim(folder, mine, "night-1")
     with pytest.raises(UsageError, match="a mistake"), claimed(folder, mine, "night-1"):
@@ -172,23 +182,33 @@ def test_a_mistake_gives_back_the_name_of_a_new_run_alone(is_new: bool, tmp_path
 def test_a_name_is_claimed_by_one_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever sections and keys the two have: a training and a further pre-training lie in the same folder."""
     folder = open_store(str(tmp_path))
-    train: dict[str, Any] = {
-        "train": {"path": "a"},
-        "optim": {"epochs": 4, "seed": 0},
-        "head": {"pooling": None},
-        "tasks": {},
-    }
-    claim(folder, train, "night-1")
-    claim(folder, train, "night-1")
+    claim(folder, configured(optim={"epochs": 4}), "night-1")
+    claim(folder, configured(optim={"epochs": 4, "seed": 0}, resources={"num_workers": 2}), "night-1")
     assert capsys.readouterr().out == "going on with run night-1\n"
     for other, said in (
-        ({**train, "optim": {"epochs": 3, "seed": 0}}, "optim.epochs = 3, it was 4"),
-        ({**train, "optim": {"seed": 0}}, "optim.epochs is not set, it was 4"),
-        ({**train, "optim": {**train["optim"], "rdrop": 1.0}}, "optim.rdrop = 1.0, it was not set"),
-        (
-            {"train": {"path": "a"}, "mlm": {"packing": True}, "optim": train["optim"]},
-            "mlm.packing = True, it was not set; head.pooling is not set, it was None",
-        ),
+        (configured(optim={"epochs": 3}), "optim.epochs = 3, it was 4"),
+        (configured(optim={"epochs": 4, "rdrop": 1.0}), "optim.rdrop = 1.0, it was 0.0"),
+        (configured(PretrainConfig, optim={"epochs": 4}), "valid.path = None, it was 'd'"),
+        (configured(PretrainConfig, optim={"epochs": 4}), "train.label_column is not set, it was 'label'"),
+        (configured(PretrainConfig, optim={"epochs": 4}), "; and "),
     ):
-        with pytest.raises(UsageError, match=re.escape(f"with another configuration ({said});")):
+        with pytest.raises(UsageError, match=rf"with another configuration \(.*{re.escape(said)}.*\);"):
             claim(folder, other, "night-1")
+
+
+@pytest.mark.parametrize(
+    "section, key, chosen", [("optim", "rdrop", 1.0), ("stopping", "keep", "last"), ("head", "pooling", "mean")]
+)
+def test_an_upgrade_that_brings_a_key_leaves_a_run_that_began_before_it_as_it_is(
+    section: str, key: str, chosen: Any, tmp_path: Path
+) -> None:
+    """Its record lacks the key. Only who sets it has another configuration."""
+    folder, theirs = open_store(str(tmp_path)), deciding(configured())
+    for older in (
+        {**theirs, section: {name: one for name, one in theirs[section].items() if name != key}},
+        {**theirs, section: {}},
+    ):
+        folder.replace("run.json", json.dumps(older).encode())
+        claim(folder, configured(), "night-1")
+        with pytest.raises(UsageError, match=rf"{section}\.{key} = .*, it was not set"):
+            claim(folder, configured(**{section: {key: chosen}}), "night-1")
