@@ -61,6 +61,8 @@ class Explanation:
     text: str
     words: tuple[Word, ...]
     """in order; what the model does not read is in none"""
+    not_below: float | None = None
+    """of a label that is explained and not given, as the likeliest of all: the threshold that its score is below"""
 
     @property
     def converged(self) -> bool:
@@ -142,17 +144,25 @@ def explain_texts(
             yield []
             continue
         encoded = row_of(explainer, text)
-        found = [(head, explain(own, encoded, index)) for head, own in heads for index in given(head, row[own.place])]
-        yield [replace(one, label=label_name(head, one.label)) for head, one in found]
+        found = [
+            (head, explain(own, encoded, index), not_below)
+            for head, own in heads
+            for index, not_below in answered(head, row[own.place])
+        ]
+        yield [replace(one, label=label_name(head, one.label), not_below=limit) for head, one, limit in found]
 
 
-def given(head: Head, scores: npt.NDArray[np.floating]) -> list[int]:
-    """The classes that a head's scores (C,) stand for: for multi-label each label that is given, else the likeliest."""
-    likeliest = [int(scores.argmax())]
-    if head.task is not Task.MULTI_LABEL:
-        return likeliest
-    limits = np.array(head.thresholds or [MULTI_LABEL_THRESHOLD] * len(scores), np.float32)
-    return np.flatnonzero(scores >= limits).tolist() or likeliest
+def answered(head: Head, scores: npt.NDArray[np.floating]) -> list[tuple[int, float | None]]:
+    """The classes that a head's scores (C,) stand for: for multi-label each label that is given, else the likeliest.
+
+    With the threshold of one that is not given: its score is below it.
+    """
+    without = MULTI_LABEL_THRESHOLD if head.task is Task.MULTI_LABEL else -np.inf
+    limits = np.array(head.thresholds or [without] * len(scores), np.float32)
+    likeliest = int(scores.argmax())
+    if head.task is Task.MULTI_LABEL and (scores >= limits).any():
+        return [(int(index), None) for index in np.flatnonzero(scores >= limits)]
+    return [(likeliest, None if scores[likeliest] >= limits[likeliest] else float(limits[likeliest]))]
 
 
 def row_of(explainer: Explainer, text: str) -> Row:

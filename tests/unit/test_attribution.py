@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from lib.attribution import Explainer, Explanation, explain, explain_rows, expla
 from lib.checkpoint import Card
 from lib.config import validate
 from lib.errors import UsageError
+from lib.highlight import heading
 from lib.mapped import LabelledSet, Subset
 from lib.model import load_classifier, new_classifier
 from lib.schema import Head, Task
@@ -189,10 +191,21 @@ def test_for_each_given_label_or_the_likeliest_or_the_number(tmp_path: Path) -> 
         explain_texts(model, [TEXT, TEXT, "", TEXT], np.array([[0.6, 0.1, 0.5], [0.2, 0.4, 0.3], nothing, nothing]))
     )
     assert [[one.label for one in found] for found in answers] == [["down", "up"], ["same"], [], []]
+    assert [[one.not_below for one in found] for found in answers] == [[None, None], [0.5], [], []]
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "several").eval()
     with torch.no_grad():
         logits = plain(**transformers.AutoTokenizer.from_pretrained(tmp_path / "several")(TEXT, return_tensors="pt"))
     assert answers[0][1].value == pytest.approx(float(logits.logits[0, 2]), abs=1e-4)
+
+    fakes.make_classifier(tmp_path / "one", "bert", LABELS)
+    model = checkpoint.load(str(tmp_path / "one"))
+    abstaining = replace(model, card=model.card.model_copy(update={"thresholds": (0.8,) * 3}))
+    for one, said in ((model, "same, score"), (abstaining, "same (not given: its threshold is 0.800), score")):
+        sure, unsure = (
+            found for [found] in explain_texts(one, [TEXT, TEXT], np.array([[0.9, 0.1, 0], [0.2, 0.7, 0.1]]))
+        )
+        assert heading(sure).startswith(f"{sure.label}, score") and sure.label == "down"
+        assert heading(unsure).startswith(said)
 
     fakes.make_classifier(tmp_path / "number", "bert", ("stars",))
     [[found]] = explain_texts(checkpoint.load(str(tmp_path / "number")), [TEXT], np.array([[1.5]]))
