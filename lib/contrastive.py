@@ -161,7 +161,7 @@ class PairCollator:
 def tune(model: PooledClassifier, rows: Subset, wanted: ContrastiveSection, seed: int, team: Team) -> tuple[int, float]:
     """Tune the encoder on pairs and make the logistic regression on its features the head, in place; steps, and their mean loss.
 
-    Raises `UsageError` if a label has no row left.
+    Raises `UsageError` if a label has no row left, or the encoder has become one of no numbers.
     """
     steps, loss = tune_encoder(model, rows, wanted, seed, team) if wanted.iterations else (0, 0.0)
     texts = read_rows(
@@ -172,6 +172,11 @@ def tune(model: PooledClassifier, rows: Subset, wanted: ContrastiveSection, seed
         rows.chosen,
         team,
     )
+    if not np.isfinite(texts).all():
+        raise UsageError(
+            f"{int((~np.isfinite(texts)).any(axis=1).sum())} of {len(texts)} training rows have features that are no finite numbers after"
+            f" {steps} steps of contrastive tuning; lower contrastive.learning_rate, under another --run-id"
+        )
     fit_head(model, texts, rows.targets)
     return steps, loss
 

@@ -112,6 +112,11 @@ def freeze(model: "PreTrainedModel", config: TrainConfig) -> None:
         raise UsageError(
             f'model.freeze_layers = {frozen}, but {layers} layers of model.base are read; give at most that, or "all"'
         )
+    if frozen == layers and config.optim.layer_decay != OptimSection().layer_decay:
+        raise UsageError(
+            f"optim.layer_decay with model.freeze_layers = {frozen}, all that there are: no layer learns whose rate it could lower;"
+            " leave one of the two out"
+        )
     deepest = 0 if frozen == "all" else layers - frozen
     for name, one in model.named_parameters():
         one.requires_grad_(depth_of(name, model) <= deepest)

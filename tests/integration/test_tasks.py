@@ -95,10 +95,11 @@ def test_each_head_is_measured_on_its_own_rows(trained: tuple[str, dict[str, Any
     assert tone["temperature"] != flags["temperature"]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_workers_learn_what_one_learns(
-    trained: tuple[str, dict[str, Any]], settings: dict[str, Any], tmp_path: Path
+    strategy: str, trained: tuple[str, dict[str, Any]], settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = run(settings, tmp_path / "two", resources={"num_workers": 2})
+    found = run(settings, tmp_path / "two", resources={"num_workers": 2, "strategy": strategy})
     assert difference(weights_of(trained[0]), weights_of(str(tmp_path / "two"))) < 1e-5
     for left, right in zip(trained[1]["history"], found["history"], strict=True):
         assert left["train_loss"] == pytest.approx(right["train_loss"], rel=1e-4)

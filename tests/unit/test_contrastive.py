@@ -90,6 +90,15 @@ def test_rows_of_a_label_come_closer_and_the_same_seed_gives_the_same_weights(
     assert all(one.requires_grad for one in model.parameters())
 
 
+def test_an_encoder_that_came_apart_is_told_of(tmp_path: Path) -> None:
+    data = make_set(tmp_path / "set.arrow", [LABELS[row % 3] for row in range(12)])
+    wanted = ContrastiveSection(iterations=2, epochs=2, learning_rate=1e30)
+    with pytest.raises(
+        UsageError, match=r"12 of 12 training rows have features .* after 6 steps .* lower contrastive.learning_rate"
+    ):
+        tune(make(tmp_path), Subset(data, np.arange(12)), wanted, 0, ALONE)
+
+
 def test_without_pairs_the_encoder_stays_as_it_is(tmp_path: Path) -> None:
     data = make_set(tmp_path / "set.arrow", [LABELS[row % 3] for row in range(12)])
     before, model = make(tmp_path).encoder.state_dict(), make(tmp_path)

@@ -173,6 +173,8 @@ def test_layers_that_are_not_there_are_named(bert: Any) -> None:
         UsageError, match=r'freeze_layers = 3, but 2 layers of model.base are read; give at most that, or "all"'
     ):
         freeze(bert, configure(model={"freeze_layers": 3}))
+    with pytest.raises(UsageError, match=r"layer_decay with model.freeze_layers = 2, all that there are"):
+        freeze(bert, configure(model={"freeze_layers": 2}, optim={"layer_decay": 0.9}))
     with pytest.raises(
         UsageError, match=r"q_proj names no linear layer of a bert encoder; choose from dense, key, query, value"
     ):
@@ -238,11 +240,21 @@ def test_layers_computed_again_give_the_same_gradients_from_less_memory(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++, which torch.compile needs")
-def test_compiled_passes_give_the_same_gradients_for_rows_of_any_length(rows: LabelledSet, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("head", "lora"),
+    [({}, {}), ({"pooling": "max", "hidden_sizes": [8], "dropout": 0.0}, {}), ({}, {"rank": 2})],
+    ids=["the family's head", "a head of its own", "adapters"],
+)
+def test_compiled_passes_give_the_same_gradients_for_rows_of_any_length(
+    head: dict[str, Any], lora: dict[str, Any], rows: LabelledSet, tmp_path: Path
+) -> None:
     fakes.make_encoder(tmp_path / "bert", "bert")
+    config = configure(head=head, lora=lora)
 
     def learn(compiled: bool) -> list[torch.Tensor]:
-        model = new_classifier(str(tmp_path / "bert"), LABELS, Task.MULTI_CLASS, 0.0, 0).train()
+        torch.manual_seed(0)
+        model = new_classifier(str(tmp_path / "bert"), LABELS, Task.MULTI_CLASS, 0.0, 0, head=config.head).train()
+        add_adapters(model, config.lora)
         if compiled:
             compile_passes(model)
         for batch in (np.arange(3), np.arange(3, 8), np.arange(8, 16)):
