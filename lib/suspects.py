@@ -13,7 +13,7 @@ import ray
 
 from lib.actors import LoneWorker
 from lib.archive import first_line
-from lib.errors import IncompleteError
+from lib.errors import IncompleteError, say
 from lib.planning import Chunk
 from lib.progress import end_actors, read_progress
 from lib.watch import AGAIN, Running, Watch, explain_ray_error
@@ -23,6 +23,12 @@ WAYS = 16
 
 KILLS = 2
 """Fresh processes that a chunk, and then a single row, must kill before it is believed to be the cause."""
+
+LOST_NODES = 4
+"""Processes in a row that may go with their nodes before the run is given up."""
+
+NODE_DIED = "its node has died"
+"""What Ray 2.60 says of an actor that was lost with its node, or was sent to one that nobody missed yet. It says so nowhere else."""
 
 DEATHS = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 
@@ -39,29 +45,39 @@ class Bench:
     def survives(self, method: str, *arguments: Any) -> bool:
         """Call a method of a `LoneWorker`; returns False if the process died or was ended because it hung.
 
-        Keeps the answer in `answer`. Raises our error for what the method raised, `IncompleteError` if no process can start.
+        A process that was lost with its node says nothing of the rows: they are tried in another one. Keeps the answer in `answer`.
+        Raises our error for what the method raised, `IncompleteError` if no process can start, or nodes are lost one after another.
         """
-        try:
-            if self.worker is None:
-                self.worker = self.start()
-            self.answer = self.wait(getattr(self.worker, method).remote(*arguments))
-        except DEATHS as error:
-            self.worker, self.why = None, first_line(error)
-            end_actors(self.run.progress)  # the dead one is at nothing any more
-            return False
-        except ray.exceptions.RayError as error:
-            counts = read_progress(self.run.progress) or self.run.outcome.counts
-            raise explain_ray_error(error, counts) from error
-        return True
+        for _ in range(LOST_NODES):
+            try:
+                if self.worker is None:
+                    self.worker = self.start()
+                self.answer = self.wait(getattr(self.worker, method).remote(*arguments))
+            except DEATHS as error:
+                self.worker, self.why = None, first_line(error)
+                end_actors(self.run.progress)  # the dead one is at nothing any more
+                if NODE_DIED not in str(error):
+                    return False
+                say(
+                    "WARNING: a node was lost, and with it a process that tried rows alone; they are tried on another node"
+                )
+            except ray.exceptions.RayError as error:
+                counts = read_progress(self.run.progress) or self.run.outcome.counts
+                raise explain_ray_error(error, counts) from error
+            else:
+                return True
+        raise IncompleteError(f"{LOST_NODES} processes in a row were lost with their nodes; {AGAIN}")
 
     def start(self) -> Any:
-        """Start a process and wait until its model is loaded."""
+        """Start a process and wait until its model is loaded. Raises Ray's error if it was lost with its node."""
         job, layout, progress = self.run.job, self.run.layout, self.run.progress
         options = {"num_cpus": layout.actor_cpus, "num_gpus": layout.actor_gpus}
         worker = LoneWorker.options(**options).remote(job, layout.threads, progress)  # type: ignore[attr-defined]
         try:
             self.wait(worker.ready.remote())
         except DEATHS as error:
+            if NODE_DIED in str(error):
+                raise
             counts = read_progress(progress) or self.run.outcome.counts
             if counts.failures:
                 raise explain_ray_error(error, counts) from error

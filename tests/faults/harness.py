@@ -56,6 +56,13 @@ class Bench:
         """One worker node is gone without a word."""
         self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
 
+    def lose_node_of(self, worker: psutil.Process) -> None:
+        """The node of a worker process is gone without a word."""
+        mine = self.raylet_of(worker)
+        lost = [one for one in self.cluster.worker_nodes if one.all_processes["raylet"][0].process.pid == mine]
+        assert len(lost) == 1, f"{worker} is no process of a worker node"
+        self.cluster.remove_node(lost[0], allow_graceful=False)
+
     def add_node(self, **settings: str) -> Any:
         """Add a worker node whose Ray has some settings of its own, given as it reads them from the environment."""
         with mock.patch.dict(os.environ, settings):

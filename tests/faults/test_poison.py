@@ -21,6 +21,7 @@ from tests.faults.harness import (
     scoring,
     without_shards,
 )
+from tests.waiting import wait_until
 
 POISON = "qxjzq vwkxz"
 
@@ -91,6 +92,29 @@ def test_rows_that_kill_or_hang_the_process_are_found_and_cost_only_themselves(
     assert record["crashing_rows"] == guilty
     letters = [path for path in open_store(output).list()["path"].to_pylist() if "/_dead_letter/" in path]
     assert len(letters) == len(guilty)
+
+
+def test_a_node_that_is_lost_with_a_process_that_tries_rows_blames_none_of_them(
+    bench: Bench, s3: LoopbackS3, classifier: str, undamaged: pa.Table, poison_tokens: list[int]
+) -> None:
+    """The process that is started when a chunk is missing goes with its node, as its model is loaded or later."""
+    url, guilty = s3.bucket(), {"part-003.parquet": [17]}
+    archive, output = poisoned_archive(url, guilty), f"{url}/scores"
+    bench.plant(predict={"tokens": poison_tokens, "do": "kill"})
+    with scoring(bench, archive, classifier, output, "limits.max_bad_rows=1", run_id="lost") as job:
+        wait_until(
+            lambda: bool(bench.workers("LoneWorker")) or job.process.poll() is not None,
+            "a process that tries rows",
+            240,
+        )
+        bench.lose_node_of(bench.workers("LoneWorker")[0])
+        assert job.wait(400) == 0, job.text
+    assert "a node was lost, and with it a process that tried rows alone" in job.text
+    rows = check_nothing_lost(archive, output, faults=len(bench.events), exit_code=0, run_id="lost")
+    assert [(row["shard"], row["row"]) for row in rows.to_pylist() if row["error"] == "crash"] == [
+        ("part-003.parquet", 17)
+    ]
+    assert_alike(without(rows, guilty), without(undamaged, guilty))
 
 
 @TRIAL
