@@ -6,6 +6,8 @@
     .venv/bin/python cluster/local/cluster.py lose                         # one worker node is gone without a word
     .venv/bin/python cluster/local/cluster.py add                          # one more worker node
     .venv/bin/python cluster/local/cluster.py restart                      # the head anew, without memory of its jobs; one node alone
+    .venv/bin/python cluster/local/cluster.py up --redis HOST:PORT         # the head's state in a Redis that runs there: after `restart`
+                                                                           # the head knows its jobs, and the workers stay
 
 Everything listens on 127.0.0.1 alone and asks for a token. The first node is the head: it has no CPUs for work, unless it is the only
 one, and runs the drivers of submitted jobs. All state is in .cluster/ (another folder with --folder); the S3 server keeps its objects
@@ -75,6 +77,9 @@ def main() -> None:
         "--no-s3", action="store_true", help="up: no S3 server; the one that the environment names is used"
     )
     parser.add_argument(
+        "--redis", metavar="HOST:PORT", help="up: a Redis that keeps the head's state (GCS fault tolerance)"
+    )
+    parser.add_argument(
         "--folder", type=Path, default=ROOT / ".cluster", help="where state and logs are (default: .cluster)"
     )
     arguments = parser.parse_args()
@@ -87,7 +92,7 @@ def main() -> None:
             sys.exit(f"{folder}: a cluster is running already; `down` ends it")
         state = cleared(state)
         try:
-            up(state, arguments.nodes, arguments.cpus, s3=not arguments.no_s3)
+            up(state, arguments.nodes, arguments.cpus, s3=not arguments.no_s3, redis=arguments.redis)
         except BaseException:
             down(state, keep_logs=True)
             raise
@@ -163,7 +168,7 @@ def cleared(state: State) -> State:
     return State(state.folder)
 
 
-def up(state: State, nodes: int, cpus: int, *, s3: bool) -> None:
+def up(state: State, nodes: int, cpus: int, *, s3: bool, redis: str | None = None) -> None:
     """Start the S3 server and all nodes, and say how to use them."""
     state.folder.mkdir(parents=True)
     state.save()
@@ -189,6 +194,8 @@ def up(state: State, nodes: int, cpus: int, *, s3: bool) -> None:
         "RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "40"),
         "AUTOSCALER_METRIC_PORT": str(metrics[0]),
         "DASHBOARD_METRIC_PORT": str(metrics[1]),
+        "RAY_REDIS_ADDRESS": redis or "",
+        "RAY_external_storage_namespace": Path(session).name if redis else "",
     }
     state.values = {"gcs": f"{HOST}:{gcs}", "address": address, "session": session, "environment": environment}
     state.values["head"] = [
@@ -214,10 +221,13 @@ def up(state: State, nodes: int, cpus: int, *, s3: bool) -> None:
 
 
 def restart(state: State) -> None:
-    """Start the head anew at its old address. Nodes of the old one would not join it, so they are ended."""
-    nodes = [one for one in state.processes if one["name"] != "s3"]
+    """Start the head anew at its old address. Nodes of one that has forgotten them would not join it, so they are ended."""
+    has_memory = bool(state.values["environment"]["RAY_REDIS_ADDRESS"])
+    nodes = [one for one in state.processes if one["name"] == "head" or (one["name"] != "s3" and not has_memory)]
     end(nodes, gracefully=False)
     state.processes = [one for one in state.processes if one not in nodes]
+    # Ray 2.60 takes the workers' processes, which name the head's address, for a head that is there, if this file says so, too.
+    (Path(state.values["session"]) / "ray_current_cluster").unlink(missing_ok=True)
     start_node(state, "head", state.values["head"])
     wait_for_server(state)
 

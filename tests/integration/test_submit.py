@@ -1,13 +1,17 @@
 """`jobs.submit` against a real head with token authentication: one job for one command, its own exit code, whatever breaks."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -289,6 +293,72 @@ def test_a_head_that_was_started_anew_has_lost_its_jobs(
         code, _, errors = head.run(*command, "--patience", "3")
         assert code == 4
         assert "no answer for 3 s" in errors.splitlines()[-1]
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """A Redis of its own on loopback, in memory; gives its address."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    process = subprocess.Popen(
+        ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(folder)],
+        stdout=subprocess.DEVNULL,
+    )
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+            return True
+        return False
+
+    try:
+        wait_until(answers, "Redis")
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(1_200)
+@pytest.mark.skipif(
+    shutil.which("redis-server") is None, reason="there is no redis-server: apt-get install redis-server"
+)
+def test_a_head_whose_state_is_in_redis_comes_back_with_its_workers_and_jobs(
+    s3: LoopbackS3, classifier: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """GCS fault tolerance. Ray 2.60 goes on saying RUNNING of the job whose driver was lost with the head, until it is asked to stop it."""
+    url, shards = s3.bucket(), 8 * SHARDS
+    fakes.write_archive(f"{url}/archive", make_shards(shards))
+    words = ["score", "--config", "jobs/configs/score_cpu.toml", "--run-id", "2026-11-19"]
+    for value in (f"input.path={url}/archive", f"model.path={classifier}", f"output.path={url}/scores"):
+        words += ["--set", value]
+    words += ["--set", "model.precision=fp32"]
+    folder = tmp_path_factory.mktemp("kept")
+    with redis_server(folder) as redis, heads.started(folder, "--nodes", "3", "--no-s3", "--redis", redis) as head:
+        client = head.submit(*words)
+        wait_until(lambda: len(contents(f"{url}/scores")) > 0, "the first object", 180)
+        (before,) = head.jobs()
+        workers = {name: pid for name, pid in head.pids.items() if name != "head"}
+        end_hard(head.pids["head"])
+        done = contents(f"{url}/scores")
+        assert len(done) < shards, "the head must go while there is work"
+        heads.run_script("restart", head.folder)
+        head.read()
+        assert {name: pid for name, pid in head.pids.items() if name != "head"} == workers
+        assert all(psutil.pid_exists(pid) for pid in workers.values())
+        (known,) = head.jobs()
+        assert (known["submission_id"], known["status"]) == (before["submission_id"], "RUNNING")
+        code, _, errors = head.run(*words, "--stop")
+        assert code == 0, errors
+        code, output, errors = finish(client)
+        assert code in (4, 5), output + errors
+        code, output, errors = finish(head.submit(*words), 400)
+        assert code == 0, output + errors
+        assert "cluster: 3 nodes, 4 CPUs" in output, "the workers are the new head's"
+    manifest = read_manifest(open_store(f"{url}/scores"))
+    assert manifest is not None
+    assert manifest["rows"].to_pylist() == [ROWS] * shards
+    assert done.items() <= contents(f"{url}/scores").items(), "what was finished is as it was"
 
 
 @pytest.mark.trial
