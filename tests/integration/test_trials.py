@@ -32,8 +32,8 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def run_trial(name: str, tmp_path: Path, **paths: str) -> dict[str, Any]:
-    """Train with a configuration of jobs/configs, say how it went, and return the test metrics."""
+def run_trial(name: str, tmp_path: Path, calibrated: float = 0.02, /, **paths: str) -> dict[str, Any]:
+    """Train with a configuration of jobs/configs, say how it went, and return the test metrics; scores are at most so far from honest."""
     values = read_file(f"jobs/configs/train_{name}.toml")
     values["output"]["path"] = str(tmp_path / "checkpoint")
     for section, path in paths.items():
@@ -46,11 +46,13 @@ def run_trial(name: str, tmp_path: Path, **paths: str) -> dict[str, Any]:
         f" {best['step']}: validation accuracy {best['accuracy']:.4f}, test accuracy {test['accuracy']:.4f},"
         f" macro-F1 {test['macro_f1']:.4f}, calibration error {test['calibration_error']:.2%} on {test['rows']} rows"
     )
+    assert test["calibration_error"] <= calibrated
     return test
 
 
 def test_sst2_reaches_89_percent(tmp_path: Path, ray_session: None) -> None:
-    assert run_trial("sst2", tmp_path)["accuracy"] >= 0.89
+    """Its calibration error was 2.2 to 2.9% over three seeds."""
+    assert run_trial("sst2", tmp_path, 0.03)["accuracy"] >= 0.89
 
 
 def test_banking77_reaches_92_percent(tmp_path: Path, ray_session: None) -> None:

@@ -160,7 +160,7 @@ def test_a_list_of_states_that_cannot_be_read_is_forgotten(
     assert bool(found) == (said is not None)
 
 
-def configured(schema: type[Any] = TrainConfig, **sections: dict[str, Any]) -> Any:
+def configured(schema: type[Any] = TrainConfig, /, **sections: dict[str, Any]) -> Any:
     """A configuration that nothing but its run's name is asked of."""
     paths = {"train": {"path": "a"}, "model": {"base": "b"}, "output": {"path": "c"}}
     if schema is TrainConfig:
