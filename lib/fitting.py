@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import ray.train
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from lib.batching import IntArray, evaluation_places
 from lib.calibration import FloatArray
 from lib.committing import find_committed, provenance
+from lib.errors import say
 from lib.learning import Stepper, Team
 from lib.mapped import Selection, local_copy, places_text
 from lib.metrics import is_better, shown, steps_to_keep
@@ -306,12 +308,14 @@ class Fit(ABC):
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def resume(self) -> None:
-        """Go on from the last checkpoint that Ray Train committed, if there is one."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        """Go on from the last checkpoint that Ray Train committed, if there is one that can be read."""
+        committed = [] if ray.train.get_checkpoint() is None else ray.train.get_all_reported_checkpoints()
+        states = [one.checkpoint for one in reversed(committed)]
+        state, place = find_whole(states) if self.team.rank == 0 else (None, None)
+        place = self.team.broadcast(place)
+        if place is None:
             return
-        with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / STATE_NAME, map_location="cpu", weights_only=True)
+        state = state or read_state(states[place])
         load_weights(self.learner.model, state["model"])
         load_optimizer(self.learner.optimizer, state["optimizer"])
         self.learner.scaler.load_state_dict(state["scaler"])
@@ -376,6 +380,24 @@ class Fit(ABC):
         model = self.new_model()
         load_weights(model, mean_of(list(self.kept.values())))
         return model
+
+
+def find_whole(states: Sequence[ray.train.Checkpoint]) -> tuple[dict[str, Any] | None, int | None]:
+    """The first state that can be read, and its place among them. A file that a full disk or a lost node cut off is passed over."""
+    for place, one in enumerate(states):
+        try:
+            return read_state(one), place
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            then = "the one before it is taken" if place + 1 < len(states) else "training begins anew"
+            say(f"WARNING: {one.path}/{STATE_NAME} cannot be read ({str(error).splitlines()[0]}): {then}")
+    return None, None
+
+
+def read_state(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
+    """What `Fit.save` saved."""
+    with checkpoint.as_directory() as folder:
+        state: dict[str, Any] = torch.load(Path(folder) / STATE_NAME, map_location="cpu", weights_only=True)
+    return state
 
 
 def run_worker(

@@ -1,6 +1,7 @@
 """Killing a training worker in the middle of its run."""
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib.fitting import STATE_NAME
+from lib.workers import STATES_NAME
 
 
 def train_workers() -> list[int]:
@@ -42,9 +44,18 @@ def leave_half_written(output: Path) -> None:
     (half / STATE_NAME).write_bytes(state.read_bytes()[:1000])
 
 
+def states_of(output: Path) -> list[str]:
+    """The names of the states that Ray Train lists of the run in a local folder, the last one at the end."""
+    for path in output.glob(f"_train/*/{STATES_NAME}"):
+        with contextlib.suppress(ValueError, OSError):  # it is being written, or removed
+            return [one["checkpoint_dir_name"] for one in json.loads(path.read_text())["checkpoint_results"]]
+    return []
+
+
 @contextlib.contextmanager
-def killing(output: Path, checkpoints: int) -> Iterator[list[int]]:
-    """Kill a worker of the run in a local folder once so many of its checkpoints were seen; gives the killed process ids.
+def killing(output: Path, checkpoints: int, listed: int = 0) -> Iterator[list[int]]:
+    """Kill a worker of the run in a local folder once so many of its checkpoints were seen, and Ray Train lists so many; gives the killed
+    process ids.
 
     It leaves a half-written checkpoint, as one does that dies while it saves.
     """
@@ -55,7 +66,7 @@ def killing(output: Path, checkpoints: int) -> Iterator[list[int]]:
     def watch() -> None:
         while not done.wait(0.01) and not killed:
             seen.update(path.name for path in output.glob("_train/*/checkpoints/checkpoint_*"))
-            if len(seen) >= checkpoints and (workers := train_workers()):
+            if len(seen) >= checkpoints and len(states_of(output)) >= listed and (workers := train_workers()):
                 leave_half_written(output)
                 os.kill(workers[-1], signal.SIGKILL)
                 killed.append(workers[-1])

@@ -45,9 +45,9 @@ from lib.train_config import TrainConfig
 from lib.training import train
 from lib.training_report import training_report
 from lib.windows import Windows
-from lib.workers import RUNS_FOLDER, STATES_NAME, claim, place_workers, run_workers
+from lib.workers import RUNS_FOLDER, STATES_FOLDER, STATES_NAME, claim, place_workers, run_workers
 from tests import fakes
-from tests.killing import killing, train_workers
+from tests.killing import killing, states_of, train_workers
 from tests.labelled import LABELS, Weights, difference, make_rows
 from tests.tracked import assert_same_numbers, assert_tracked, scalars, vanishing_server
 
@@ -805,6 +805,37 @@ def test_a_run_whose_list_of_states_was_cut_off_begins_anew(
     assert "was cut off while it was written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("cut_off", [1, 2])
+def test_a_state_that_was_cut_off_is_passed_over(
+    cut_off: int,
+    data: dict[str, str],
+    base: str,
+    uninterrupted: tuple[Weights, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The last one, by a full disk: the one before it is gone on from. Without any, training begins anew, and says so."""
+    monkeypatch.setattr("lib.workers.MAX_FAILURES", 0)
+    config = configure(data, base, str(tmp_path / "killed"), **INTERRUPTED, resources={"num_workers": 2})
+    with killing(tmp_path / "killed", 2, listed=2), pytest.raises(IncompleteError, match="workers died"):
+        train(config, "night-1", cluster_facts())
+    states = tmp_path / "killed" / RUNS_FOLDER / "night-1" / STATES_FOLDER
+    listed = states_of(tmp_path / "killed")
+    assert len(listed) == 2
+    steps = [torch.load(states / name / "state.pt", weights_only=True)["progress"]["step"] for name in listed]
+    for name in listed[-cut_off:]:
+        os.truncate(states / name / "state.pt", 1_000)
+    found = train(config, "night-1", cluster_facts())
+    assert found["resumed_after"] == steps[:-cut_off]
+    assert [entry["step"] for entry in found["history"]] == list(range(1, 19))
+    assert difference(uninterrupted[0], weights_of(config.output.path)) < 1e-6
+    said = capfd.readouterr()
+    text = said.out + said.err
+    assert f"{listed[-1]}/state.pt cannot be read (" in text
+    assert ("the one before it is taken" in text, "training begins anew" in text) == (True, cut_off == 2)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_loss_that_is_no_number_ends_the_run_with_its_batch(
     precision: str, data: dict[str, str], base: str, ray_session: None, tmp_path: Path
@@ -854,7 +885,10 @@ def test_two_workers_unfreeze_and_weigh_as_one_does(
     assert [name for name in before if "layer.0." in name and name not in same] == []
 
 
-def test_windows_are_learned_from_and_stand_in_the_card(base: str, ray_session: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_windows_are_learned_from_and_stand_in_the_card(
+    strategy: str, base: str, ray_session: None, tmp_path: Path
+) -> None:
     """What decides stands behind the length that the model takes, in another window; against transformers' windows."""
     rows: dict[str, tuple[list[str], list[str]]] = {}
     for name, count in (("train", 96), ("valid", 40), ("test", 40)):
@@ -863,7 +897,9 @@ def test_windows_are_learned_from_and_stand_in_the_card(base: str, ray_session: 
         fakes.write_archive(str(tmp_path), {f"{name}.parquet": pa.table({"text": rows[name][0], "label": labels})})
     paths = {name: f"{tmp_path}/{name}.parquet" for name in rows}
     windows = {"max_length": 16, "window_stride": 4, "window_pooling": "max", "max_windows": 12}
-    config = configure(paths, base, f"{tmp_path}/out", model=windows, resources={"num_workers": 2})
+    config = configure(
+        paths, base, f"{tmp_path}/out", model=windows, resources={"num_workers": 2, "strategy": strategy}
+    )
     with_texts = config.output.model_copy(update={"report_text": True})
     config = config.model_copy(update={"output": with_texts})
     found = train(config, "night-1", cluster_facts())
