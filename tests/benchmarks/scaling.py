@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow as pa
-import ray
 
 from lib.forecast import BLOCK_SECONDS, scoring_seconds
 from lib.planning import MAX_WAVE_BLOCKS
 from lib.progress import start_progress
 from tests import fakes
+
+import ray  # isort: skip  # after lib, which sets how Ray authenticates
 
 GPUS, BLOCKS = 1_000, 1_000_000
 SPREAD = 0.2
