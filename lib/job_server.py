@@ -38,6 +38,12 @@ POLL_SECONDS = 1
 FIRST_CONTACT_SECONDS = 30
 """An address that nobody answers is rather wrong than being restarted."""
 
+NODE_POLL_SECONDS = 20
+"""Between looks whether the node of a job's driver is there."""
+
+NODE_GONE_SECONDS = 60
+"""After which a driver is given up whose node is gone: Ray sees it by itself within 30 s, and a head that comes back finds its nodes again."""
+
 MAX_BACKOFF_SECONDS = 30
 MAX_BROKEN_TAILS = 5
 """in a row without a new character: the log cannot be read, which is no reason to give up the job"""
@@ -288,9 +294,24 @@ class Server:
             " (GCS), and the job ended with it; what it had finished is kept: run the same command again"
         )
 
+    def has_lost_driver(self, found: Found) -> bool:
+        """Whether the node of a job's driver is gone. Not if that cannot be known, as behind an ingress for jobs alone."""
+        node = getattr(found.details, "driver_node_id", None)
+        try:
+            nodes = self.client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
+            alive = {one["raylet"]["nodeId"] for one in nodes if one["raylet"]["state"] == "ALIVE"}
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return bool(node and alive) and node not in alive
+
     def follow(self, submission_id: str) -> Found:
-        """Print a job's log until the job has ended. Raises `IncompleteError` if the cluster has lost it."""
+        """Print a job's log until the job has ended. Raises `IncompleteError` if the cluster has lost it.
+
+        Ray 2.60 goes on saying RUNNING of a job whose driver was lost with the head, if the head came back with its state from Redis, until
+        it is asked to start or stop a job: such a one is stopped here.
+        """
         log, tail, shown, broken = Log(), Tail(self.client, submission_id), "", 0
+        there = looked = time.monotonic()
         while True:
             before = log.printed
             ended = tail.copy(log, POLL_SECONDS)
@@ -302,6 +323,17 @@ class Server:
                 shown = found.status
                 log.end()
                 say(f"{submission_id}: {shown}")
+            now = time.monotonic()
+            if now - looked > NODE_POLL_SECONDS:
+                looked = now
+                if not self.has_lost_driver(found):
+                    there = now
+                elif now - there > NODE_GONE_SECONDS:
+                    self.stop(submission_id)
+                    raise IncompleteError(
+                        f"{submission_id}: its driver was lost with the node that it ran on; what it had finished is kept: run the same"
+                        " command again"
+                    )
             if ended and broken < MAX_BROKEN_TAILS:
                 broken = broken + 1 if log.printed == before else 0
                 if broken == MAX_BROKEN_TAILS:

@@ -22,6 +22,8 @@ class JobsApi(BaseHTTPRequestHandler):
     jobs: dict[str, list[dict[str, Any] | int]]
     becomes: list[dict[str, Any] | int]
     """what a job that is submitted does"""
+    nodes: list[str]
+    """those that are alive"""
     taken: bool
     """another one submits the same id first"""
     asked: list[str]
@@ -42,6 +44,10 @@ class JobsApi(BaseHTTPRequestHandler):
         name = self.path.removeprefix("/api/jobs/").removesuffix("/logs")
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             return self.answer(401, {})
+        if self.path == "/nodes?view=summary":
+            dead = {"raylet": {"nodeId": "n0", "state": "DEAD"}}
+            alive = [{"raylet": {"nodeId": one, "state": "ALIVE"}} for one in self.nodes]
+            return self.answer(200 if alive else 404, {"data": {"summary": [dead, *alive]}} if alive else {})
         if self.path.endswith("/logs"):
             return self.answer(200, {"logs": "a line"})
         if name not in self.jobs:
@@ -66,6 +72,8 @@ def case(
     there: dict[str, list[dict[str, Any] | int]] | None = None,
     taken: bool = False,
     away_seconds: float = 600,
+    nodes: tuple[str, ...] = (),
+    gone_seconds: float = 0,
     token: str = TOKEN,
     logical_date: datetime | None = datetime(2026, 11, 26, 1, tzinfo=UTC),
     **options: Any,
@@ -73,12 +81,13 @@ def case(
     """Run the operator once, against a server of its own."""
     import ray_jobs
 
-    ray_jobs.AWAY_SECONDS = away_seconds
+    ray_jobs.AWAY_SECONDS, ray_jobs.GONE_SECONDS = away_seconds, gone_seconds
 
     class Case(JobsApi):
         pass
 
     Case.jobs, Case.becomes, Case.taken, Case.asked, Case.sent = there or {}, becomes, taken, [], {}
+    Case.nodes = list(nodes)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Case)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     connection = {"conn_type": "http", "host": "127.0.0.1", "port": server.server_port, "password": token}
@@ -119,6 +128,7 @@ def ended(status: str, code: int | None = None) -> dict[str, Any]:
 def main() -> None:
     """All cases, by name."""
     running, good = ended("RUNNING"), ended("SUCCEEDED", 0)
+    on_n0 = {**running, "driver_node_id": "n0"}
     name = "nightly.score.20261126T010000"
     cases = {
         "new": case([running, good]),
@@ -139,6 +149,10 @@ def main() -> None:
         "stopped": case([ended("STOPPED")]),
         "too long": case([running], job_timeout_seconds=1),
         "lost": case([running, 404]),
+        "orphaned": case([on_n0], nodes=("n1",)),
+        "orphaned for a moment": case([on_n0, on_n0, good], nodes=("n1",), gone_seconds=600),
+        "node is there": case([on_n0, on_n0, good], nodes=("n0", "n1")),
+        "nodes unknown": case([on_n0, on_n0, good]),
         "away": case([running, 503, good], away_seconds=0),
         "away for a moment": case([running, 503, good]),
         "no token": case([good], token=""),

@@ -103,6 +103,10 @@ NIGHT = "nightly.score.20261126T010000"
         ("stopped", "AirflowException", [f"{NIGHT}-1"]),
         ("too long", "AirflowException", [f"{NIGHT}-1", f"/api/jobs/{NIGHT}-1/stop"]),
         ("lost", "AirflowException", [f"{NIGHT}-1"]),
+        ("orphaned", "AirflowException", [f"{NIGHT}-1", f"/api/jobs/{NIGHT}-1/stop"]),
+        ("orphaned for a moment", "", [f"{NIGHT}-1"]),
+        ("node is there", "", [f"{NIGHT}-1"]),
+        ("nodes unknown", "", [f"{NIGHT}-1"]),
         ("away", "AirflowException", [f"{NIGHT}-1"]),
         ("away for a moment", "", [f"{NIGHT}-1"]),
         ("no token", "AirflowFailException", []),
@@ -118,7 +122,11 @@ def test_what_the_operator_makes_of_a_job(
     assert (found["raised"], found["asked"]) == (raised, asked)
     if case in ("under way", "cleared at work"):
         assert found["waited_for"] == f"{NIGHT}-1"
-    assert {"lost": "its head was lost", "away": "Ray cannot be asked: HTTPStatusError"}.get(case, "") in found["said"]
+    assert {
+        "lost": "its head was lost",
+        "orphaned": "lost with the node that it ran on",
+        "away": "Ray cannot be asked: HTTPStatusError",
+    }.get(case, "") in found["said"]
 
 
 def test_every_job_has_the_time_that_it_needs_to_stop(cases: dict[str, dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import aiohttp
@@ -187,6 +188,67 @@ def test_a_log_that_breaks_off_is_opened_again(
     found = Server(cast(Client, client), 0).follow("x-1")
     assert (found.status, client.tails) == ("SUCCEEDED", 2)
     assert capsys.readouterr().out == "one\ntwo\n", "shown while the job ran, and once"
+
+
+class OrphanedJob(BreakingTail):
+    """A client of a job on node n0 of which RUNNING is said until it is stopped, or a second after it began."""
+
+    def __init__(self, nodes: str) -> None:
+        super().__init__()
+        self.deadline, self.nodes, self.stopped = time.monotonic() + 1, nodes, False
+
+    async def tail_job_logs(self, _job_id: str) -> AsyncIterator[str]:
+        yield "one\n"
+
+    def get_job_info(self, job_id: str) -> JobDetails:
+        ended = JobStatus.FAILED if self.stopped else JobStatus.SUCCEEDED
+        status = ended if self.stopped or time.monotonic() > self.deadline else JobStatus.RUNNING
+        return JobDetails(
+            type=JobType.SUBMISSION, submission_id=job_id, status=status, entrypoint="true", driver_node_id="n0"
+        )
+
+    def stop_job(self, _job_id: str) -> None:
+        self.stopped = True
+
+    def _do_request(self, method: str, endpoint: str) -> SimpleNamespace:
+        assert (method, endpoint) == ("GET", "/nodes?view=summary")
+        return SimpleNamespace(json=lambda: json.loads(self.nodes))
+
+
+def nodes_said(**states: str) -> str:
+    return json.dumps(
+        {"data": {"summary": [{"raylet": {"nodeId": name, "state": one}} for name, one in states.items()]}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "seconds", "is_orphan"),
+    [
+        (nodes_said(n0="DEAD", n1="ALIVE"), 0.0, True),
+        (nodes_said(n1="ALIVE"), 0.0, True),
+        (nodes_said(n0="DEAD", n1="ALIVE"), 600.0, False),
+        (nodes_said(n0="ALIVE", n1="ALIVE"), 0.0, False),
+        (nodes_said(), 0.0, False),
+        ("<html>", 0.0, False),
+    ],
+    ids=["dead", "forgotten", "a moment ago", "there", "no nodes", "a page for people"],
+)
+def test_a_job_whose_driver_was_lost_with_the_head_is_not_waited_for(
+    nodes: str, seconds: float, is_orphan: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("POLL_SECONDS", 0.01), ("NODE_POLL_SECONDS", 0.0), ("NODE_GONE_SECONDS", seconds)):
+        monkeypatch.setattr(f"lib.job_server.{name}", value)
+    client = OrphanedJob(nodes)
+    follow = Server(cast(Client, client), 0).follow
+    if is_orphan:
+        with pytest.raises(
+            IncompleteError,
+            match=r"x-1: its driver was lost with the node that it ran on; .* run the same command again",
+        ):
+            follow("x-1")
+    else:
+        assert follow("x-1").status == "SUCCEEDED"
+    assert client.stopped == is_orphan
 
 
 @pytest.mark.parametrize("call", [Server.known, Server.stop, Server.logs])

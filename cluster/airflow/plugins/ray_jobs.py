@@ -32,6 +32,9 @@ TIMEOUT_SECONDS = 30
 """of one request"""
 AWAY_SECONDS = 600
 """How long Ray may not answer before waiting ends; the task's next try looks for the job again."""
+GONE_SECONDS = 60
+"""How long a job may be RUNNING though the node of its driver is gone. Ray 2.60 says so of a driver that was lost with the head, if the head
+came back with its state from Redis, until it is asked to start or stop a job."""
 JOB_ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": "40"}
 """Seconds until a job that is told to stop is killed; it needs up to 30, Ray's default is 3. The job's supervisor reads it in the job's
 own environment: it holds on clusters that do not set it, too."""
@@ -45,6 +48,15 @@ def settings(connection: Connection) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {connection.password}"} if connection.password else {}
     address = f"{connection.schema or 'http'}://{connection.host}:{connection.port or 8265}"
     return {"base_url": f"{address}/api/jobs/", "headers": headers, "timeout": TIMEOUT_SECONDS}
+
+
+def nodes_alive(response: httpx.Response) -> set[str]:
+    """The ids of a cluster's nodes; none if that cannot be known, as behind an ingress for jobs alone."""
+    try:
+        nodes = response.json()["data"]["summary"]
+        return {one["raylet"]["nodeId"] for one in nodes if one["raylet"]["state"] == "ALIVE"}
+    except (ValueError, KeyError, TypeError):
+        return set()
 
 
 def found_in(response: httpx.Response) -> dict[str, Any] | None:
@@ -65,7 +77,7 @@ def found_in(response: httpx.Response) -> dict[str, Any] | None:
 class RayJobTrigger(BaseTrigger):
     """Wait for the end of a Ray job; stop it if somebody ends the task that waits.
 
-    Yields one event: `submission_id`, `status` (one of `FINAL`, or LOST, AWAY, TIMEOUT), `exit_code` of the command or None, `message`.
+    Yields one event: `submission_id`, `status` (one of `FINAL`, or LOST, ORPHANED, AWAY, TIMEOUT), `exit_code` of the command or None, `message`.
     """
 
     def __init__(
@@ -85,6 +97,7 @@ class RayJobTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Ask every `poll_interval` seconds. That Ray does not answer is no verdict on its job for `AWAY_SECONDS`."""
         answered, shown = time.monotonic(), ""
+        there = answered
         async with await self.client() as client:
             while True:
                 status, info, message = "", {}, ""
@@ -93,6 +106,14 @@ class RayJobTrigger(BaseTrigger):
                     answered = time.monotonic()
                     info, status = (known, known["status"]) if known else ({}, "LOST")
                     message = info.get("message") or ""
+                    node = info.get("driver_node_id") if status == "RUNNING" else None
+                    alive = (
+                        nodes_alive(await client.get(client.base_url.join("/nodes?view=summary"))) if node else set()
+                    )
+                    if not alive or node in alive:
+                        there = time.monotonic()
+                    elif time.monotonic() - there > GONE_SECONDS:
+                        status = "ORPHANED"
                 except AirflowFailException as error:
                     status, message = "AWAY", str(error)
                 except httpx.HTTPError as error:
@@ -103,9 +124,9 @@ class RayJobTrigger(BaseTrigger):
                     self.log.info("%s is %s", self.submission_id, status)
                     shown = status
                 started = (info.get("start_time") or 0) / 1000
-                if status not in (*FINAL, "LOST", "AWAY") and self.job_timeout_seconds and started:
+                if status not in (*FINAL, "LOST", "ORPHANED", "AWAY") and self.job_timeout_seconds and started:
                     status = "TIMEOUT" if time.time() - started > self.job_timeout_seconds else status
-                if status in (*FINAL, "LOST", "AWAY", "TIMEOUT"):
+                if status in (*FINAL, "LOST", "ORPHANED", "AWAY", "TIMEOUT"):
                     event = {"submission_id": self.submission_id, "status": status, "message": message}
                     yield TriggerEvent({**event, "exit_code": info.get("driver_exit_code")})
                     return
@@ -187,7 +208,7 @@ class SubmitRayJobOperator(BaseOperator):
                 self.log.info("the last lines of %s:\n%s", name, "\n".join(log.splitlines()[-LOG_LINES:]))
             except (httpx.HTTPError, ValueError) as error:
                 self.log.warning("the log of %s could not be read: %s", name, error)
-            if status == "TIMEOUT":
+            if status in ("ORPHANED", "TIMEOUT"):
                 client.post(f"{name}/stop").raise_for_status()
         if status == "SUCCEEDED":
             return event
@@ -197,6 +218,7 @@ class SubmitRayJobOperator(BaseOperator):
             )
         why = {
             "LOST": "Ray does not know the job any more: its head was lost",
+            "ORPHANED": "its driver was lost with the node that it ran on",
             "AWAY": f"Ray cannot be asked: {event['message']}",
             "STOPPED": "by somebody who told Ray to; mark the task itself as failed to end it for good",
             "TIMEOUT": f"stopped after job_timeout_seconds = {self.job_timeout_seconds:g}"
