@@ -300,7 +300,7 @@ class Server:
         try:
             nodes = self.client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
             alive = {one["raylet"]["nodeId"] for one in nodes if one["raylet"]["state"] == "ALIVE"}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, AuthenticationError, ValueError, KeyError, TypeError):
             return False
         return bool(node and alive) and node not in alive
 

@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 from ray.dashboard.modules.job.common import JobStatus
 from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
+from ray.exceptions import AuthenticationError
 
 from jobs import publish
 from lib.config import parse_only
@@ -212,6 +213,8 @@ class OrphanedJob(BreakingTail):
 
     def _do_request(self, method: str, endpoint: str) -> SimpleNamespace:
         assert (method, endpoint) == ("GET", "/nodes?view=summary")
+        if self.nodes == "refused":
+            raise AuthenticationError("refused")
         return SimpleNamespace(json=lambda: json.loads(self.nodes))
 
 
@@ -230,8 +233,9 @@ def nodes_said(**states: str) -> str:
         (nodes_said(n0="ALIVE", n1="ALIVE"), 0.0, False),
         (nodes_said(), 0.0, False),
         ("<html>", 0.0, False),
+        ("refused", 0.0, False),
     ],
-    ids=["dead", "forgotten", "a moment ago", "there", "no nodes", "a page for people"],
+    ids=["dead", "forgotten", "a moment ago", "there", "no nodes", "a page for people", "refused"],
 )
 def test_a_job_whose_driver_was_lost_with_the_head_is_not_waited_for(
     nodes: str, seconds: float, is_orphan: bool, monkeypatch: pytest.MonkeyPatch
