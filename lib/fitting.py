@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import ray.train
@@ -27,19 +26,18 @@ from transformers import PreTrainedModel
 from lib.batching import IntArray, evaluation_places
 from lib.calibration import FloatArray
 from lib.committing import find_committed, provenance
-from lib.errors import say
 from lib.learning import Stepper, Team
 from lib.mapped import Selection, local_copy, places_text
 from lib.metrics import is_better, shown, steps_to_keep
 from lib.model import choose_dtype
 from lib.pretrain_config import FitConfig
 from lib.sharding import Weights, broadcast_weights, copy_weights, load_optimizer, load_weights, mean_of, whole_state
+from lib.states import STATE_NAME, find_whole, read_state
 from lib.storage import Store
 from lib.tracking import Places, Tracker, about_run
 
 PROGRESS_SECONDS = 5.0
 
-STATE_NAME = "state.pt"
 
 SHOWN_ROWS = 8
 """Of a batch, in a message."""
@@ -380,24 +378,6 @@ class Fit(ABC):
         model = self.new_model()
         load_weights(model, mean_of(list(self.kept.values())))
         return model
-
-
-def find_whole(states: Sequence[ray.train.Checkpoint]) -> tuple[dict[str, Any] | None, int | None]:
-    """The first state that can be read, and its place among them. A file that a full disk or a lost node cut off is passed over."""
-    for place, one in enumerate(states):
-        try:
-            return read_state(one), place
-        except (RuntimeError, EOFError, UnpicklingError) as error:
-            then = "the one before it is taken" if place + 1 < len(states) else "training begins anew"
-            say(f"WARNING: {one.path}/{STATE_NAME} cannot be read ({str(error).splitlines()[0]}): {then}")
-    return None, None
-
-
-def read_state(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
-    """What `Fit.save` saved."""
-    with checkpoint.as_directory() as folder:
-        state: dict[str, Any] = torch.load(Path(folder) / STATE_NAME, map_location="cpu", weights_only=True)
-    return state
 
 
 def run_worker(

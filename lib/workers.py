@@ -21,20 +21,17 @@ from torch.cuda import OutOfMemoryError as GpuOutOfMemoryError
 
 from lib.committing import deciding, differences, find_committed
 from lib.config import Section
-from lib.errors import IncompleteError, TextsweepError, UsageError, at_work, say
+from lib.errors import IncompleteError, TextsweepError, UsageError, at_work
 from lib.failures import RetryPolicy, StartWatch, causes_of
 from lib.fitting import Job
 from lib.pretrain_config import FitConfig
 from lib.rendezvous import OneAddressConfig
 from lib.runtime import Cluster
+from lib.states import STATES_FOLDER, forget_unreadable_states
 from lib.storage import Store, explained
 from lib.train_config import TrainConfig
 
 RUNS_FOLDER = "_train"
-
-STATES_FOLDER = "checkpoints"
-STATES_NAME = f"{STATES_FOLDER}/checkpoint_manager_snapshot.json"
-"""Ray Train's list of the states that it keeps of a run."""
 
 MAX_FAILURES = 3
 """Restarts of the workers in one execution of the job."""
@@ -184,26 +181,6 @@ def run_workers(work: Callable[[], str | None], job: Job, use_gpu: bool) -> None
         raise UsageError(
             f"{failure}; {first}lower optim.learning_rate or raise optim.warmup_fraction, under another --run-id"
         )
-
-
-def forget_unreadable_states(folder: Store) -> None:
-    """Remove Ray Train's list of training states if a kill cut it off, or another version of Ray wrote it.
-
-    Ray 2.60 writes it in place and ends every attempt that cannot read it (`CheckpointManagerInitializationError`).
-    """
-    raw = folder.read(STATES_NAME)
-    if raw is None:
-        return
-    try:
-        writer = json.loads(raw)["ray_version"]
-    except (ValueError, KeyError, TypeError):
-        why = "was cut off while it was written"
-    else:
-        if writer == ray.__version__:
-            return
-        why = f"is of Ray {writer}, this is {ray.__version__}"
-    say(f"WARNING: {folder.url}/{STATES_NAME} {why}: which states there are cannot be told, and training begins anew")
-    folder.delete(STATES_NAME)
 
 
 def run_to_commit(work: Callable[[], str | None], job: Job, use_gpu: bool) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.fitting import STATE_NAME
-from lib.workers import STATES_NAME
+from lib.states import STATE_NAME, STATES_NAME
 
 
 def train_workers() -> list[int]:

@@ -40,12 +40,13 @@ from lib.predictor import Predictor
 from lib.rendezvous import OneAddressBackend, OneAddressConfig
 from lib.runtime import Cluster, Node, cluster_facts
 from lib.schema import Task
+from lib.states import STATES_FOLDER, STATES_NAME
 from lib.storage import open_store
 from lib.train_config import TrainConfig
 from lib.training import train
 from lib.training_report import training_report
 from lib.windows import Windows
-from lib.workers import RUNS_FOLDER, STATES_FOLDER, STATES_NAME, claim, place_workers, run_workers
+from lib.workers import RUNS_FOLDER, claim, place_workers, run_workers
 from tests import fakes
 from tests.killing import killing, states_of, train_workers
 from tests.labelled import LABELS, Weights, difference, make_rows

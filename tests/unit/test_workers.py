@@ -23,9 +23,10 @@ from lib.config import validate
 from lib.errors import DeniedError, IncompleteError, UsageError
 from lib.failures import RetryPolicy, StartWatch
 from lib.pretrain_config import PretrainConfig
+from lib.states import STATES_NAME, forget_unreadable_states
 from lib.storage import open_store
 from lib.train_config import TrainConfig
-from lib.workers import STATES_NAME, claim, claimed, explain, forget_unreadable_states
+from lib.workers import claim, claimed, explain
 from tests.conftest import REPOSITORY
 
 JOB: Any = SimpleNamespace(
