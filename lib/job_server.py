@@ -311,7 +311,7 @@ class Server:
         it is asked to start or stop a job: such a one is stopped here.
         """
         log, tail, shown, broken = Log(), Tail(self.client, submission_id), "", 0
-        there = looked = time.monotonic()
+        looked, gone_since = time.monotonic(), None
         while True:
             before = log.printed
             ended = tail.copy(log, POLL_SECONDS)
@@ -327,8 +327,10 @@ class Server:
             if now - looked > NODE_POLL_SECONDS:
                 looked = now
                 if not self.has_lost_driver(found):
-                    there = now
-                elif now - there > NODE_GONE_SECONDS:
+                    gone_since = None
+                elif gone_since is None:  # the first look after a head was away tells of no node yet
+                    gone_since = now
+                elif now - gone_since > NODE_GONE_SECONDS:
                     self.stop(submission_id)
                     raise IncompleteError(
                         f"{submission_id}: its driver was lost with the node that it ran on; what it had finished is kept: run the same"

@@ -8,6 +8,7 @@ Ray's answers are those seen with 2.60: 404 for an unknown job, 500 for a submis
 import json
 import os
 import threading
+import time
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -22,8 +23,10 @@ class JobsApi(BaseHTTPRequestHandler):
     jobs: dict[str, list[dict[str, Any] | int]]
     becomes: list[dict[str, Any] | int]
     """what a job that is submitted does"""
-    nodes: list[str]
-    """those that are alive"""
+    nodes: list[tuple[str, ...]]
+    """those that are alive at each look, the last ones for good"""
+    slow_seconds: float
+    """that the first look at a job takes"""
     taken: bool
     """another one submits the same id first"""
     asked: list[str]
@@ -46,12 +49,15 @@ class JobsApi(BaseHTTPRequestHandler):
             return self.answer(401, {})
         if self.path == "/nodes?view=summary":
             dead = {"raylet": {"nodeId": "n0", "state": "DEAD"}}
-            alive = [{"raylet": {"nodeId": one, "state": "ALIVE"}} for one in self.nodes]
+            seen = self.nodes.pop(0) if len(self.nodes) > 1 else self.nodes[0]
+            alive = [{"raylet": {"nodeId": one, "state": "ALIVE"}} for one in seen]
             return self.answer(200 if alive else 404, {"data": {"summary": [dead, *alive]}} if alive else {})
         if self.path.endswith("/logs"):
             return self.answer(200, {"logs": "a line"})
         if name not in self.jobs:
             return self.answer(404, {})
+        time.sleep(type(self).slow_seconds)
+        type(self).slow_seconds = 0
         looks = self.jobs[name]
         found = looks.pop(0) if len(looks) > 1 else looks[0]
         return self.answer(found, {}) if isinstance(found, int) else self.answer(200, found)
@@ -72,7 +78,8 @@ def case(
     there: dict[str, list[dict[str, Any] | int]] | None = None,
     taken: bool = False,
     away_seconds: float = 600,
-    nodes: tuple[str, ...] = (),
+    nodes: tuple[tuple[str, ...], ...] = ((),),
+    slow_seconds: float = 0,
     gone_seconds: float = 0,
     token: str = TOKEN,
     logical_date: datetime | None = datetime(2026, 11, 26, 1, tzinfo=UTC),
@@ -87,7 +94,7 @@ def case(
         pass
 
     Case.jobs, Case.becomes, Case.taken, Case.asked, Case.sent = there or {}, becomes, taken, [], {}
-    Case.nodes = list(nodes)
+    Case.nodes, Case.slow_seconds = list(nodes), slow_seconds
     server = ThreadingHTTPServer(("127.0.0.1", 0), Case)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     connection = {"conn_type": "http", "host": "127.0.0.1", "port": server.server_port, "password": token}
@@ -149,9 +156,12 @@ def main() -> None:
         "stopped": case([ended("STOPPED")]),
         "too long": case([running], job_timeout_seconds=1),
         "lost": case([running, 404]),
-        "orphaned": case([on_n0], nodes=("n1",)),
-        "orphaned for a moment": case([on_n0, on_n0, good], nodes=("n1",), gone_seconds=600),
-        "node is there": case([on_n0, on_n0, good], nodes=("n0", "n1")),
+        "orphaned": case([on_n0], nodes=(("n1",),)),
+        "orphaned for a moment": case([on_n0, on_n0, good], nodes=(("n1",),), gone_seconds=600),
+        "head is just back": case(
+            [on_n0, on_n0, good], nodes=(("n1",), ("n0", "n1")), gone_seconds=0.05, slow_seconds=0.2
+        ),
+        "node is there": case([on_n0, on_n0, good], nodes=(("n0", "n1"),)),
         "nodes unknown": case([on_n0, on_n0, good]),
         "away": case([running, 503, good], away_seconds=0),
         "away for a moment": case([running, 503, good]),

@@ -105,6 +105,7 @@ NIGHT = "nightly.score.20261126T010000"
         ("lost", "AirflowException", [f"{NIGHT}-1"]),
         ("orphaned", "AirflowException", [f"{NIGHT}-1", f"/api/jobs/{NIGHT}-1/stop"]),
         ("orphaned for a moment", "", [f"{NIGHT}-1"]),
+        ("head is just back", "", [f"{NIGHT}-1"]),
         ("node is there", "", [f"{NIGHT}-1"]),
         ("nodes unknown", "", [f"{NIGHT}-1"]),
         ("away", "AirflowException", [f"{NIGHT}-1"]),

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,14 +194,17 @@ def test_a_log_that_breaks_off_is_opened_again(
 class OrphanedJob(BreakingTail):
     """A client of a job on node n0 of which RUNNING is said until it is stopped, or a second after it began."""
 
-    def __init__(self, nodes: str) -> None:
+    def __init__(self, nodes: Sequence[str]) -> None:
         super().__init__()
-        self.deadline, self.nodes, self.stopped = time.monotonic() + 1, nodes, False
+        self.deadline, self.nodes, self.stopped = time.monotonic() + 1, list(nodes), False
+        self.away_seconds = 0.0
 
     async def tail_job_logs(self, _job_id: str) -> AsyncIterator[str]:
         yield "one\n"
 
     def get_job_info(self, job_id: str) -> JobDetails:
+        time.sleep(self.away_seconds)
+        self.away_seconds = 0.0
         ended = JobStatus.FAILED if self.stopped else JobStatus.SUCCEEDED
         status = ended if self.stopped or time.monotonic() > self.deadline else JobStatus.RUNNING
         return JobDetails(
@@ -213,9 +216,10 @@ class OrphanedJob(BreakingTail):
 
     def _do_request(self, method: str, endpoint: str) -> SimpleNamespace:
         assert (method, endpoint) == ("GET", "/nodes?view=summary")
-        if self.nodes == "refused":
+        said = self.nodes.pop(0) if len(self.nodes) > 1 else self.nodes[0]
+        if said == "refused":
             raise AuthenticationError("refused")
-        return SimpleNamespace(json=lambda: json.loads(self.nodes))
+        return SimpleNamespace(json=lambda: json.loads(said))
 
 
 def nodes_said(**states: str) -> str:
@@ -242,7 +246,7 @@ def test_a_job_whose_driver_was_lost_with_the_head_is_not_waited_for(
 ) -> None:
     for name, value in (("POLL_SECONDS", 0.01), ("NODE_POLL_SECONDS", 0.0), ("NODE_GONE_SECONDS", seconds)):
         monkeypatch.setattr(f"lib.job_server.{name}", value)
-    client = OrphanedJob(nodes)
+    client = OrphanedJob([nodes])
     follow = Server(cast(Client, client), 0).follow
     if is_orphan:
         with pytest.raises(
@@ -253,6 +257,15 @@ def test_a_job_whose_driver_was_lost_with_the_head_is_not_waited_for(
     else:
         assert follow("x-1").status == "SUCCEEDED"
     assert client.stopped == is_orphan
+
+
+def test_a_head_that_is_just_back_need_not_know_its_nodes_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("POLL_SECONDS", 0.01), ("NODE_POLL_SECONDS", 0.0), ("NODE_GONE_SECONDS", 0.1)):
+        monkeypatch.setattr(f"lib.job_server.{name}", value)
+    client = OrphanedJob([nodes_said(n1="ALIVE"), nodes_said(n0="ALIVE", n1="ALIVE")])
+    client.away_seconds = 0.3
+    assert Server(cast(Client, client), 0).follow("x-1").status == "SUCCEEDED"
+    assert not client.stopped
 
 
 @pytest.mark.parametrize("call", [Server.known, Server.stop, Server.logs])

@@ -97,7 +97,7 @@ class RayJobTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Ask every `poll_interval` seconds. That Ray does not answer is no verdict on its job for `AWAY_SECONDS`."""
         answered, shown = time.monotonic(), ""
-        there = answered
+        gone_since = None
         async with await self.client() as client:
             while True:
                 status, info, message = "", {}, ""
@@ -111,8 +111,10 @@ class RayJobTrigger(BaseTrigger):
                         nodes_alive(await client.get(client.base_url.join("/nodes?view=summary"))) if node else set()
                     )
                     if not alive or node in alive:
-                        there = time.monotonic()
-                    elif time.monotonic() - there > GONE_SECONDS:
+                        gone_since = None
+                    elif gone_since is None:  # the first look after a head was away tells of no node yet
+                        gone_since = time.monotonic()
+                    elif time.monotonic() - gone_since > GONE_SECONDS:
                         status = "ORPHANED"
                 except AirflowFailException as error:
                     status, message = "AWAY", str(error)
