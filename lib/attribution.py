@@ -61,7 +61,7 @@ class Explanation:
     text: str
     words: tuple[Word, ...]
     """in order; what the model does not read is in none"""
-    not_below: float | None = None
+    missed_threshold: float | None = None
     """of a label that is explained and not given, as the likeliest of all: the threshold that its score is below"""
 
     @property
@@ -145,11 +145,11 @@ def explain_texts(
             continue
         encoded = row_of(explainer, text)
         found = [
-            (head, explain(own, encoded, index), not_below)
+            (head, explain(own, encoded, index), missed_threshold)
             for head, own in heads
-            for index, not_below in answered(head, row[own.place])
+            for index, missed_threshold in answered(head, row[own.place])
         ]
-        yield [replace(one, label=label_name(head, one.label), not_below=limit) for head, one, limit in found]
+        yield [replace(one, label=label_name(head, one.label), missed_threshold=limit) for head, one, limit in found]
 
 
 def answered(head: Head, scores: npt.NDArray[np.floating]) -> list[tuple[int, float | None]]:

@@ -14,8 +14,10 @@ from lib.storage import Store
 METRICS_NAME = "metrics.json"
 
 DECIDES_NOTHING: dict[str, Any] = {"resources": True, "tracking": True, "search": {"concurrent"}}
+"""Sections and keys of a configuration: a run may go on with other workers, a search with fewer trials at a time."""
 
 SHOWN_DIFFERENCES = 8
+"""At most, in an error: a further pre-training and a training differ in 57."""
 
 PACKAGES = ("torch", "transformers", "ray")
 
@@ -40,7 +42,7 @@ def find_committed(output: Store, config: FitConfig, run_id: str) -> dict[str, A
 
 
 def deciding(config: Section, only_chosen: bool = False) -> dict[str, Any]:
-    """The configuration as plain JSON, without credentials, and what decides no result: a run may go on with other workers."""
+    """The configuration as plain JSON, without credentials and `DECIDES_NOTHING`; or only what is not at its default."""
     found: dict[str, Any] = json.loads(
         masked(config.model_dump_json(exclude=DECIDES_NOTHING, exclude_defaults=only_chosen))
     )

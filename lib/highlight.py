@@ -81,7 +81,7 @@ def heading(one: Explanation) -> str:
         said = f"{one.label} {one.value:.4g}; without the words {one.without:.4g}"
     else:
         score = 1 / (1 + math.exp(-one.value)) if one.value > -700 else 0.0
-        given = "" if one.not_below is None else f" (not given: its threshold is {one.not_below:.3f})"
+        given = "" if one.missed_threshold is None else f" (not given: its threshold is {one.missed_threshold:.3f})"
         said = f"{one.label}{given}, score {score:.3f}; log-odds {one.value:+.2f}, without the words {one.without:+.2f}"
     short = f"; the words' values miss {one.missing:+.2g} of the difference after {one.steps} steps"
     return said if one.converged else said + short

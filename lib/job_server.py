@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
@@ -311,7 +311,7 @@ class Server:
         it is asked to start or stop a job: such a one is stopped here.
         """
         log, tail, shown, broken = Log(), Tail(self.client, submission_id), "", 0
-        looked, gone_since = time.monotonic(), None
+        node = NodeWatch()
         while True:
             before = log.printed
             ended = tail.copy(log, POLL_SECONDS)
@@ -323,19 +323,12 @@ class Server:
                 shown = found.status
                 log.end()
                 say(f"{submission_id}: {shown}")
-            now = time.monotonic()
-            if now - looked > NODE_POLL_SECONDS:
-                looked = now
-                if not self.has_lost_driver(found):
-                    gone_since = None
-                elif gone_since is None:  # the first look after a head was away tells of no node yet
-                    gone_since = now
-                elif now - gone_since > NODE_GONE_SECONDS:
-                    self.stop(submission_id)
-                    raise IncompleteError(
-                        f"{submission_id}: its driver was lost with the node that it ran on; what it had finished is kept: run the same"
-                        " command again"
-                    )
+            if node.is_lost(self, found):
+                self.stop(submission_id)
+                raise IncompleteError(
+                    f"{submission_id}: its driver was lost with the node that it ran on; what it had finished is kept: run the same"
+                    " command again"
+                )
             if ended and broken < MAX_BROKEN_TAILS:
                 broken = broken + 1 if log.printed == before else 0
                 if broken == MAX_BROKEN_TAILS:
@@ -343,6 +336,27 @@ class Server:
                 else:
                     time.sleep(POLL_SECONDS)
                     tail = Tail(self.client, submission_id)
+
+
+@dataclass
+class NodeWatch:
+    """Looks now and then whether the node of a job's driver is there."""
+
+    looked: float = field(default_factory=time.monotonic)
+    gone_since: float | None = None
+    """the first look of those in a row that missed it: a head that is just back does not know its nodes yet"""
+
+    def is_lost(self, server: Server, found: Found) -> bool:
+        """Whether it has been gone for `NODE_GONE_SECONDS`."""
+        now = time.monotonic()
+        if now - self.looked <= NODE_POLL_SECONDS:
+            return False
+        self.looked = now
+        if not server.has_lost_driver(found):
+            self.gone_since = None
+        elif self.gone_since is None:
+            self.gone_since = now
+        return self.gone_since is not None and now - self.gone_since > NODE_GONE_SECONDS
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

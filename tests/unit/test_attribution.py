@@ -191,7 +191,7 @@ def test_for_each_given_label_or_the_likeliest_or_the_number(tmp_path: Path) -> 
         explain_texts(model, [TEXT, TEXT, "", TEXT], np.array([[0.6, 0.1, 0.5], [0.2, 0.4, 0.3], nothing, nothing]))
     )
     assert [[one.label for one in found] for found in answers] == [["down", "up"], ["same"], [], []]
-    assert [[one.not_below for one in found] for found in answers] == [[None, None], [0.5], [], []]
+    assert [[one.missed_threshold for one in found] for found in answers] == [[None, None], [0.5], [], []]
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "several").eval()
     with torch.no_grad():
         logits = plain(**transformers.AutoTokenizer.from_pretrained(tmp_path / "several")(TEXT, return_tensors="pt"))
