@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -102,12 +103,15 @@ def test_a_node_that_is_lost_with_a_process_that_tries_rows_blames_none_of_them(
     archive, output = poisoned_archive(url, guilty), f"{url}/scores"
     bench.plant(predict={"tokens": poison_tokens, "do": "kill"})
     with scoring(bench, archive, classifier, output, "limits.max_bad_rows=1", run_id="lost") as job:
-        wait_until(
-            lambda: bool(bench.workers("LoneWorker")) or job.process.poll() is not None,
-            "a process that tries rows",
-            240,
-        )
-        bench.lose_node_of(bench.workers("LoneWorker")[0])
+        trying: list[psutil.Process] = []
+
+        def is_there() -> bool:
+            assert job.process.poll() is None, job.text
+            trying.extend(bench.workers("LoneWorker"))
+            return bool(trying)
+
+        wait_until(is_there, "a process that tries rows", 240)
+        bench.lose_node_of(trying[0])
         assert job.wait(400) == 0, job.text
     assert "a node was lost, and with it a process that tried rows alone" in job.text
     rows = check_nothing_lost(archive, output, faults=len(bench.events), exit_code=0, run_id="lost")

@@ -54,7 +54,7 @@ def test_a_scraped_run_has_the_numbers_of_its_archive(
     fakes.write_archive(archive, {"a.parquet": texts_table(300), "b.parquet": texts_table(90, 300), "c.parquet": bad})
     at_rest: dict[tuple[str, tuple[str, ...]], float] = {("ray_textsweep_waiting_blocks", ()): 0}
     at_rest |= {("ray_textsweep_actors", (state,)): state == "idle" for state in ("starting", "idle", "busy")}
-    running: dict[tuple[str, tuple[str, ...]], float] = {}
+    told: dict[tuple[str, tuple[str, ...]], float] = {}
 
     def scrape_and_end(counting: Any) -> None:
         """Scrape what ends with the progress actor: all is scored, and the run's only actor waits for more."""
@@ -62,8 +62,8 @@ def test_a_scraped_run_has_the_numbers_of_its_archive(
 
         def is_told() -> bool:
             progress.read_progress(counting)  # as the driver does each second, which keeps gauges alive
-            running.update(scrape(version))
-            return at_rest.items() <= running.items() and ("ray_textsweep_planned_rows", ()) in running
+            told.update(scrape(version))
+            return at_rest.items() <= told.items() and ("ray_textsweep_planned_rows", ()) in told
 
         wait_until(is_told, "Ray's processes to report (every 10 s)")
         progress.end_actors(counting)
@@ -75,40 +75,40 @@ def test_a_scraped_run_has_the_numbers_of_its_archive(
     record = read_json(open_store(output), f"{version}/_runs/scraped/run.json")["this_run"]
     rows = ("ray_textsweep_rows_total", ())
     tokens = ("ray_textsweep_tokens_total", ())
-    assert running["ray_textsweep_budget_tokens", ()] > 0
-    assert running["ray_textsweep_actor_seconds_total", ("idle",)] > 0
+    assert told["ray_textsweep_budget_tokens", ()] > 0
+    assert told["ray_textsweep_actor_seconds_total", ("idle",)] > 0
 
     def look() -> dict[tuple[str, tuple[str, ...]], float]:
         """All that was told until now: a gauge that nobody sets any more is not told for long."""
-        running.update(scrape(version))
-        return running
+        told.update(scrape(version))
+        return told
 
     wait_until(lambda: {rows, tokens} <= look().keys(), "Ray's processes to report (every 10 s)")
     wait_until(lambda: look()[tokens] == record["tokens"], "the progress actor's last report")
 
-    found = look()
-    assert found[rows] == 393
-    assert found["ray_textsweep_chunks_total", ()] == record["chunks_finished"]
-    assert found["ray_textsweep_errors_total", ("null",)] == 1
-    assert found["ray_textsweep_errors_total", ("empty",)] == 1
-    assert found["ray_textsweep_scored_rows_total", ()] == 391
-    assert found["ray_textsweep_truncated_rows_total", ()] == record["truncated"] > 0
-    assert found["ray_textsweep_planned_rows", ()] == 393
-    assert found["ray_textsweep_run_info", ("scraped",)] == 1
+    look()
+    assert told[rows] == 393
+    assert told["ray_textsweep_chunks_total", ()] == record["chunks_finished"]
+    assert told["ray_textsweep_errors_total", ("null",)] == 1
+    assert told["ray_textsweep_errors_total", ("empty",)] == 1
+    assert told["ray_textsweep_scored_rows_total", ()] == 391
+    assert told["ray_textsweep_truncated_rows_total", ()] == record["truncated"] > 0
+    assert told["ray_textsweep_planned_rows", ()] == 393
+    assert told["ray_textsweep_run_info", ("scraped",)] == 1
     objects = [path for path in open_store(output).at(version).list()["path"].to_pylist() if not path.startswith("_")]
     sizes = open_store(output).at(version).list()
     written = sum(row["size"] for row in sizes.to_pylist() if row["path"] in objects)
-    assert found["ray_textsweep_written_bytes_total", ()] == written
+    assert told["ray_textsweep_written_bytes_total", ()] == written
     for stage in ("read", "predict", "write"):
-        assert found["ray_textsweep_chunk_seconds_count", (stage,)] == record["chunks_finished"]
-    assert found["ray_textsweep_padding_tokens_total", ()] > 0
-    assert found["ray_textsweep_actor_seconds_total", ("busy",)] > 0
-    assert found["ray_textsweep_actor_seconds_total", ("starting",)] > 0
+        assert told["ray_textsweep_chunk_seconds_count", (stage,)] == record["chunks_finished"]
+    assert told["ray_textsweep_padding_tokens_total", ()] > 0
+    assert told["ray_textsweep_actor_seconds_total", ("busy",)] > 0
+    assert told["ray_textsweep_actor_seconds_total", ("starting",)] > 0
 
     known = {name for metric in telemetry.METRICS for name in metric.series}
-    assert {name.removesuffix("_created") for name, _ in found} <= known
-    told = {name for name, _ in found}
-    silent = {metric.name for metric in telemetry.METRICS if not told & set(metric.series)}
+    assert {name.removesuffix("_created") for name, _ in told} <= known
+    names = {name for name, _ in told}
+    silent = {metric.name for metric in telemetry.METRICS if not names & set(metric.series)}
     assert silent == {telemetry.FAILURES.name}, "no task failed"
 
 
