@@ -259,7 +259,7 @@ def print_sets(index: LabelledIndex, sources: list[LabelledSource], max_length: 
         dropped = index.dropped[source.name]
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         note = f"; left out {sum(dropped.values())} ({reasons})" if dropped else ""
-        print(f"{source.name}: {index.rows[source.name]} rows from {source.store.url}{note}", flush=True)
+        print(f"{source.name}: {index.rows[source.name]:,} rows from {source.store.url}{note}", flush=True)
     kind = index.task.value.replace("_", "-")
     learned = f"{len(index.labels)} labels" if index.task is not Task.REGRESSION else f"the number {index.labels[0]!r}"
     print(f"{learned}, {kind}, at most {max_length} tokens a text; ready in {seconds:.1f} s", flush=True)
