@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 from lib.checkpoint import fetch
-from lib.committing import find_committed
 from lib.corpus import CorpusIndex, find_corpus, prepare_corpus
 from lib.errors import UsageError
 from lib.language_model import check_family
@@ -22,7 +21,7 @@ from lib.storage import open_store
 from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
 from lib.training import absolute, check_base
-from lib.workers import RUNS_FOLDER, check_folder, claimed, place_workers, run_to_commit
+from lib.workers import RUNS_FOLDER, check_folder, claimed, committed_before, place_workers, run_to_commit
 
 
 def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str,
     Raises `UsageError` before any weights are loaded, `IncompleteError` if the same command can finish the run later.
     """
     output = open_store(config.output.path)
-    found = find_committed(output, config, run_id)
+    found = committed_before(output, config, run_id)
     if found is not None:
         print(f"{output.url}: run {run_id} committed this encoder already", flush=True)
         return found

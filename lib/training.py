@@ -13,7 +13,6 @@ from lib.augmentation import check_augment, check_augmenter
 from lib.calibration import check_decision
 from lib.checkpoint import fetch
 from lib.classifying import ClassifierJob, TaskJob
-from lib.committing import find_committed
 from lib.contrastive import check_contrastive, check_contrastive_task
 from lib.errors import UsageError
 from lib.facts import check_weights, max_positions, read_config
@@ -30,7 +29,7 @@ from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
 from lib.train_config import LabelledSection, TestSection, TrainConfig, TrainModelSection, TrainSection, ValidSection
 from lib.tuning import check_tuning
-from lib.workers import RUNS_FOLDER, check_folder, claimed, place_workers, run_to_commit
+from lib.workers import RUNS_FOLDER, check_folder, claimed, committed_before, place_workers, run_to_commit
 
 
 def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None = None) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None
     `IncompleteError` if the same command can finish the run later.
     """
     output = open_store(config.output.path)
-    found = find_committed(output, config, run_id)
+    found = committed_before(output, config, run_id)
     if found is not None:
         print(f"{output.url}: run {run_id} committed this checkpoint already", flush=True)
         return found

@@ -234,6 +234,14 @@ def less_memory(job: Job) -> str:
     return "raise optim.accumulation_steps (the result is the same)"
 
 
+def committed_before(output: Store, config: FitConfig, run_id: str) -> dict[str, Any] | None:
+    """What `metrics.json` holds if this run has committed; what it needed goes, too, if it was killed before it could remove that."""
+    metrics = find_committed(output, config, run_id)
+    if metrics is not None:
+        remove_run(output.at(f"{RUNS_FOLDER}/{run_id}"))
+    return metrics
+
+
 def remove_run(folder: Store) -> None:
     """Remove tokenized data and training states of a run that has committed, or will not begin."""
     with contextlib.suppress(FileNotFoundError), explained(folder.url, "remove"):

@@ -330,8 +330,15 @@ def test_a_finished_run_returns_at_once_and_another_is_refused(
     assert "committed this checkpoint already" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"checkpoint of run 'night-1', this is run 'night-2'"):
         train(config, "night-2", cluster_facts())
+    output = open_store(config.output.path)
+    output.replace(f"{RUNS_FOLDER}/night-1/data/train-00000.arrow", b"left by a driver that died after the commit")
+    output.replace(f"{RUNS_FOLDER}/night-2/run.json", b"{}")  # another one's
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"seed": 1})})
     with pytest.raises(UsageError, match=r"run 'night-1' with another configuration"):
+    assert [name for name in output.list()["path"].to_pylist() if RUNS_FOLDER in name] == [
+        f"{RUNS_FOLDER}/night-2/run.json"
+    ]
+    output.fs.rm(f"{output.root}/{RUNS_FOLDER}", recursive=True)
         train(other, "night-1", cluster_facts())
     fewer = config.model_copy(update={"resources": config.resources.model_copy(update={"num_workers": 1})})
     assert train(fewer, "night-1", cluster_facts()) == result
