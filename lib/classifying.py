@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -140,30 +140,63 @@ def check_duplicates(
         others = {
             name: one for name, one in sets.items() if name not in ("train", teacher) and one is not sets["train"]
         }
-        known[teacher] = known_rows(sets[teacher], others)
-        shown = ", ".join(
-            f"{count:,} of {len(sets[name]):,} {name} rows" for name, count in known[teacher].items() if count
-        )
-        if not shown:
-            continue
-        shown += f" have the text of a {what} row"
-        if config.data.duplicates == "refuse":
-            if any(count > MAX_KNOWN * len(others[name]) for name, count in known[teacher].items()):
-                raise UsageError(
-                    f'data.duplicates = "refuse": {shown}, expected at most {MAX_KNOWN:.1%}; remove them, or set'
-                    f' data.duplicates = "drop" to leave them out of {what}'
-                )
-        elif config.data.duplicates == "drop":
-            left = without_known(sets[teacher], others)
-            if not len(left):
-                raise UsageError(f'data.duplicates = "drop": {shown}, and no {what} row is left without them')
-            if rank == 0:
-                say(f"{shown}: {len(sets[teacher]) - len(left):,} {what} rows are left out")
-            sets = sets | dict.fromkeys(("train", "valid") if is_one else (teacher,), left)
-            continue
-        if rank == 0:
-            say(f"WARNING: {shown}, {use} (data.duplicates)")
+        left, known[teacher] = look_for_known(sets[teacher], others, what, use, config, rank)
+        sets = sets | dict.fromkeys(("train", "valid") if is_one else (teacher,), left)
     return sets, known
+
+
+def check_tasks_apart(
+    several: Mapping[str, dict[str, Subset]], config: TrainConfig, rank: int
+) -> tuple[dict[str, dict[str, Subset]], dict[str, dict[str, dict[str, int]]]]:
+    """The same between tasks: what one learns from, and another one is evaluated on.
+
+    Returns each task's sets, and of each the rows of its other sets that other tasks learn from: task, set, count.
+    """
+    found, known = dict(several), {name: dict[str, dict[str, int]]() for name in several}
+    for teacher, sets in several.items():
+        places = {
+            f"tasks.{task}.{name}": (task, name)
+            for task, others in several.items()
+            for name in ("valid", "test")
+            if task != teacher and name in others
+        }
+        others = {place: several[task][name] for place, (task, name) in places.items()}
+        what, use = f"tasks.{teacher} training", TEACHERS["train"][1]
+        left, counts = look_for_known(sets["train"], others, what, use, config, rank)
+        found[teacher] = sets | {"train": left}
+        for place, (task, name) in places.items():
+            known[task].setdefault(teacher, {})[name] = counts[place]
+    return found, known
+
+
+def look_for_known(
+    learned: Subset, others: Mapping[str, Subset], what: str, use: str, config: TrainConfig, rank: int
+) -> tuple[Subset, dict[str, int]]:
+    """Count rows of other sets that have a text of the rows that are learned from, and do what `data.duplicates` says.
+
+    Returns what may be learned from. `what` those rows are, and the `use` of the others that suffers, is for messages.
+    """
+    known = known_rows(learned, others)
+    shown = ", ".join(f"{count:,} of {len(others[name]):,} {name} rows" for name, count in known.items() if count)
+    if not shown:
+        return learned, known
+    shown += f" have the text of a {what} row"
+    if config.data.duplicates == "refuse":
+        if any(count > MAX_KNOWN * len(others[name]) for name, count in known.items()):
+            raise UsageError(
+                f'data.duplicates = "refuse": {shown}, expected at most {MAX_KNOWN:.1%}; remove them, or set'
+                f' data.duplicates = "drop" to leave them out of {what}'
+            )
+    elif config.data.duplicates == "drop":
+        left = without_known(learned, others)
+        if not len(left):
+            raise UsageError(f'data.duplicates = "drop": {shown}, and no {what} row is left without them')
+        if rank == 0:
+            say(f"{shown}: {len(learned) - len(left):,} {what} rows are left out")
+        return left, known
+    if rank == 0:
+        say(f"WARNING: {shown}, {use} (data.duplicates)")
+    return learned, known
 
 
 def new_model(job: ClassifierJob) -> PreTrainedModel:
@@ -187,7 +220,10 @@ class ClassifierFit(Fit):
 
     def __init__(self, job: ClassifierJob, team: Team) -> None:
         checked = [check_duplicates(open_sets(job, task), job.config, team.rank) for task in job.tasks]
-        self.sets_of = [sets for sets, _ in checked]
+        own = {task.name: sets for task, (sets, _) in zip(job.tasks, checked, strict=True)}
+        apart, self.known_from_tasks = check_tasks_apart(own, job.config, team.rank)
+        """of each task, by the other task that learns from them, how many rows of each set"""
+        self.sets_of = list(apart.values())
         """each task's own rows"""
         self.known = [known for _, known in checked]
         """of each task, by the set that they are known from, how many rows of each other set"""

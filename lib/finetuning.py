@@ -108,6 +108,7 @@ def task_metrics(
         "dropped": index.dropped,
         "known_from_training": fit.known[number]["train"],
         "known_from_validation": fit.known[number]["valid"],
+        "known_from_tasks": fit.known_from_tasks[fit.job.tasks[number].name],
         "labels": list(index.labels),
         "temperature": decision.temperature,
         "thresholds": decision.thresholds,

@@ -183,3 +183,4 @@ fine-tuned from <code>{{ trained.config.model.base }}</code>. {% if trained.conf
 <h2>Configuration</h2><pre>{{ trained.config | tojson(indent=2) }}</pre>
 </body></html>
 """
+{% for task, counts in metrics.known_from_tasks.items() %}{% for name, rows in counts.items() if rows %}<p>{{ "{:,}".format(rows) }} {{ name }} rows are known from the training rows of the task {{ task }}.</p>{% endfor %}{% endfor %}

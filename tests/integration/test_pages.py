@@ -89,6 +89,7 @@ def training_page() -> str:
         "known_from_training": {"valid": 0, "test": 12},
         "known_from_validation": {"test": 3},
         "history": [{"step": step, "train_loss": 0.5, "loss": 0.4, "macro_f1": 0.7} for step in (10, 20)],
+        "known_from_tasks": {"other": {"valid": 0, "test": 1_234}},
         "errors": [
             {"shard": f"{LONG}/part-00000.parquet", "row": 123_456, **error, "explained": explained},
             {"shard": "a.parquet", "row": 7, **error},

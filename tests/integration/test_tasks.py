@@ -95,6 +95,24 @@ def test_each_head_is_measured_on_its_own_rows(trained: tuple[str, dict[str, Any
     assert tone["temperature"] != flags["temperature"]
 
 
+def test_rows_that_another_task_is_tested_on_are_not_learned_from(settings: dict[str, Any], tmp_path: Path) -> None:
+    texts, _ = make_rows(31, 3)  # those that the tone is tested on
+    new, _ = make_rows(20, 5)
+    label = [flags_of(text) for text in [*texts[:4], *new]]
+    fakes.write_archive(str(tmp_path), {"flags.parquet": pa.table({"words": [*texts[:4], *new], "label": label})})
+    fakes.write_archive(str(tmp_path), {"valid.parquet": pa.table({"words": new[:5], "label": label[4:9]})})
+    flags = {"path": f"{tmp_path}/flags.parquet", "valid": f"{tmp_path}/valid.parquet", "text_column": "words"}
+    tasks = settings["tasks"] | {"flags": flags}
+    found = run(settings, tmp_path / "model", tasks=tasks, data={"duplicates": "drop"}, optim={"epochs": 1})
+    tone, flags = found["tasks"]["tone"], found["tasks"]["flags"]
+    assert tone["known_from_tasks"] == {"flags": {"valid": 0, "test": 4}}
+    assert flags["known_from_tasks"] == {"tone": {"valid": 0}}
+    assert flags["known_from_training"] == {"valid": 5}
+    assert flags["rows"]["train"] == 20 - 5, "without those of its own validation and those of the other's test"
+    page = (open_store(str(tmp_path / "model")).read("report.html") or b"").decode()
+    assert "4 test rows are known from the training rows of the task flags" in page
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_workers_learn_what_one_learns(
     strategy: str, trained: tuple[str, dict[str, Any]], settings: dict[str, Any], tmp_path: Path

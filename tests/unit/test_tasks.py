@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.batching import sample_rows, share_of
+from lib.classifying import check_tasks_apart
 from lib.config import parse_command, validate
 from lib.errors import UsageError
 from lib.learning import Team, accumulate
 from lib.loss import Objective, SeveralObjectives, rdrop_losses
-from lib.mapped import LabelledSet
+from lib.mapped import LabelledSet, Subset
 from lib.model import logits_of, new_classifier
 from lib.schema import Task
 from lib.train_config import TrainConfig
@@ -52,6 +53,63 @@ def test_without_a_temperature_each_row_is_seen_once_and_with_one_epochs_differ(
     first, second = (sample_rows([10, 1000], 4.0, 0, epoch) for epoch in (0, 1))
     assert np.count_nonzero(first < 10) == np.count_nonzero(second < 10) > 100
     assert not np.array_equal(first, second)
+
+
+# what another task learns from
+
+
+class Hashed(LabelledSet):
+    """Rows of which only the texts matter."""
+
+    def __init__(self, hashes: list[int]) -> None:
+        self.hashes = np.array(hashes, np.uint64)
+
+
+def rows_with(*hashes: int) -> Subset:
+    return Subset(Hashed(list(hashes)), np.arange(len(hashes)))
+
+
+def configured(duplicates: str) -> TrainConfig:
+    return validate(TrainConfig, REQUIRED | {"train": {"path": "t"}, "data": {"duplicates": duplicates}})
+
+
+def tasks_that_share_texts() -> dict[str, dict[str, Subset]]:
+    return {
+        "tone": {"train": rows_with(1, 2, 3), "valid": rows_with(4), "test": rows_with(5, 6, 6)},
+        "topic": {"train": rows_with(6, 7, 4, 8), "valid": rows_with(9)},
+        "stars": {"train": rows_with(20), "valid": rows_with(21), "test": rows_with(9, 22)},
+    }
+
+
+def test_what_one_task_learns_from_and_another_is_tested_on_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    several = tasks_that_share_texts()
+    found, known = check_tasks_apart(several, configured("keep"), 0)
+    assert [len(sets["train"]) for sets in found.values()] == [3, 4, 1]
+    assert known["tone"] == {"topic": {"valid": 1, "test": 2}, "stars": {"valid": 0, "test": 0}}
+    assert known["topic"] == {"tone": {"valid": 0}, "stars": {"valid": 0}}, (
+        "valid and test of two tasks may share texts"
+    )
+    said = capsys.readouterr().err
+    assert (
+        "1 of 1 tasks.tone.valid rows, 2 of 3 tasks.tone.test rows have the text of a tasks.topic training row" in said
+    )
+    assert said.count("WARNING") == 1
+
+
+def test_such_rows_are_left_out_of_what_is_learned_or_refused() -> None:
+    several = tasks_that_share_texts()
+    found, _ = check_tasks_apart(several, configured("drop"), 0)
+    assert found["topic"]["train"].hashes.tolist() == [7, 8]
+    assert all(found[name] == several[name] for name in ("tone", "stars"))
+    with pytest.raises(
+        UsageError, match=r"tasks\.tone\.test rows have the text of a tasks\.topic training row, expected at most 0\.1%"
+    ):
+        check_tasks_apart(several, configured("refuse"), 0)
+
+
+def test_one_task_has_no_other() -> None:
+    sets = {"": {"train": rows_with(1), "valid": rows_with(1), "test": rows_with(1)}}
+    assert check_tasks_apart(sets, configured("refuse"), 0) == (sets, {"": {}})
 
 
 # each row's own loss
