@@ -21,6 +21,9 @@ IntArray = npt.NDArray[np.integer]
 CALIBRATION_BINS = 15
 """As in Guo et al. 2017."""
 
+MEAN_DISTANCE = float(np.sqrt(2 / np.pi))
+"""Of a normal number from its mean, in standard deviations."""
+
 LARGEST_LOG_TEMPERATURE = 3.0
 """A temperature is sought from 1/20 to 20."""
 
@@ -159,24 +162,39 @@ def find_abstention(probabilities: FloatArray, targets: IntArray, accuracy: floa
 def reliability(probabilities: FloatArray, targets: Targets, task: Task) -> list[dict[str, float]]:
     """Rows, mean score and share of right answers in each of 15 equal steps of the score that has any, lowest first.
 
-    The score is the likeliest class's probability; for multi-label each (row, label) pair's counts by itself.
+    The score is the likeliest class's probability; for multi-label each (row, label) pair's counts by itself. `deviation`
+    is the standard deviation of the share if every score were what it says: closer than that is chance.
     """
     if task is Task.MULTI_LABEL:
         scores, right = probabilities.ravel(), targets.ravel() == 1
     else:
         scores, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
     places = np.minimum((scores * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
-    return [
-        {
-            "rows": int((places == place).sum()),
-            "score": float(scores[places == place].mean()),
-            "right": float(right[places == place].mean()),
-        }
-        for place in np.unique(places)
-    ]
+    found = []
+    for place in np.unique(places):
+        own, rows = scores[places == place], int((places == place).sum())
+        found.append(
+            {
+                "rows": rows,
+                "score": float(own.mean()),
+                "right": float(right[places == place].mean()),
+                "deviation": float(np.sqrt((own * (1 - own)).sum())) / rows,
+            }
+        )
+    return found
 
 
 def calibration_error(bins: list[dict[str, float]]) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3): the gap of score and share, by rows."""
     rows = sum(one["rows"] for one in bins)
     return sum(one["rows"] * abs(one["score"] - one["right"]) for one in bins) / rows
+
+
+def chance_error(bins: list[dict[str, float]]) -> float:
+    """The mean calibration error of so many rows if every score were what it says: a model's own cannot be told from none below it.
+
+    What drawing the labels from the scores gives on average (Broecker and Smith 2007, doi 10.1175/WAF993.1), with shares taken as
+    normal.
+    """
+    rows = sum(one["rows"] for one in bins)
+    return MEAN_DISTANCE * sum(one["rows"] * one["deviation"] for one in bins) / rows

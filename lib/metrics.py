@@ -19,7 +19,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from lib.calibration import Decision, FloatArray, calibration_error, reliability
+from lib.calibration import Decision, FloatArray, calibration_error, chance_error, reliability
 from lib.errors import UsageError
 from lib.schema import Targets, Task
 from lib.train_config import StoppingSection
@@ -95,7 +95,8 @@ def describe(truth: Targets, logits: FloatArray, decision: Decision, labels: Seq
     `coverage` is the part of the rows that get a label, `answered_accuracy` the accuracy on them; all else is on all rows.
     `average_precision` is the area under a class's precision-recall curve; `precision_recall` is the curve of all classes'
     probabilities together (micro average), at most `CURVE_POINTS` of its points; `reliability` has for each fifteenth
-    of the scores how many there are, their mean, and the part of them that is right; from it comes `calibration_error`.
+    of the scores how many there are, their mean, and the part of them that is right; from it comes `calibration_error`, and
+    `chance_calibration_error`, which so many rows of honest scores would have.
     """
     if decision.task is Task.REGRESSION:
         return {"rows": len(truth), **summarize(truth, logits, decision)}
@@ -132,6 +133,7 @@ def describe(truth: Targets, logits: FloatArray, decision: Decision, labels: Seq
         **summarize(truth, logits, decision),
         **answered,
         "calibration_error": calibration_error(bins),
+        "chance_calibration_error": chance_error(bins),
         "per_class": per_class,
         "confusion": confusion.tolist(),
         "precision_recall": curve(hot, probabilities),

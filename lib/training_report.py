@@ -3,12 +3,13 @@
 One file without scripts or outside links; `metrics.json` has the same numbers.
 """
 
+import itertools
 from typing import Any
 
 from lib.checkpoint import Card
 from lib.highlight import LEGEND, marked_html
 from lib.metrics import SHOWN, metrics_of, top_confusions
-from lib.plots import COLOR, SECOND_COLOR, bar_plot, render_page, to_svg
+from lib.plots import COLOR, GREY, SECOND_COLOR, bar_plot, render_page, to_svg
 from lib.words import Word
 
 MATRIX_LABELS = 30
@@ -40,6 +41,7 @@ def training_report(card: Card, metrics: dict[str, Any]) -> str:
         plots["Labels of the training rows"] = bar_plot(
             dict(most[:MATRIX_LABELS]) | (rest if len(most) > MATRIX_LABELS else {})
         )
+    plots["Tokens of the training rows"] = bar_plot(length_counts(metrics["lengths"]))
     return render_page(
         PAGE,
         card=card,
@@ -62,6 +64,16 @@ def body_of(page: str) -> str:
     return page[page.index("<body>") + len("<body>") : page.index("</body>")]
 
 
+def length_counts(lengths: dict[str, Any]) -> dict[str, int]:
+    """Rows by tokens, of those whose length was counted, up to the longest: between limits, of which `longer_than` has the rows above."""
+    limits = [0, *map(int, lengths["longer_than"])]
+    above = [lengths["rows"], *lengths["longer_than"].values(), 0]
+    names = [f"{low + 1:,} to {high:,}" for low, high in itertools.pairwise(limits)] + [f"over {limits[-1]:,}"]
+    counts = [more - less for more, less in itertools.pairwise(above)]
+    longest = max((place for place, count in enumerate(counts) if count), default=0)
+    return dict(zip(names[: longest + 1], counts, strict=False))
+
+
 def curves_plot(history: list[dict[str, float]], metric: str, best_step: int) -> str:
     """Losses of training and validation by step, and the metric that chose the weights."""
     from matplotlib.figure import Figure
@@ -72,7 +84,7 @@ def curves_plot(history: list[dict[str, float]], metric: str, best_step: int) ->
     axes = figure.subplots()
     axes.plot(steps, [one["train_loss"] for one in history], color=COLOR, marker=marker, ms=3, label="training loss")
     axes.plot(steps, [one["loss"] for one in history], color=SECOND_COLOR, marker=marker, ms=3, label="validation loss")
-    axes.axvline(best_step, color="#8a939c", lw=1, ls=":")
+    axes.axvline(best_step, color=GREY, lw=1, ls=":")
     axes.set_xlabel("step (dotted: the weights that were kept)")
     axes.set_ylabel("loss")
     axes.set_ylim(bottom=0)
@@ -98,16 +110,23 @@ def precision_recall_plot(curve: dict[str, list[float]]) -> str:
 
 
 def reliability_plot(bins: list[dict[str, float]]) -> str:
-    """How often answers are right, over their score; on the diagonal a score is what it says."""
+    """How often answers are right, over their score; on the diagonal a score is what it says, and on the bars it may be, by chance."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 2.9), layout="constrained")
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="#8a939c", lw=1, ls=":")
+    axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
     total = sum(one["rows"] for one in bins)
-    axes.scatter([one["score"] for one in bins], [one["right"] for one in bins], color=COLOR, zorder=3,
+    scores, honest = [one["score"] for one in bins], [2 * one["deviation"] for one in bins]
+    axes.errorbar(scores, scores, yerr=honest, fmt="none", ecolor=GREY, capsize=3)
+    axes.scatter(scores, [one["right"] for one in bins], color=COLOR, zorder=3,
                  s=[20 + 300 * one["rows"] / total for one in bins])  # fmt: skip
-    axes.set(xlabel="score (size: how many there are)", ylabel="part that is right", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.set(
+        xlabel="score (size: how many there are; bars: where honest scores lie, 19 of 20)",
+        ylabel="part that is right",
+        xlim=(0, 1.02),
+        ylim=(0, 1.02),
+    )
     return to_svg(figure)
 
 
@@ -148,7 +167,7 @@ PAGE = """<!doctype html>
 fine-tuned from <code>{{ trained.config.model.base }}</code>. {% if trained.config.valid.path is none and not trained.config.valid.fraction %}No rows were set aside: what is called validation are the training rows{% elif trained.config.stopping.keep == "last" %}The weights of the last step: by the validation rows none were chosen{% else %}Chosen by {{ metrics.metric | replace("_", " ") }} on the validation rows{% endif %}{% if metrics.averaged_steps %}, averaged over steps {{ metrics.averaged_steps | join(", ") }}{% endif %}.</p>
 <div class="tiles">
 {% for name in shown %}<div class="tile"><b>{{ "%.4f" | format(found[name]) }}</b><span>{{ name | replace("_", " ") }}, {{ evaluated }} rows</span></div>
-{% endfor %}{% if found.calibration_error is defined %}<div class="tile"><b>{{ "%.4f" | format(found.calibration_error) }}</b><span>calibration error</span></div>
+{% endfor %}{% if found.calibration_error is defined %}<div class="tile"><b>{{ "%.4f" | format(found.calibration_error) }}</b><span>calibration error (chance alone: {{ "%.4f" | format(found.chance_calibration_error) }})</span></div>
 {% endif %}{% if found.coverage is defined %}<div class="tile"><b>{{ "%.1f" | format(100 * found.coverage) }}%</b><span>of rows get a label</span></div>
 {% endif %}<div class="tile"><b>{{ "{:,}".format(metrics.rows.train) }}</b><span>rows learned from</span></div>
 <div class="tile"><b>{{ "{:,.0f}".format(metrics.seconds) }} s</b><span>of training</span></div>
@@ -166,6 +185,7 @@ fine-tuned from <code>{{ trained.config.model.base }}</code>. {% if trained.conf
 <h2>Data</h2><table><tr><th>set</th><th>rows</th><th>left out</th><th>known from training</th><th>known from validation</th></tr>
 {% for name, rows in metrics.rows.items() %}<tr><td>{{ name }}</td><td>{{ "{:,}".format(rows) }}</td><td>{% for reason, count in metrics.dropped.get(name, {}).items() %}{{ "{:,}".format(count) }} {{ reason }}{{ ", " if not loop.last }}{% endfor %}</td><td>{{ "{:,}".format(metrics.known_from_training[name]) if name in metrics.known_from_training }}</td><td>{{ "{:,}".format(metrics.known_from_validation[name]) if name in metrics.known_from_validation }}</td></tr>
 {% endfor %}</table>
+{% for task, counts in metrics.known_from_tasks.items() %}{% for name, rows in counts.items() if rows %}<p>{{ "{:,}".format(rows) }} {{ name }} rows are known from the training rows of the task {{ task }}.</p>{% endfor %}{% endfor %}
 <p>Texts are {% if card.windows %}read in windows of {{ card.max_length }} tokens{% else %}cut at {{ card.max_length }} tokens ({{ card.truncation }}){% endif %}.</p>
 <table><tr><th>tokens</th><th>so many of {{ "{:,}".format(lengths.rows) }} training rows are longer</th></tr>
 {% for limit, rows in lengths.longer_than.items() %}<tr><td>{{ limit }}</td><td>{{ "%.1f" | format(100 * rows / lengths.rows) }}%</td></tr>
@@ -183,4 +203,3 @@ fine-tuned from <code>{{ trained.config.model.base }}</code>. {% if trained.conf
 <h2>Configuration</h2><pre>{{ trained.config | tojson(indent=2) }}</pre>
 </body></html>
 """
-{% for task, counts in metrics.known_from_tasks.items() %}{% for name, rows in counts.items() if rows %}<p>{{ "{:,}".format(rows) }} {{ name }} rows are known from the training rows of the task {{ task }}.</p>{% endfor %}{% endfor %}

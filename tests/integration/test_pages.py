@@ -69,10 +69,11 @@ def training_page() -> str:
         "micro_f1": 0.9,
         "loss": 0.3,
         "calibration_error": 0.1,
+        "chance_calibration_error": 0.05,
         "per_class": per_class,
         "precision_recall": {"recall": [0, 1], "precision": [1, 0.5]},
         "confusion": [[50, 1, 2, 3], [4, 50, 5, 6], [7, 8, 50, 9], [1, 2, 3, 50]],
-        "reliability": [{"score": 0.5, "right": 0.4, "rows": 10}],
+        "reliability": [{"score": 0.5, "right": 0.4, "rows": 10, "deviation": 0.16}],
     }
     metrics: dict[str, Any] = {
         "run_id": "20261122T103549Z-164a",
@@ -88,8 +89,8 @@ def training_page() -> str:
         "dropped": {"train": {"null label": 3, "empty text": 4}},
         "known_from_training": {"valid": 0, "test": 12},
         "known_from_validation": {"test": 3},
-        "history": [{"step": step, "train_loss": 0.5, "loss": 0.4, "macro_f1": 0.7} for step in (10, 20)],
         "known_from_tasks": {"other": {"valid": 0, "test": 1_234}},
+        "history": [{"step": step, "train_loss": 0.5, "loss": 0.4, "macro_f1": 0.7} for step in (10, 20)],
         "errors": [
             {"shard": f"{LONG}/part-00000.parquet", "row": 123_456, **error, "explained": explained},
             {"shard": "a.parquet", "row": 7, **error},
@@ -282,7 +283,7 @@ MIN_LETTER_PIXELS = 9
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize(
-    ("page", "num_plots"), [(training_page, 5), (explained_page, 0), (scoring_page, 5), (first_scoring_page, 0)]
+    ("page", "num_plots"), [(training_page, 6), (explained_page, 0), (scoring_page, 5), (first_scoring_page, 0)]
 )
 def test_pages_fit_with_plots_that_can_be_read_and_no_errors(
     page: Any, num_plots: int, width: int, tmp_path: Path

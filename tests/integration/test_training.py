@@ -44,7 +44,7 @@ from lib.states import STATES_FOLDER, STATES_NAME
 from lib.storage import open_store
 from lib.train_config import TrainConfig
 from lib.training import train
-from lib.training_report import training_report
+from lib.training_report import length_counts, training_report
 from lib.windows import Windows
 from lib.workers import RUNS_FOLDER, claim, place_workers, run_workers
 from tests import fakes
@@ -236,7 +236,7 @@ def test_the_report_shows_the_numbers_of_metrics_json_and_no_text(
         assert labels.loc[each["label"], "test rows"] == each["support"]
     sets = next(table for table in tables if "known from training" in table.columns).set_index("set")
     assert sets["rows"].to_dict() == found["rows"]
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     assert not re.search(r"<script|<link|src=|https?://(?!www\.w3\.org)(?!purl\.org)(?!creativecommons\.org)", page)
 
     texts, truth = make_rows(TEST_ROWS, 3)
@@ -260,6 +260,10 @@ def test_the_report_shows_the_numbers_of_metrics_json_and_no_text(
     for limit, count in found["lengths"]["longer_than"].items():
         assert count == sum(length > int(limit) for length in counts)
     assert 0 < found["lengths"]["longer_than"]["32"] < TRAIN_ROWS
+    drawn = length_counts(found["lengths"])
+    edges = np.array([0, 16, 32, 64, 128, 256])[: len(drawn) + 1]
+    assert list(drawn.values()) == list(np.histogram(counts, edges + 0.5)[0])
+    assert list(drawn)[1] == "17 to 32" and "17 to 32" in page
 
 
 def test_names_in_the_report_are_text_and_nothing_else(one: tuple[TrainConfig, dict[str, Any]]) -> None:
@@ -326,19 +330,19 @@ def test_a_finished_run_returns_at_once_and_another_is_refused(
 ) -> None:
     config, result = two
     monkeypatch.setattr("lib.training.run_to_commit", None)  # nothing is run again
-    assert train(config, "night-1", cluster_facts()) == result
-    assert "committed this checkpoint already" in capsys.readouterr().out
-    with pytest.raises(UsageError, match=r"checkpoint of run 'night-1', this is run 'night-2'"):
-        train(config, "night-2", cluster_facts())
     output = open_store(config.output.path)
     output.replace(f"{RUNS_FOLDER}/night-1/data/train-00000.arrow", b"left by a driver that died after the commit")
     output.replace(f"{RUNS_FOLDER}/night-2/run.json", b"{}")  # another one's
-    other = config.model_copy(update={"optim": config.optim.model_copy(update={"seed": 1})})
-    with pytest.raises(UsageError, match=r"run 'night-1' with another configuration"):
+    assert train(config, "night-1", cluster_facts()) == result
+    assert "committed this checkpoint already" in capsys.readouterr().out
     assert [name for name in output.list()["path"].to_pylist() if RUNS_FOLDER in name] == [
         f"{RUNS_FOLDER}/night-2/run.json"
     ]
     output.fs.rm(f"{output.root}/{RUNS_FOLDER}", recursive=True)
+    with pytest.raises(UsageError, match=r"checkpoint of run 'night-1', this is run 'night-2'"):
+        train(config, "night-2", cluster_facts())
+    other = config.model_copy(update={"optim": config.optim.model_copy(update={"seed": 1})})
+    with pytest.raises(UsageError, match=r"run 'night-1' with another configuration"):
         train(other, "night-1", cluster_facts())
     fewer = config.model_copy(update={"resources": config.resources.model_copy(update={"num_workers": 1})})
     assert train(fewer, "night-1", cluster_facts()) == result

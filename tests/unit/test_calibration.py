@@ -14,6 +14,7 @@ from lib.blocks import summarise
 from lib.calibration import (
     Decision,
     calibration_error,
+    chance_error,
     check_decision,
     decide,
     find_temperature,
@@ -155,6 +156,23 @@ def test_the_score_of_one_label_a_row_is_that_of_the_likeliest() -> None:
     assert [one["score"] for one in bins] == pytest.approx([0.63, 0.99])
     assert [one["right"] for one in bins] == [0.5, 0.5]
     assert calibration_error(bins) == pytest.approx((2 * 0.13 + 2 * 0.49) / 4)
+
+
+@pytest.mark.parametrize("task", [Task.MULTI_CLASS, Task.MULTI_LABEL])
+def test_what_chance_leaves_of_honest_scores_is_what_drawing_the_labels_from_them_leaves(task: Task) -> None:
+    chance = np.random.default_rng(1)
+    logits = chance.normal(scale=3.0, size=(1_500, 4))
+    probabilities = softmax(logits, axis=1) if task is Task.MULTI_CLASS else expit(logits)
+    found = []
+    for _ in range(200):
+        if task is Task.MULTI_LABEL:
+            truth = (chance.random(probabilities.shape) < probabilities).astype(np.int64)
+        else:
+            truth = (chance.random((len(logits), 1)) > probabilities.cumsum(axis=1)).sum(axis=1)
+        bins = reliability(probabilities, truth, task)
+        found.append(calibration_error(bins))
+    assert chance_error(bins) == pytest.approx(np.mean(found), rel=0.05)
+    assert chance_error(bins) < calibration_error(reliability(np.sqrt(probabilities), truth, task))
 
 
 def test_scoring_gives_the_labels_that_training_measured() -> None:
