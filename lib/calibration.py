@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_expit, log_softmax, softmax
+from scipy.special import expit, log_expit, log_softmax, logit, softmax
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_curve
 
 from lib.errors import UsageError, say
@@ -23,6 +24,9 @@ CALIBRATION_BINS = 15
 
 MEAN_DISTANCE = float(np.sqrt(2 / np.pi))
 """Of a normal number from its mean, in standard deviations."""
+
+SMALLEST_SCORE = 1e-12
+"""That has a logit, and as far from 1 the largest one."""
 
 LARGEST_LOG_TEMPERATURE = 3.0
 """A temperature is sought from 1/20 to 20."""
@@ -115,7 +119,7 @@ def find_temperature(logits: FloatArray, targets: Targets, task: Task) -> float:
 
 
 def find_thresholds(probabilities: FloatArray, targets: IntArray, goal: str | float) -> tuple[float, ...]:
-    """For each label the threshold with the best F1, or with the best recall of those with at least that precision.
+    """For each label the threshold with the best F1 to expect, or with the best recall of those with at least that precision.
 
     Half-way to the next lower probability, so that rounding changes nothing. A label without a row that has it keeps 0.5; one
     that never comes to the precision is given from its largest probability on.
@@ -125,16 +129,33 @@ def find_thresholds(probabilities: FloatArray, targets: IntArray, goal: str | fl
         if not truth.any():
             found.append(MULTI_LABEL_THRESHOLD)
             continue
-        precision, recall, limits = precision_recall_curve(truth, column)
-        precision, recall = precision[:-1], recall[:-1]
-        if goal == "f1":
-            best = int(np.argmax(2 * precision * recall / np.maximum(precision + recall, 1e-12)))
-        else:
-            enough = np.flatnonzero(precision >= float(goal))
-            best = int(enough[0]) if len(enough) else len(limits) - 1
-        lower = column[column < limits[best]]
-        found.append(float((limits[best] + lower.max()) / 2) if len(lower) else float(limits[best]))
+        limit = limit_for_f1(column, truth) if goal == "f1" else limit_for_precision(column, truth, float(goal))
+        lower = column[column < limit]
+        found.append(float((limit + lower.max()) / 2) if len(lower) else limit)
     return tuple(found)
+
+
+def limit_for_f1(scores: FloatArray, truth: IntArray) -> float:
+    """The score (of N) from which on giving a label has the best F1 that rows like these can be expected to have.
+
+    Not the best on these rows themselves, which of a rare label a few rows decide by chance: a logistic regression makes the scores'
+    logits probabilities (Platt 1999), and those are counted in place of rows (as in Ye et al., ICML 2012).
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, truth = scores[order].astype(np.float64), truth[order]
+    logits = logit(scores.clip(SMALLEST_SCORE, 1 - SMALLEST_SCORE))[:, None]
+    likely = (
+        np.ones(len(scores)) if truth.all() else LogisticRegression().fit(logits, truth).predict_proba(logits)[:, 1]
+    )
+    f1 = 2 * likely.cumsum() / (np.arange(1, len(scores) + 1) + likely.sum())
+    return float(scores[np.argmax(f1)])  # never among rows of one score: over these it rises or falls throughout
+
+
+def limit_for_precision(scores: FloatArray, truth: IntArray, least: float) -> float:
+    """The lowest score from which on a label is right at least so often; the largest of all if there is none."""
+    precision, _, limits = precision_recall_curve(truth, scores)
+    enough = np.flatnonzero(precision[:-1] >= least)
+    return float(limits[enough[0] if len(enough) else -1])
 
 
 def find_abstention(probabilities: FloatArray, targets: IntArray, accuracy: float) -> float:

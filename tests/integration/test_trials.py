@@ -61,7 +61,7 @@ def test_banking77_reaches_92_percent(tmp_path: Path, ray_session: None) -> None
 
 @pytest.mark.timeout(7_200)
 def test_goemotions_reaches_047_of_macro_f1(tmp_path: Path, ray_session: None) -> None:
-    """With a threshold for each label; 0.4904 when its settings were chosen."""
+    """With a threshold for each label; 0.4946 when its settings were chosen."""
     assert run_trial("goemotions", tmp_path)["macro_f1"] >= 0.47
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.special import expit, softmax
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import f1_score, log_loss, precision_score, recall_score
+from sklearn.metrics import f1_score, log_loss, precision_recall_curve, precision_score, recall_score
 from torch.nn import functional
 
 from lib.blocks import summarise
@@ -109,14 +109,42 @@ def test_losses_are_those_of_torch(task: Task) -> None:
         )
 
 
-def test_thresholds_have_the_best_f1_of_all_that_there_are() -> None:
+def best_f1(truth: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
+    """The best F1 that any threshold has on these rows, and the threshold, by scikit-learn."""
+    precision, recall, limits = precision_recall_curve(truth, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return float(f1.max()), float(limits[min(int(f1.argmax()), len(limits) - 1)])
+
+
+def test_thresholds_have_the_best_f1_that_there_is_whatever_the_scores_say() -> None:
     logits, truth = honest(Task.MULTI_LABEL)
-    probabilities, truth = expit(logits[:300] - 1), truth[:300]
-    found = find_thresholds(probabilities, truth, "f1")
-    for column, limit in enumerate(found):
-        best = max(f1_score(truth[:, column], probabilities[:, column] >= one) for one in probabilities[:, column])
-        assert f1_score(truth[:, column], probabilities[:, column] >= limit) == pytest.approx(best)
+    probabilities = expit(1.7 * logits - 1)
+    for column, limit in enumerate(find_thresholds(probabilities, truth, "f1")):
+        best, _ = best_f1(truth[:, column], probabilities[:, column])
+        assert f1_score(truth[:, column], probabilities[:, column] >= limit) == pytest.approx(best, abs=0.003)
+        assert f1_score(truth[:, column], probabilities[:, column] >= 0.5) < best - 0.01
         assert limit not in probabilities[:, column], "half-way between two, so that rounding changes nothing"
+
+
+def test_thresholds_of_rare_labels_are_not_those_of_the_few_rows_that_have_them() -> None:
+    """500 labels that 2% of 500 rows have: on other rows the best threshold of these gives less than what is expected."""
+    chance = np.random.default_rng(0)
+    logits, new = (chance.normal(-6, 2.5, (rows, 500)) for rows in (500, 2_000))
+    truth, fresh = (chance.random(one.shape) < expit(one) for one in (logits, new))
+    assert 0.015 < truth.mean() < 0.05
+    scores, later = expit(1.5 * logits + 1), expit(1.5 * new + 1)
+    found = find_thresholds(scores, truth.astype(np.int64), "f1")
+    on_these = [best_f1(one, score)[1] for one, score in zip(truth.T, scores.T, strict=True)]
+    f1 = [f1_score(fresh, later >= np.array(limits), average="macro") for limits in (found, on_these)]
+    best = np.mean([best_f1(one, score)[0] for one, score in zip(fresh.T, later.T, strict=True)])
+    assert f1[1] + 0.02 < f1[0] < best
+
+
+def test_thresholds_of_equal_scores_and_of_a_label_that_all_rows_have() -> None:
+    scores = np.array([[0.9, 0.4], [0.9, 0.3], [0.9, 0.3], [0.1, 0.6]])
+    found = find_thresholds(scores, np.array([[1, 1], [1, 1], [0, 1], [0, 1]]), "f1")
+    assert found == pytest.approx((0.5, 0.3))
+    assert (scores[:, 1] >= found[1]).all()
 
 
 def test_thresholds_keep_a_precision_with_the_best_recall() -> None:
