@@ -257,7 +257,7 @@ class DecisionSection(Section):
     temperature: bool = False
     """temperature scaling (Guo et al. 2017): scores that are right as often as they say; which class is likeliest stays"""
     thresholds: Literal["f1"] | Annotated[float, Field(gt=0, lt=1)] | None = None
-    """for multi-label, from which probability on each label is given: by its best F1, or its best recall at such a precision; default: 0.5"""
+    """for multi-label, from which probability on each label is given: by the best F1 to expect, or its best recall at such a precision; default: 0.5"""
     abstain: float | None = Field(default=None, gt=0, lt=1)
     """for one label a row: the least sure rows get none, so many that of the others at least this part is right; default: all get one"""
 

@@ -41,7 +41,8 @@ def training_report(card: Card, metrics: dict[str, Any]) -> str:
         plots["Labels of the training rows"] = bar_plot(
             dict(most[:MATRIX_LABELS]) | (rest if len(most) > MATRIX_LABELS else {})
         )
-    plots["Tokens of the training rows"] = bar_plot(length_counts(metrics["lengths"]))
+    lengths = metrics["lengths"]
+    plots[f"Tokens of {lengths['rows']:,} training rows"] = bar_plot(length_counts(lengths))
     return render_page(
         PAGE,
         card=card,
@@ -52,7 +53,7 @@ def training_report(card: Card, metrics: dict[str, Any]) -> str:
         shown=[one for one in SHOWN if one in found],
         table=sorted(found.get("per_class", []), key=lambda one: -one["support"])[:SHOWN_LABELS],
         confusions=top_confusions(found) if "per_class" in found else [],
-        lengths=metrics["lengths"],
+        lengths=lengths,
         trained=card.trained,
         marked=lambda one: marked_html(one["text"], [Word(*word) for word in one["explained"]["words"]]),
         legend=LEGEND,

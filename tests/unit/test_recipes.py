@@ -381,7 +381,7 @@ def test_a_card_says_what_chose_the_weights_and_how_good_the_decision_is(
     keep: str, tmp_path: Path, make_job: Any, make_fit: Any
 ) -> None:
     """Thresholds are part of the decision, for the validation rows as for the test rows."""
-    optim, decision = {"epochs": 2, "learning_rate": 1e-3}, {"thresholds": "f1"}
+    optim, decision = {"epochs": 2, "learning_rate": 1e-3}, {"thresholds": 0.95}
     fit = make_fit(make_job(train={"label_column": "several"}, optim=optim, stopping={"keep": keep}, decision=decision))
     fit.run()
     conclude(fit)
