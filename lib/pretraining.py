@@ -21,7 +21,7 @@ from lib.storage import open_store
 from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
 from lib.training import absolute, check_base
-from lib.workers import RUNS_FOLDER, check_folder, claimed, committed_before, place_workers, run_to_commit
+from lib.workers import check_folder, claimed, committed_before, place_workers, run_folder, run_to_commit
 
 
 def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def pretrain(config: PretrainConfig, run_id: str, cluster: Cluster) -> dict[str,
     max_length, pad_token_id = check_base(base, config.model)
     check_masking(config, base, max_length)
     sets = find_corpus(config)
-    folder = output.at(f"{RUNS_FOLDER}/{run_id}")
+    folder = run_folder(output, run_id)
     tracking = find_places(config, output, is_fresh=folder.info("run.json") is None)
     begun = time.monotonic()
     with claimed(folder, config, run_id):

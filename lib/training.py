@@ -29,7 +29,7 @@ from lib.tokenization import load_tokenizer
 from lib.tracking import find_places
 from lib.train_config import LabelledSection, TestSection, TrainConfig, TrainModelSection, TrainSection, ValidSection
 from lib.tuning import check_tuning
-from lib.workers import RUNS_FOLDER, check_folder, claimed, committed_before, place_workers, run_to_commit
+from lib.workers import check_folder, claimed, committed_before, place_workers, run_folder, run_to_commit
 
 
 def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None = None) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def train(config: TrainConfig, run_id: str, cluster: Cluster, data: Store | None
     replacing = find_replacing(config, base, max_length)
     several = {name: (one, find_labelled(name, one)) for name, one in configs_of(config).items()}
     metric = check_tasks(config, [sources[0].task for _, sources in several.values()])
-    folder = output.at(f"{RUNS_FOLDER}/{run_id}")
+    folder = run_folder(output, run_id)
     tracking = find_places(config, output, is_fresh=folder.info("run.json") is None)
     with claimed(folder, config, run_id):
         tasks = tuple(

@@ -234,11 +234,16 @@ def less_memory(job: Job) -> str:
     return "raise optim.accumulation_steps (the result is the same)"
 
 
+def run_folder(output: Store, run_id: str) -> Store:
+    """Where a run keeps what it needs until it has committed."""
+    return output.at(f"{RUNS_FOLDER}/{run_id}")
+
+
 def committed_before(output: Store, config: FitConfig, run_id: str) -> dict[str, Any] | None:
     """What `metrics.json` holds if this run has committed; what it needed goes, too, if it was killed before it could remove that."""
     metrics = find_committed(output, config, run_id)
     if metrics is not None:
-        remove_run(output.at(f"{RUNS_FOLDER}/{run_id}"))
+        remove_run(run_folder(output, run_id))
     return metrics
 
 

@@ -265,6 +265,7 @@ def test_the_report_shows_the_numbers_of_metrics_json_and_no_text(
     assert list(drawn.values()) == list(np.histogram(counts, edges + 0.5)[0])
     assert list(drawn)[1] == "17 to 32" and "17 to 32" in page
     assert f"Tokens of {TRAIN_ROWS:,} training rows" in page
+    assert f"(chance alone: {found['test']['chance_calibration_error']:.4f})" in page
 
 
 def test_names_in_the_report_are_text_and_nothing_else(one: tuple[TrainConfig, dict[str, Any]]) -> None:
